@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -454,11 +455,16 @@ class NinjaBuildExt(build_ext):
         with open(build_dir / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree at once: one waits
             run_ninja(parameters, build_dir, os.environ)
+            package = Path(self.get_ext_fullpath("sr_kernels._C")).parent
+            built = {f"{library.name}.abi3.so" for library in parameters.libraries}
+            for present in package.glob("_C*.abi3.so"):
+                if present.name not in built:  # left by an earlier editable installation
+                    present.unlink()
             for library in parameters.libraries:
                 target = Path(self.get_ext_fullpath(f"sr_kernels.{library.name}"))
                 replace_file(build_dir / f"{library.name}.abi3.so", target)
         description = json.dumps(parameters.description, indent=2) + "\n"
-        target.with_name("_build.json").write_text(description)
+        (package / "_build.json").write_text(description)
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -487,6 +493,12 @@ def packages() -> list[str]:
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        # Older ones stop at pyproject.toml's license, with a message that helps nobody.
+        raise BuildError(
+            f"setuptools {setuptools.__version__} is too old. Install a newer one with: "
+            "pip install 'setuptools>=77'"
+        )
     setup(
         packages=packages(),
         package_dir={"sr_kernels.models": "models"},
