@@ -1,0 +1,44 @@
+// The shift of a shift convolution, as index arithmetic. One definition for CPU, CUDA and tests.
+//
+//   shift(x)[c, h, w] = x[c, h + dy(c), w + dx(c)], zero outside the image
+//
+// g = channels / groups. Channel group 0..3 (g channels each) moves, the remaining channels stay:
+//
+//   pattern   group 0    group 1    group 2    group 3     rest
+//   plus      ( 0, +1)   ( 0, -1)   (+1,  0)   (-1,  0)   (0, 0)      (dy, dx)
+//   cross     (+1, +1)   (+1, -1)   (-1, +1)   (-1, -1)   (0, 0)
+//
+// Source: ELAN (Zhang et al., ECCV 2022); cross is the diagonal variant of public ELAN ports.
+#pragma once
+
+#include "common/platform.h"
+
+namespace sr_kernels {
+
+enum class ShiftPattern : int { kPlus = 0, kCross = 1 };
+
+struct ShiftOffset {
+  int dy, dx;
+};
+
+SR_HOST_DEVICE int shift_group(int channel, int channels, int groups) {
+  const int group_size = channels / groups;
+  if (group_size == 0) return 4;
+  const int group = channel / group_size;
+  return group < 4 ? group : 4;
+}
+
+SR_HOST_DEVICE ShiftOffset shift_offset_of_group(ShiftPattern pattern, int group) {
+  if (group >= 4) return {0, 0};
+  const int sign_first = group < 2 ? 1 : -1;
+  const int sign_second = (group & 1) == 0 ? 1 : -1;
+  if (pattern == ShiftPattern::kCross) return {sign_first, sign_second};
+  return group < 2 ? ShiftOffset{0, sign_second} : ShiftOffset{sign_second, 0};
+}
+
+SR_HOST_DEVICE ShiftOffset shift_offset(ShiftPattern pattern, int channel, int channels,
+                                        int groups) {
+  return shift_offset_of_group(pattern, shift_group(channel, channels, groups));
+}
+
+}  // namespace sr_kernels

@@ -1,0 +1,573 @@
+// CPU vectors, element conversions, scratch memory and the two matrix products that every CPU
+// kernel is made of. Written with the compilers' vector extension, so that one source serves
+// AVX-512, AVX2 and any other machine; the width follows the flags of the translation unit.
+//
+// Include only from a kernel's cpu.cpp, inside no namespace. Everything here has internal linkage
+// (see platform.h for why).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "common/platform.h"
+
+#if !defined(SR_KERNELS_ISA)
+#error "compile CPU kernels with -DSR_KERNELS_ISA=portable|avx2|avx512"
+#endif
+
+namespace sr_kernels {
+namespace SR_KERNELS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 accumulators of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 4, kTileVectors = 2;  // 8 accumulators of 16 registers
+#endif
+
+#define SR_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct Simd {
+  typedef T vector __attribute__((vector_size(kVectorBytes)));
+  static constexpr int width = kVectorBytes / static_cast<int>(sizeof(T));
+};
+template <typename T>
+using Vec = typename Simd<T>::vector;
+
+template <typename T>
+SR_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+SR_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <typename T>
+SR_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+template <typename T>
+SR_INLINE T horizontal_sum(Vec<T> v) {
+  T sum = T(0);
+  for (int i = 0; i < Simd<T>::width; ++i) sum += v[i];
+  return sum;
+}
+
+SR_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The smallest multiple of the vector width that holds count elements.
+template <typename T>
+SR_INLINE int64_t padded(int64_t count) {
+  return ceil_div(count, Simd<T>::width) * Simd<T>::width;
+}
+SR_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+SR_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------- elements in memory
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The arithmetic type of a stored element.
+template <typename S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+SR_INLINE float to_compute(float x) { return x; }
+SR_INLINE double to_compute(double x) { return x; }
+SR_INLINE float to_compute(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+SR_INLINE float to_compute(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Move the exponent and mantissa into place and rescale by 2^112: subnormals come out right.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  float magnitude;
+  if ((x.bits & 0x7c00u) == 0x7c00u) {
+    bits |= 0x7f800000u;
+    std::memcpy(&magnitude, &bits, 4);
+  } else {
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude *= 5.192296858534828e+33f;  // 2^112
+  }
+  std::memcpy(&bits, &magnitude, 4);
+  bits |= sign;
+  std::memcpy(&magnitude, &bits, 4);
+  return magnitude;
+#endif
+}
+
+SR_INLINE void from_compute(float x, float* out) { *out = x; }
+SR_INLINE void from_compute(double x, double* out) { *out = x; }
+SR_INLINE void from_compute(float x, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  out->bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : static_cast<uint16_t>(rounded);
+}
+SR_INLINE void from_compute(float x, Half* out) {
+#if defined(__F16C__)
+  out->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to infinity
+  } else if (bits < 0x38800000u) {
+    // Subnormal in half: let one float addition do the rounding at the right bit.
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f += 0.5f;
+    std::memcpy(&bits, &f, 4);
+    half = bits - 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// count elements, stride apart (in elements), into consecutive compute elements.
+template <typename S>
+SR_INLINE void load_elements(const S* source, int64_t stride, int64_t count,
+                             typename Compute<S>::type* destination) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) destination[i] = to_compute(source[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) destination[i] = to_compute(source[i * stride]);
+  }
+}
+template <typename S>
+SR_INLINE void store_elements(const typename Compute<S>::type* source, int64_t count,
+                              S* destination, int64_t stride) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) from_compute(source[i], destination + i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) from_compute(source[i], destination + i * stride);
+  }
+}
+
+template <typename S>
+SR_INLINE S* at(const FeatureMap& map, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return static_cast<S*>(map.data) + n * map.stride_n + c * map.stride_c + h * map.stride_h +
+         w * map.stride_w;
+}
+
+// A rectangle of a feature map as rows of compute elements:
+//   destination[c * channel_stride + r * row_stride + i] = map[n, c, h0 + r, w0 + i]
+// for c in [0, channels), r in [0, rows), i in [0, columns); zero where (h, w) lies outside
+// (height, width). Columns [columns, row_stride) are zeroed too, so that whole vectors can be read.
+// Channels-last maps are read pixel by pixel, so that memory is walked in its own order.
+template <typename S, typename T>
+void load_tile(const FeatureMap& map, int64_t n, int64_t c0, int64_t channels, int64_t h0,
+               int64_t rows, int64_t w0, int64_t columns, int64_t height, int64_t width,
+               T* destination, int64_t channel_stride, int64_t row_stride) {
+  const int64_t first = min64(max64(0, -w0), columns);             // first column inside
+  const int64_t last = max64(first, min64(columns, width - w0));   // one past the last inside
+  const bool channels_last = map.stride_c == 1 && map.stride_w != 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t h = h0 + r;
+    const bool inside = h >= 0 && h < height && last > first;
+    const int64_t begin = inside ? first : 0, end = inside ? last : 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      T* row = destination + c * channel_stride + r * row_stride;
+      for (int64_t i = 0; i < begin; ++i) row[i] = T(0);
+      if (inside && !channels_last)
+        load_elements(at<S>(map, n, c0 + c, h, w0 + begin), map.stride_w, end - begin,
+                      row + begin);
+      for (int64_t i = end; i < row_stride; ++i) row[i] = T(0);
+    }
+    if (inside && channels_last) {
+      for (int64_t i = begin; i < end; ++i) {
+        const S* pixel = at<S>(map, n, c0, h, w0 + i);
+        T* column = destination + r * row_stride + i;
+        for (int64_t c = 0; c < channels; ++c) column[c * channel_stride] = to_compute(pixel[c]);
+      }
+    }
+  }
+}
+
+// The way back: writes the rectangle, dropping what lies outside (height, width).
+template <typename S, typename T>
+void store_tile(const T* source, int64_t channel_stride, int64_t row_stride, const FeatureMap& map,
+                int64_t n, int64_t c0, int64_t channels, int64_t h0, int64_t rows, int64_t w0,
+                int64_t columns, int64_t height, int64_t width) {
+  const int64_t first = min64(max64(0, -w0), columns);
+  const int64_t last = max64(first, min64(columns, width - w0));
+  const bool channels_last = map.stride_c == 1 && map.stride_w != 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t h = h0 + r;
+    if (h < 0 || h >= height || last <= first) continue;
+    if (channels_last) {
+      for (int64_t i = first; i < last; ++i) {
+        S* pixel = at<S>(map, n, c0, h, w0 + i);
+        const T* column = source + r * row_stride + i;
+        for (int64_t c = 0; c < channels; ++c)
+          from_compute(column[c * channel_stride], pixel + c);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        store_elements(source + c * channel_stride + r * row_stride + first, last - first,
+                       at<S>(map, n, c0 + c, h, w0 + first), map.stride_w);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- scratch memory
+
+// One 64-byte aligned block, handed out in pieces. take() leaves a vector of slack behind every
+// piece, since whole vectors may be read (never written) past a row's end.
+class Scratch {
+ public:
+  // bytes: the sum over take() calls of bytes_for<T>(count).
+  explicit Scratch(int64_t bytes)
+      : base_(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes))))),
+        next_(base_),
+        end_(base_ + round_up(bytes)) {
+    if (base_ == nullptr) throw std::bad_alloc();
+    // Slack and padding take part in (discarded) arithmetic: keep them free of stale NaN patterns,
+    // and free of reads of unwritten memory under the sanitizers.
+    std::memset(base_, 0, static_cast<size_t>(end_ - base_));
+  }
+  ~Scratch() { std::free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T>
+  static int64_t bytes_for(int64_t count) {
+    return round_up(count * static_cast<int64_t>(sizeof(T)) + 4 * kVectorBytes);
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes_for<T>(count);
+    if (next_ > end_) throw std::bad_alloc();
+    return piece;
+  }
+
+ private:
+  static int64_t round_up(int64_t bytes) { return bytes <= 0 ? 64 : (bytes + 63) / 64 * 64; }
+  char *base_, *next_, *end_;
+};
+
+template <typename Body>
+void parallel_for(ParallelFor run, int64_t count, const Body& body) {
+  if (count <= 0) return;
+  run(
+      count,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// ---------------------------------------------------------------- functions of vectors
+
+// exp(x), float32: range reduction by ln 2 in two parts, degree-6 polynomial, about 1 ulp; 0 below
+// -87.3 (where the result would be subnormal), inf above 88.7, NaN passes.
+SR_INLINE Vec<float> exp(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+  const Vec<float> low = broadcast(-87.33654f), high = broadcast(88.72283f);
+  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+  const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+  Vec<float> r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec<float> p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors: n can be 128, whose exponent does not fit in one.
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = bits - 0x4b400000;  // the magic number's own bits: what is left is the integer n
+  const IntVec half = bits >> 1;
+  const IntVec factor1 = (half + 127) << 23, factor2 = (bits - half + 127) << 23;
+  Vec<float> scale1, scale2;
+  std::memcpy(&scale1, &factor1, sizeof(scale1));
+  std::memcpy(&scale2, &factor2, sizeof(scale2));
+  p = p * scale1 * scale2;
+  p = x < low ? Vec<float>{} : p;
+  p = x > high ? broadcast(__builtin_inff()) : p;
+  return x != x ? x : p;
+}
+// float64 exists for gradient checks: accuracy first.
+SR_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+template <typename V>
+SR_INLINE V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+template <typename V>
+SR_INLINE V maximum(V a, V b) {
+  return (a > b) | (a != a) ? a : b;  // a NaN in a passes, as does one in b
+}
+
+// ---------------------------------------------------------------- matrix products
+
+// The left operand of a product: element (m, k) is
+//   data[(m / kTileRows) * panel_stride + k * k_stride + m % kTileRows].
+// pack() makes one from a weight matrix; rows_of_k() views a k-major matrix (m contiguous).
+// Up to kTileRows - 1 elements past the last m are read (and ignored): memory must exist there.
+template <typename T>
+struct LeftOperand {
+  const T* data;
+  int64_t panel_stride, k_stride;
+};
+template <typename T>
+SR_INLINE LeftOperand<T> rows_of_k(const T* data, int64_t ld) {
+  return {data, kTileRows, ld};
+}
+// Elements that pack() needs for an M x K matrix.
+SR_INLINE int64_t packed_size(int64_t m, int64_t k) {
+  return ceil_div(m, kTileRows) * kTileRows * k;
+}
+// Packs A[m, k] = source[m * row_stride + k * column_stride].
+template <typename S, typename T>
+LeftOperand<T> pack(const S* source, int64_t row_stride, int64_t column_stride, int64_t m_count,
+                    int64_t k_count, T* destination) {
+  for (int64_t m0 = 0; m0 < m_count; m0 += kTileRows)
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t i = 0; i < kTileRows; ++i)
+        destination[m0 * k_count + k * kTileRows + i] =
+            m0 + i < m_count ? T(to_compute(source[(m0 + i) * row_stride + k * column_stride]))
+                             : T(0);
+  return {destination, kTileRows * k_count, kTileRows};
+}
+
+// The right operand: row k is a run of whole vectors.
+template <typename T>
+struct StridedRows {
+  const T* data;
+  int64_t ld;
+  SR_INLINE const T* operator[](int64_t k) const { return data + k * ld; }
+};
+template <typename T>
+struct PointerRows {  // rows anywhere, as when each has a shift of its own
+  const T* const* rows;
+  SR_INLINE const T* operator[](int64_t k) const { return rows[k]; }
+};
+
+// What the product's accumulators start from.
+enum class Start { kZero, kBias, kAccumulate };
+
+template <typename T, typename Rows, int M, int V>
+SR_INLINE void product_tile(Start start, int64_t k_count, const T* a, int64_t a_k_stride,
+                            const Rows& b, int64_t p, const T* bias, T* c, int64_t ldc) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> acc[M][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j)
+      acc[i][j] = start == Start::kZero   ? Vec<T>{}
+                  : start == Start::kBias ? broadcast(bias[i])
+                                          : load(c + i * ldc + j * W);
+  for (int64_t k = 0; k < k_count; ++k) {
+    const T* row = b[k] + p;
+    Vec<T> column[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) column[j] = load(row + j * W);
+    const T* left = a + k * a_k_stride;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> value = broadcast(left[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] += value * column[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, acc[i][j]);
+}
+
+template <typename T, typename Rows, int M>
+SR_INLINE void product_row_tile(Start start, int64_t k_count, int64_t p_begin, int64_t p_end,
+                                const T* a, int64_t a_k_stride, const Rows& b, const T* bias, T* c,
+                                int64_t ldc) {
+  constexpr int W = Simd<T>::width;
+  int64_t p = p_begin;
+  for (; p + kTileVectors * W <= p_end; p += kTileVectors * W)
+    product_tile<T, Rows, M, kTileVectors>(start, k_count, a, a_k_stride, b, p, bias, c + p, ldc);
+  for (; p < p_end; p += W)
+    product_tile<T, Rows, M, 1>(start, k_count, a, a_k_stride, b, p, bias, c + p, ldc);
+}
+
+// C[m, p] = start + sum_k A[m, k] B[k, p] for m < m_count, p < p_count; p_count a multiple of the
+// vector width. bias has m_count elements (Start::kBias). Blocks of B columns stay in L1 while all
+// of A passes over them.
+template <typename T, typename Rows>
+void product(Start start, int64_t m_count, int64_t k_count, int64_t p_count, LeftOperand<T> a,
+             const Rows& b, const T* bias, T* c, int64_t ldc) {
+  constexpr int64_t kBlock = 8 * Simd<T>::width;
+  for (int64_t p0 = 0; p0 < p_count; p0 += kBlock) {
+    const int64_t p1 = min64(p0 + kBlock, p_count);
+    for (int64_t m = 0; m < m_count; m += kTileRows) {
+      const T* left = a.data + m / kTileRows * a.panel_stride;
+      const T* b_m = bias == nullptr ? nullptr : bias + m;
+      T* c_m = c + m * ldc;
+      switch (min64(kTileRows, m_count - m)) {
+        case 1:
+          product_row_tile<T, Rows, 1>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
+          break;
+        case 2:
+          product_row_tile<T, Rows, 2>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
+          break;
+        case 3:
+          product_row_tile<T, Rows, 3>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
+          break;
+        case 4:
+          product_row_tile<T, Rows, 4>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
+          break;
+        case 5:
+          product_row_tile<T, Rows, 5>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
+          break;
+        default:
+          product_row_tile<T, Rows, kTileRows>(start, k_count, p0, p1, left, a.k_stride, b, b_m,
+                                               c_m, ldc);
+      }
+    }
+  }
+}
+
+template <typename T, typename ARows, typename BRows, int M, int N>
+SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, int64_t p_count,
+                          T* c, int64_t ldc) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> acc[M][N] = {};
+  const T *ra[M], *rb[N];
+  for (int i = 0; i < M; ++i) ra[i] = a[m + i];
+  for (int j = 0; j < N; ++j) rb[j] = b[n + j];
+  for (int64_t p = 0; p < p_count; p += W) {
+    Vec<T> right[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) right[j] = load(rb[j] + p);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> left = load(ra[i] + p);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) c[i * ldc + j] += horizontal_sum<T>(acc[i][j]);
+}
+
+// C[m, n] += sum_p A[m, p] B[n, p]: the product of a weight gradient. p_count a multiple of the
+// vector width; padding must be zero in one of the two.
+template <typename T, typename ARows, typename BRows>
+void accumulate_inner_products(int64_t m_count, int64_t n_count, int64_t p_count, const ARows& a,
+                               const BRows& b, T* c, int64_t ldc) {
+  int64_t m = 0;
+  for (; m + 3 <= m_count; m += 3) {
+    int64_t n = 0;
+    for (; n + 3 <= n_count; n += 3)
+      inner_tile<T, ARows, BRows, 3, 3>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+    for (; n < n_count; ++n)
+      inner_tile<T, ARows, BRows, 3, 1>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+  }
+  for (; m < m_count; ++m) {
+    int64_t n = 0;
+    for (; n + 3 <= n_count; n += 3)
+      inner_tile<T, ARows, BRows, 1, 3>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+    for (; n < n_count; ++n)
+      inner_tile<T, ARows, BRows, 1, 1>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+  }
+}
+
+// sum[m] += sum_p A[m, p]
+template <typename T, typename ARows>
+void accumulate_row_sums(int64_t m_count, int64_t p_count, const ARows& a, T* sum) {
+  for (int64_t m = 0; m < m_count; ++m) {
+    Vec<T> acc{};
+    const T* row = a[m];
+    for (int64_t p = 0; p < p_count; p += Simd<T>::width) acc += load(row + p);
+    sum[m] += horizontal_sum<T>(acc);
+  }
+}
+
+// ---------------------------------------------------------------- deterministic reductions
+
+// Work items are dealt to at most kMaxChunks consecutive runs, whatever the number of threads; each
+// run sums into a buffer of its own and the buffers are added in order. The result therefore does
+// not depend on the number of threads, nor on their timing.
+constexpr int64_t kMaxChunks = 32;
+
+struct Chunks {
+  int64_t items, count;
+  explicit Chunks(int64_t item_count)
+      : items(item_count), count(min64(kMaxChunks, max64(item_count, 1))) {}
+  int64_t begin(int64_t chunk) const { return items * chunk / count; }
+  int64_t end(int64_t chunk) const { return items * (chunk + 1) / count; }
+};
+
+// destination[i] = sum over chunks of partial[chunk * stride + i], rounded to S once.
+template <typename S, typename T>
+void reduce_chunks(const T* partial, int64_t chunk_count, int64_t stride, int64_t size,
+                   S* destination) {
+  for (int64_t i = 0; i < size; ++i) {
+    T sum = T(0);
+    for (int64_t chunk = 0; chunk < chunk_count; ++chunk) sum += partial[chunk * stride + i];
+    from_compute(sum, destination + i);
+  }
+}
+
+// Calls function(S{}) with the element type that kind names.
+template <typename Function>
+SR_INLINE void dispatch_scalar(ScalarKind kind, const Function& function) {
+  switch (kind) {
+    case ScalarKind::kFloat32:
+      return function(float{});
+    case ScalarKind::kFloat64:
+      return function(double{});
+    case ScalarKind::kFloat16:
+      return function(Half{});
+    case ScalarKind::kBFloat16:
+      return function(BFloat16{});
+  }
+}
+
+}  // namespace
+}  // namespace SR_KERNELS_ISA
+}  // namespace sr_kernels

@@ -1,0 +1,147 @@
+// The one bridge between torch's stable C++ API and the kernels: argument checks, tensor -> params,
+// outputs in the memory format of the input, and torch's thread pool.
+//
+// The checks repeat those of sr_kernels.functional in short: the operators can be called directly
+// (torch.ops.sr_kernels.*), and a kernel must never see a size that it was not written for.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/platform.h"
+
+namespace sr_kernels {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << parts), ...);
+  return out.str();
+}
+
+// require(condition, "sr_kernels::op: ", ...): a RuntimeError in Python.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error(message(parts...));
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  return text + ")";
+}
+
+inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& shape,
+                          const char* name) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && tensor.size(static_cast<int64_t>(i)) == shape[i];
+    expected += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  }
+  require(same, name, " must have shape (", expected, "), got ", shape_of(tensor));
+}
+
+inline ScalarKind scalar_kind(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ScalarKind::kFloat32;
+    case ScalarType::Double:
+      return ScalarKind::kFloat64;
+    case ScalarType::Half:
+      return ScalarKind::kFloat16;
+    case ScalarType::BFloat16:
+      return ScalarKind::kBFloat16;
+    default:
+      throw std::runtime_error(
+          message(name, " must be float32, float64, float16 or bfloat16, got another dtype"));
+  }
+}
+
+// float64 for float64 tensors, float32 for all others: the type of statistics such as log-sum-exp.
+inline ScalarType compute_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void require_like(const Tensor& tensor, const Tensor& reference, const char* name,
+                         const char* reference_name) {
+  require(tensor.scalar_type() == reference.scalar_type(), name, " must have the dtype of ",
+          reference_name);
+  require(tensor.is_cpu() == reference.is_cpu() &&
+              tensor.get_device_index() == reference.get_device_index(),
+          name, " must be on the device of ", reference_name);
+}
+
+inline void require_feature_map(const Tensor& tensor, const char* name) {
+  require(tensor.dim() == 4, name, " must be (N, C, H, W), got ", tensor.dim(), " dimensions");
+}
+
+inline FeatureMap feature_map(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
+}
+inline FeatureMap feature_map(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? feature_map(*tensor) : FeatureMap{};
+}
+
+// A weight or bias as one dense block (weights are small: a copy costs nothing).
+inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor);
+}
+inline void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->data_ptr() : nullptr;
+}
+
+// torch's own rule (suggest_memory_format): strides that ascend in the order C, W, H, N.
+// sr_kernels/ops/_registration.py has the same rule for the fake kernels.
+inline MemoryFormat memory_format_of(const Tensor& tensor) {
+  int64_t least = 0;
+  if (tensor.stride(1) == 0) return MemoryFormat::Contiguous;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 0 || stride < least) return MemoryFormat::Contiguous;
+    if (d == 0 && least == tensor.stride(1)) return MemoryFormat::Contiguous;
+    least = size > 1 ? stride * size : stride;
+  }
+  return MemoryFormat::ChannelsLast;
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
+                         ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_tensor(like, sizes, like.scalar_type());
+}
+
+// An uninitialised (N, channels, H, W) tensor of like's dtype, device and memory format.
+inline Tensor new_feature_map(const Tensor& like, int64_t channels) {
+  return torch::stable::empty(
+      std::vector<int64_t>{like.size(0), channels, like.size(2), like.size(3)},
+      like.scalar_type(), std::nullopt, like.device(), std::nullopt, memory_format_of(like));
+}
+
+// What a backward operator returns for a gradient that nobody asked for.
+inline Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}); }
+
+// Torch's thread pool as the kernels see it; one work item is the unit of distribution.
+inline void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+}  // namespace sr_kernels
