@@ -6,9 +6,10 @@
 //
 //   pattern   group 0    group 1    group 2    group 3     rest
 //   plus      ( 0, +1)   ( 0, -1)   (+1,  0)   (-1,  0)   (0, 0)      (dy, dx)
-//   cross     (+1, +1)   (+1, -1)   (-1, +1)   (-1, -1)   (0, 0)
+//   cross     (-1, -1)   (-1, +1)   (+1, -1)   (+1, +1)   (0, 0)
 //
-// Source: ELAN (Zhang et al., ECCV 2022); cross is the diagonal variant of public ELAN ports.
+// Source: ELAN (Zhang et al., ECCV 2022); cross is FriedRiceLab's diagonal
+// `ShiftConv2d1x1(shift_mode="x")`, in its channel order.
 #pragma once
 
 #include "common/platform.h"
@@ -32,7 +33,7 @@ SR_HOST_DEVICE ShiftOffset shift_offset_of_group(ShiftPattern pattern, int group
   if (group >= 4) return {0, 0};
   const int sign_first = group < 2 ? 1 : -1;
   const int sign_second = (group & 1) == 0 ? 1 : -1;
-  if (pattern == ShiftPattern::kCross) return {sign_first, sign_second};
+  if (pattern == ShiftPattern::kCross) return {-sign_first, -sign_second};
   return group < 2 ? ShiftOffset{0, sign_second} : ShiftOffset{sign_second, 0};
 }
 
