@@ -1,0 +1,36 @@
+"""Every operator in plain PyTorch: its definition, the oracle of the tests, the last fallback.
+
+The functions have the names and arguments of :mod:`sr_kernels.functional` without ``backend``.
+They run for any floating dtype on any device, are differentiable any number of times, and are
+written to be read, not to be fast.
+"""
+
+from .attention_gates import (
+    channel_attention,
+    channel_gate,
+    gated_conv1x1,
+    pixel_attention,
+    pixel_spatial_attention,
+    spatial_attention,
+)
+from .shift_conv import shift, shift_conv2d, shift_conv_block
+from .window_attention import (
+    apply_window_scores,
+    grouped_window_attention,
+    window_attention,
+)
+
+__all__ = [
+    "apply_window_scores",
+    "channel_attention",
+    "channel_gate",
+    "gated_conv1x1",
+    "grouped_window_attention",
+    "pixel_attention",
+    "pixel_spatial_attention",
+    "shift",
+    "shift_conv2d",
+    "shift_conv_block",
+    "spatial_attention",
+    "window_attention",
+]
