@@ -1,0 +1,42 @@
+"""Hand-written kernels for lightweight image super-resolution, as ordinary PyTorch operators.
+
+Three families: shift convolution, windowed (grouped) self-attention with score reuse, and
+attention gates. Functions in :mod:`sr_kernels.functional` (re-exported here), modules in
+:mod:`sr_kernels.nn`, networks in :mod:`sr_kernels.models`.
+"""
+
+import sr_kernels.ops  # noqa: F401  (registers fake kernels, autograd and autocast)
+from sr_kernels._version import __version__
+from sr_kernels.backends import FallbackWarning, use_backend
+from sr_kernels.functional import (
+    WindowScores,
+    apply_window_scores,
+    channel_attention,
+    channel_gate,
+    gated_conv1x1,
+    grouped_window_attention,
+    pixel_attention,
+    pixel_spatial_attention,
+    shift_conv2d,
+    shift_conv_block,
+    spatial_attention,
+    window_attention,
+)
+
+__all__ = [
+    "FallbackWarning",
+    "WindowScores",
+    "__version__",
+    "apply_window_scores",
+    "channel_attention",
+    "channel_gate",
+    "gated_conv1x1",
+    "grouped_window_attention",
+    "pixel_attention",
+    "pixel_spatial_attention",
+    "shift_conv2d",
+    "shift_conv_block",
+    "spatial_attention",
+    "use_backend",
+    "window_attention",
+]

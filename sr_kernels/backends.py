@@ -1,0 +1,180 @@
+"""Which implementation of an operator runs, and why the others did not.
+
+Backends, in the order in which ``auto`` tries them:
+
+========== =====================================================================
+cuda       hand-written CUDA kernels (``_C_cuda``), for CUDA tensors
+triton     Triton kernels, for GPU tensors
+cpu        SIMD C++ kernels (``_C``), for CPU tensors
+reference  plain PyTorch, anywhere: the definition of every operator
+========== =====================================================================
+
+``auto`` takes the first that can run the call and warns, once per reason, when it has to fall back
+to ``reference``. A backend that is asked for by name, as an argument, with :func:`use_backend` or
+through the environment variable ``SR_KERNELS_BACKEND`` (read once, at import), raises instead of
+falling back.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from sr_kernels import _library
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+class FallbackWarning(UserWarning):
+    """``auto`` had to take the reference implementation; the message says why."""
+
+
+def _checked(name: str | None, source: str) -> str:
+    if name is None:
+        return "auto"
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_preference = _checked(os.environ.get("SR_KERNELS_BACKEND") or None, "SR_KERNELS_BACKEND")
+_warned: set[str] = set()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, operators that were not given a backend use this one.
+
+    The choice belongs to the process, not to the thread. The backward pass uses the backend of
+    its forward.
+
+    Args:
+        name: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (None: auto).
+
+    Raises:
+        ValueError: another name.
+    """
+    global _preference
+    previous = _preference
+    _preference = _checked(name, "name")
+    try:
+        yield
+    finally:
+        _preference = previous
+
+
+def current_backend() -> str:
+    """The backend that calls without an argument of their own ask for."""
+    return _preference
+
+
+def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[bool, str]:
+    """Whether ``backend`` can run operator ``op`` on these tensors, and if not, why.
+
+    One predicate serves the choice, the error message and whoever wants to ask beforehand.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        op: the operator's name, such as ``"shift_conv2d"``.
+        tensors: the call's feature maps (weights need not be listed: they must match anyway).
+
+    Returns:
+        ``(True, "")`` or ``(False, reason)``.
+    """
+    if backend == "reference":
+        return True, ""
+    device = tensors[0].device.type
+    if backend == "triton":
+        return False, "this version has no Triton kernels yet"
+    library = _library.CPU_LIBRARY if backend == "cpu" else _library.CUDA_LIBRARY
+    if not library.loaded:
+        return False, str(library.error)
+    if device != backend:
+        return False, f"the tensors are on {device}, backend {backend!r} needs {backend} tensors"
+    if backend == "cuda" and op not in _CUDA_OPERATORS:
+        return False, f"this version has no CUDA kernel for {op} yet"
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES[backend]:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
+            return False, f"dtype {tensor.dtype} is not supported ({backend} has {accepted})"
+        if tensor.device.type != device:
+            return False, f"tensors on different devices: {device} and {tensor.device.type}"
+    return True, ""
+
+
+# Operators with a CUDA implementation in this version.
+_CUDA_OPERATORS: frozenset[str] = frozenset()
+
+
+def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
+    """The backend that runs this call.
+
+    Args:
+        op: the operator's name.
+        tensors: the call's feature maps.
+        backend: the call's own wish; None takes :func:`current_backend`.
+
+    Raises:
+        ValueError: an unknown backend name.
+        RuntimeError: a backend asked for by name that cannot run this call; says why.
+    """
+    wanted = _preference if backend is None else _checked(backend, "backend")
+    if wanted != "auto":
+        ok, reason = can_run(wanted, op, tensors)
+        if not ok:
+            raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
+        return wanted
+    native = "cuda" if tensors[0].is_cuda else "cpu"
+    ok, reason = can_run(native, op, tensors)
+    if ok:
+        return native
+    if not torch.compiler.is_compiling():
+        _warn_once(f"{op} runs on the reference implementation: {reason}")
+    return "reference"
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def cpu_capability() -> str:
+    """``portable``, ``avx2`` or ``avx512``: the copy of the CPU kernels in use; ``none`` without.
+
+    Raises:
+        RuntimeError: ``SR_KERNELS_CPU_ISA`` asks for one that cannot run here.
+    """
+    return _library.cpu_isa() or "none"
+
+
+def report() -> list[tuple[str, bool, str]]:
+    """``(backend, available, detail)`` for each backend: what ``sr-kernels env`` prints."""
+    rows: list[tuple[str, bool, str]] = []
+    if not _library.CUDA_LIBRARY.loaded:
+        rows.append(("cuda", False, str(_library.CUDA_LIBRARY.error)))
+    elif not torch.cuda.is_available():
+        rows.append(("cuda", False, "_C_cuda is loaded, but torch sees no CUDA device"))
+    elif not _CUDA_OPERATORS:
+        rows.append(("cuda", False, "_C_cuda is loaded; no operator of it is enabled yet"))
+    else:
+        rows.append(("cuda", True, f"{len(_CUDA_OPERATORS)} operators"))
+    rows.append(("triton", False, "this version has no Triton kernels yet"))
+    if _library.CPU_LIBRARY.loaded:
+        try:
+            rows.append(("cpu", True, f"{cpu_capability()} kernels"))
+        except RuntimeError as error:
+            rows.append(("cpu", False, str(error)))
+    else:
+        rows.append(("cpu", False, str(_library.CPU_LIBRARY.error)))
+    rows.append(("reference", True, "plain PyTorch"))
+    return rows

@@ -1,0 +1,144 @@
+"""Registration of ``shift_conv2d`` and ``shift_conv_block``. Maths: sr_kernels/functional.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sr_kernels.ops._registration import (
+    empty_feature_map,
+    empty_gradient,
+    gradient_or_none,
+    operator,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_no_double_backward,
+)
+
+Tensor = torch.Tensor
+OptionalTensor = torch.Tensor | None
+
+
+
+@register_fake("shift_conv2d")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: OptionalTensor,
+    residual: OptionalTensor,
+    activation: int,
+    negative_slope: float,
+    pattern: int,
+    groups: int,
+) -> Tensor:
+    return empty_feature_map(x, weight.shape[0])
+
+
+@register_fake("shift_conv2d_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: OptionalTensor,
+    activation: int,
+    negative_slope: float,
+    pattern: int,
+    groups: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_gradient(x, need_x, x),
+        empty_gradient(weight, need_weight, x),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _shift_conv2d_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, *settings = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.settings = settings
+
+
+def _shift_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    dx = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        dx, dweight, dbias = operator("shift_conv2d_backward")(
+            grad, x, weight, bias, *ctx.settings, need_x, need_weight, need_bias
+        )
+    return (
+        gradient_or_none(dx, need_x),
+        gradient_or_none(dweight, need_weight),
+        gradient_or_none(dbias, need_bias),
+        gradient_or_none(grad, need_residual),
+        *[None] * len(ctx.settings),
+    )
+
+
+@register_fake("shift_conv_block")
+def _(
+    x: Tensor,
+    w0: Tensor,
+    b0: OptionalTensor,
+    w1: Tensor,
+    b1: OptionalTensor,
+    activation: int,
+    negative_slope: float,
+    residual: bool,
+    pattern: int,
+    groups: int,
+) -> Tensor:
+    return empty_feature_map(x, w1.shape[0])
+
+
+@register_fake("shift_conv_block_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    w0: Tensor,
+    b0: OptionalTensor,
+    w1: Tensor,
+    activation: int,
+    negative_slope: float,
+    residual: bool,
+    pattern: int,
+    groups: int,
+    need_x: bool,
+    need_w0: bool,
+    need_b0: bool,
+    need_w1: bool,
+    need_b1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        empty_gradient(x, need_x, x),
+        empty_gradient(w0, need_w0, x),
+        x.new_empty(w0.shape[0] if need_b0 else 0),
+        empty_gradient(w1, need_w1, x),
+        x.new_empty(w1.shape[0] if need_b1 else 0),
+    )
+
+
+def _shift_conv_block_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w0, b0, w1, _, *settings = inputs
+    ctx.save_for_backward(x, w0, b0, w1)
+    ctx.settings = settings
+
+
+def _shift_conv_block_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:5]
+    gradients = operator("shift_conv_block_backward")(
+        grad, *ctx.saved_tensors, *ctx.settings, *needs
+    )
+    return (*map(gradient_or_none, gradients, needs), *[None] * len(ctx.settings))
+
+
+register_autograd("shift_conv2d", _shift_conv2d_context, _shift_conv2d_backward)
+register_autograd("shift_conv_block", _shift_conv_block_context, _shift_conv_block_backward)
+for _name in ("shift_conv2d", "shift_conv_block"):
+    register_autocast(_name)
+    register_no_double_backward(f"{_name}_backward")
