@@ -4,7 +4,7 @@ The rule by which an implementation ("ours") counts as right, with an oracle (th
 definition in float64, from the same rounded inputs) and a stock run (the same definition in the
 dtype under test)::
 
-    err(ours) <= factor * err(stock) + 2 max |r + 0.3 - 0.3 - r|,      r = oracle in the tested dtype
+    err(ours) <= factor * err(stock) + 2 max |r + 0.3 - 0.3 - r|,    r = oracle in the tested dtype
 
 with factor 2 for outputs and 3 for gradients: never more than a small multiple of the error that
 PyTorch itself makes. The second term is the rounding of the result alone, for cases where stock's
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
 
 __all__ = [
     "Comparison",
@@ -55,8 +57,8 @@ GRADIENT_FACTOR = 3.0
 class ErrorMetrics:
     """How far a tensor is from its oracle, over the elements where both are finite.
 
-    max_abs: max |a - o|.  rms: root mean square of a - o.  relative_l2: ||a - o|| / ||o|| (inf where
-    o = 0 and a != 0).  cosine: <a, o> / (||a|| ||o||) (1 where both are 0, 0 where one is).
+    max_abs: max |a - o|.  rms: root mean square of a - o.  relative_l2: ||a - o|| / ||o|| (inf
+    where o = 0 and a != 0).  cosine: <a, o> / (||a|| ||o||) (1 where both are 0, 0 where one is).
     worst: index of the largest error, or None for an empty tensor.
     """
 
@@ -238,8 +240,8 @@ def _assert_same_classes(
     if len(wrong):
         first = tuple(int(i) for i in wrong[0])
         raise AssertionError(
-            f"{what}: {len(wrong)} of {actual.numel()} elements are NaN or infinite where they must "
-            f"not be, or finite where they must not be; first at {first}: ours "
+            f"{what}: {len(wrong)} of {actual.numel()} elements are NaN or infinite where they "
+            f"must not be, or finite where they must not be; first at {first}: ours "
             f"{_item(actual, first)!r}, stock {_item(stock, first)!r}, oracle "
             f"{_item(oracle, first)!r}"
         )
@@ -285,8 +287,10 @@ def make_tensor(
         if outer:
             outer[-1] = 2 * size[-1] + 3
         buffer = torch.full(outer, math.nan, dtype=dtype, device=device)
-        window = tuple(slice(1, 1 + n) for n in size[:-1])
-        view = buffer[(*window, slice(1, 1 + 2 * size[-1], 2))] if size else buffer
+        view = buffer
+        for dim, n in enumerate(size):
+            step = 2 if dim == len(size) - 1 else 1
+            view = view[(slice(None),) * dim + (slice(1, 1 + step * n, step),)]
         values = view.copy_(values)
     elif layout == "misaligned":
         buffer = torch.full((values.numel() + 2,), math.nan, dtype=dtype, device=device)
@@ -303,14 +307,14 @@ def poisoned_empty() -> Iterator[None]:
     """
     mode = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = _deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    _deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        _deterministic.fill_uninitialized_memory = fill
 
 
 GUARD_BYTE = 0xA5

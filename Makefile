@@ -1,0 +1,143 @@
+# One way to build, one way to test. `make help` lists the targets.
+#
+# The virtual environment that is active is used; where none is, .venv is made and used. A torch that
+# is importable in it stays as it is.
+#
+#   TORCH_INSTALL   what `pip install` is given where no torch is importable
+#                   (default: the CPU build of torch 2.13.0)
+#   PYTEST_ARGS     more arguments for pytest, as in: make test PYTEST_ARGS="-k shift -x"
+#   MAX_JOBS, SR_KERNELS_*   see setup.py
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PYTHON_FOR_VENV ?= python3
+ENV := $(abspath $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv))
+PYTHON := $(ENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+TORCH_VERSION := 2.13.0
+# The plain version first: it is found where pip's own index or wheel folder has the CPU build. PyTorch's
+# index has it for everyone else (PyPI's Linux wheel is a CUDA build of gigabytes).
+TORCH_INSTALL ?=
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TRITON_VERSION := 3.6.0
+
+STAMPS := build/stamps/$(subst /,_,$(ENV))
+SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
+	$(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+PYTHON_FILES := setup.py sr_kernels models tests $(wildcard tools benchmarks)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test test-abi test-asan lint format wheel setup setup-dev clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+
+demo: setup  ## upscale the photograph that the package ships
+	@$(ENV)/bin/sr-kernels demo
+
+test: setup-dev  ## all tests that this machine can run
+	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+lint: setup-dev  ## ruff, mypy, clang-format: changes nothing
+	$(PYTHON) -m ruff check $(PYTHON_FILES)
+	$(PYTHON) -m ruff format --check $(PYTHON_FILES)
+	$(PYTHON) -m mypy sr_kernels models
+	$(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup-dev  ## what lint can repair, repaired
+	$(PYTHON) -m ruff check --fix $(PYTHON_FILES)
+	$(PYTHON) -m ruff format $(PYTHON_FILES)
+	$(ENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: setup  ## dist/sr_kernels-*-cp310-abi3-*.whl
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# --- set-up -------------------------------------------------------------------------------------
+# pip asks no index for what is there already, so that all of this works offline once it has run.
+
+setup: $(STAMPS)/installed  ## the package, in the virtual environment, in editable form
+
+setup-dev: $(STAMPS)/dev setup
+
+$(ENV)/pyvenv.cfg:
+	@if [ "$(ENV)" != "$(abspath .venv)" ]; then \
+		[ -x "$(PYTHON)" ] && exit 0; \
+		echo "the active environment $(ENV) has no bin/python: deactivate or repair it" >&2; exit 1; \
+	fi
+	$(PYTHON_FOR_VENV) -m venv .venv
+
+$(STAMPS)/build: requirements-build.txt | $(ENV)/pyvenv.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sr_kernels needs Python >= 3.10")'
+	$(PIP) install -q -r requirements-build.txt
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(PYTHON) -c 'import torch; print("torch", torch.__version__, "is there and stays")'; \
+	elif [ -n "$(TORCH_INSTALL)" ]; then \
+		$(PIP) install $(TORCH_INSTALL); \
+	else \
+		echo "installing the CPU build of torch $(TORCH_VERSION)"; \
+		$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+		$(PIP) install "torch==$(TORCH_VERSION)" --index-url $(PYTORCH_CPU_INDEX); \
+	fi
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/dev: requirements-dev.txt $(STAMPS)/build
+	$(PIP) install -q -r requirements-dev.txt
+	@$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) install -q triton==$(TRITON_VERSION)
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/installed: $(SOURCES) $(STAMPS)/build
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@mkdir -p $(@D) && touch $@
+
+# --- sanitizers ---------------------------------------------------------------------------------
+# Python itself is not instrumented: the sanitizers' runtimes are loaded before it, and leaks are not
+# looked for. torch.compile and its like add nothing here, and take very long.
+
+SANITIZE := address,undefined
+ASAN_SITE := build/asan-site
+ASAN_TESTS ?= tests/test_shift_conv.py tests/test_window_attention.py tests/test_attention_gates.py
+ASAN_SELECT ?= -m "not slow and not gpu and not large" -k "not compile and not export and not opcheck"
+
+$(ASAN_SITE)/.stamp: $(SOURCES) $(STAMPS)/dev $(shell find sr_kernels models -name '*.py')
+	rm -rf $(ASAN_SITE)
+	SR_KERNELS_SANITIZE=$(SANITIZE) $(PIP) install -q --no-build-isolation --no-deps \
+		--target $(ASAN_SITE) .
+	@touch $@
+
+test-asan: $(ASAN_SITE)/.stamp  ## the CPU kernels' tests under AddressSanitizer and UBSan
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	PYTHONPATH=$(abspath $(ASAN_SITE)) PYTHONSAFEPATH=1 SR_KERNELS_EXPECT_SANITIZERS=$(SANITIZE) \
+	$(ENV)/bin/pytest -q -p no:cacheprovider $(wildcard $(ASAN_TESTS)) $(ASAN_SELECT) $(PYTEST_ARGS)
+
+# --- the stable ABI -----------------------------------------------------------------------------
+# The wheel built here, against this environment's torch, must work under the newest torch from PyPI
+# (a CUDA build: about 6 GB). Run before a release.
+
+ABI_ENV := $(abspath .venv-abi)
+
+$(ABI_ENV)/.stamp:
+	$(PYTHON_FOR_VENV) -m venv $(ABI_ENV)
+	$(ABI_ENV)/bin/pip install -q torch numpy pillow safetensors pytest
+	@touch $@
+
+test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from PyPI (6 GB)
+	rm -rf build/abi-wheel
+	SR_KERNELS_BUILD_CUDA=1 $(PIP) wheel -q --no-build-isolation --no-deps -w build/abi-wheel .
+	$(ABI_ENV)/bin/pip install -q --no-deps --force-reinstall build/abi-wheel/*.whl
+	cd build/abi-wheel && $(ABI_ENV)/bin/python $(abspath tools/check_abi.py)
+	cd build/abi-wheel && PYTHONSAFEPATH=1 $(ABI_ENV)/bin/pytest -q -p no:cacheprovider \
+		-c $(abspath pyproject.toml) --rootdir $(abspath .) -m smoke $(abspath tests)
+
+clean:  ## removes what was built; environments stay
+	rm -rf build dist *.egg-info sr_kernels/*.so sr_kernels/_build.json
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and the environments that this Makefile made
+	rm -rf .venv .venv-abi

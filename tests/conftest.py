@@ -1,0 +1,49 @@
+"""What every test gets: fixed seeds, poisoned `torch.empty`, and markers that know the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import sr_kernels
+from sr_kernels.testing import poisoned_empty
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: runs with an ordinary torch.empty")
+    # A sanitizer run that quietly tested an ordinary build would prove nothing.
+    expected = os.environ.get("SR_KERNELS_EXPECT_SANITIZERS")
+    if expected:
+        built = json.loads(Path(sr_kernels.__file__).with_name("_build.json").read_text())
+        if built["sanitizers"] != expected:
+            raise pytest.UsageError(
+                f"{sr_kernels.__file__} was built with sanitizers {built['sanitizers']!r}, "
+                f"but {expected!r} is to be tested"
+            )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    no_large = pytest.mark.skip(reason="needs much memory: set SR_KERNELS_TEST_LARGE=1")
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(no_gpu)
+        if "large" in item.keywords and os.environ.get("SR_KERNELS_TEST_LARGE") != "1":
+            item.add_marker(no_large)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An output element that a kernel forgets is NaN in every test, not a plausible leftover."""
+    torch.manual_seed(0)
+    if "unpoisoned" in request.keywords:
+        yield
+        return
+    with poisoned_empty():
+        yield
