@@ -17,7 +17,7 @@
 // but for the border, so every element of dx is written by exactly one tile.
 #include "shift_conv/params.h"
 
-#include "common/simd.h"
+#include "common/tiling.h"
 
 namespace sr_kernels {
 namespace SR_KERNELS_ISA {
@@ -80,37 +80,7 @@ void multiply_by_derivative(Activation activation, T slope, const T* z, T* gradi
   }
 }
 
-// ------------------------------------------------------------------ tiles
-
-// A rectangle of the image. Rows of a tile in scratch are row_stride apart.
-struct Tile {
-  int64_t n, h, w, rows, columns;
-};
-
-struct Tiling {
-  int64_t batch, height, width, rows, columns, tiles_h, tiles_w;
-
-  // At most max_rows x max_columns pixels a tile, columns of nearly equal width.
-  Tiling(int64_t batch_, int64_t height_, int64_t width_, int64_t max_rows, int64_t max_columns)
-      : batch(batch_), height(height_), width(width_) {
-    tiles_w = max64(1, ceil_div(width, max_columns));
-    columns = max64(1, ceil_div(width, tiles_w));
-    rows = max64(1, min64(max_rows, height));
-    tiles_h = ceil_div(height, rows);
-    tiles_w = ceil_div(width, columns);
-  }
-  int64_t count() const { return batch * tiles_h * tiles_w; }
-  Tile operator[](int64_t index) const {
-    Tile tile;
-    tile.w = index % tiles_w * columns;
-    index /= tiles_w;
-    tile.h = index % tiles_h * rows;
-    tile.n = index / tiles_h;
-    tile.rows = min64(rows, height - tile.h);
-    tile.columns = min64(columns, width - tile.w);
-    return tile;
-  }
-};
+// ------------------------------------------------------------------ shifted tiles
 
 // A run of channels that share one shift.
 struct ShiftedRun {
@@ -142,9 +112,9 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
                   int64_t w0, int64_t columns, int64_t height, int64_t width, T* destination,
                   int64_t channel_stride, int64_t row_stride) {
   for (const ShiftedRun& run : runs)
-    load_tile<S>(x, n, run.begin, run.end - run.begin, h0 + run.offset.dy, rows,
-                 w0 + run.offset.dx, columns, height, width,
-                 destination + run.begin * channel_stride, channel_stride, row_stride);
+    load_tile<S>(x, n, run.begin, run.end - run.begin, h0 + run.offset.dy, rows, w0 + run.offset.dx,
+                 columns, height, width, destination + run.begin * channel_stride, channel_stride,
+                 row_stride);
 }
 
 // The transposed shift of a tile of gradients, into dx. Columns and rows of dx that no pixel maps
@@ -185,13 +155,6 @@ void fill_uncovered(const ShiftedRuns& runs, const FeatureMap& dx, const Feature
   }
 }
 
-template <typename S, typename T>
-const T* load_vector(const void* source, int64_t count, T* destination) {
-  if (source == nullptr) return nullptr;
-  load_elements(static_cast<const S*>(source), 1, count, destination);
-  return destination;
-}
-
 constexpr int64_t kMaxColumns = 96;
 
 // ------------------------------------------------------------------ shift_conv2d
@@ -226,8 +189,8 @@ void forward(const ShiftConvParams& p, ParallelFor parallel) {
       for (int64_t c = 0; c < p.c_out; ++c)
         activate_row(p.activation, T(p.negative_slope), y + c * pixels, used);
       if (residual) {
-        load_tile<S>(p.residual, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height, p.width,
-                     r, pixels, stride);
+        load_tile<S>(p.residual, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height, p.width, r,
+                     pixels, stride);
         for (int64_t c = 0; c < p.c_out; ++c)
           for (int64_t i = 0; i < used; ++i) y[c * pixels + i] += r[c * pixels + i];
       }
@@ -252,8 +215,7 @@ void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
 
   Scratch shared(2 * Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
                  Scratch::bytes_for<T>(packed_size(p.c_in, p.c_out)) +
-                 Scratch::bytes_for<T>(p.c_out) +
-                 Scratch::bytes_for<T>(chunks.count * chunk_size));
+                 Scratch::bytes_for<T>(p.c_out) + Scratch::bytes_for<T>(chunks.count * chunk_size));
   const S* w = static_cast<const S*>(p.weight);
   const LeftOperand<T> weight =
       pack(w, p.c_in, 1, p.c_out, p.c_in, shared.take<T>(packed_size(p.c_out, p.c_in)));
@@ -295,8 +257,7 @@ void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
         if (want_dw)
           accumulate_inner_products(p.c_out, p.c_in, used, StridedRows<T>{dz, pixels},
                                     StridedRows<T>{x, pixels}, dw_sum, p.c_in);
-        if (want_db)
-          accumulate_row_sums(p.c_out, used, StridedRows<T>{dz, pixels}, db_sum);
+        if (want_db) accumulate_row_sums(p.c_out, used, StridedRows<T>{dz, pixels}, db_sum);
         if (want_dx) {
           product<T>(Start::kZero, p.c_in, p.c_out, used, weight_transposed,
                      StridedRows<T>{dz, pixels}, nullptr, dx, pixels);
@@ -511,8 +472,7 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
         if (want_dw0)
           accumulate_inner_products(p.c_hidden, p.c_in, used, StridedRows<T>{dz, pixels},
                                     StridedRows<T>{x, pixels}, dw0_sum, p.c_in);
-        if (want_db0)
-          accumulate_row_sums(p.c_hidden, used, StridedRows<T>{dz, pixels}, db0_sum);
+        if (want_db0) accumulate_row_sums(p.c_hidden, used, StridedRows<T>{dz, pixels}, db0_sum);
         if (want_dx) {
           product<T>(Start::kZero, p.c_in, p.c_hidden, used, w0_transposed,
                      StridedRows<T>{dz, pixels}, nullptr, dx, pixels);
@@ -520,8 +480,8 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
             // The residual's gradient at the target pixel: p + offset, in the haloed tile.
             for (const ShiftedRun& run : runs_in)
               for (int64_t c = run.begin; c < run.end; ++c) {
-                const T* direct = grad + c * halo_pixels + (1 + run.offset.dy) * stride + 1 +
-                                  run.offset.dx;
+                const T* direct =
+                    grad + c * halo_pixels + (1 + run.offset.dy) * stride + 1 + run.offset.dx;
                 for (int64_t i = 0; i < used; ++i) dx[c * pixels + i] += direct[i];
               }
           }

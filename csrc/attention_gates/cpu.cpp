@@ -1,0 +1,1153 @@
+// Attention gates on the CPU.
+//
+//   pixel_attention          y = x * sigmoid(W x + b)
+//   spatial_attention        y = u * sigmoid(conv([max_c u, mean_c u]) + b),  u = x
+//   pixel_spatial_attention  the same with u = pixel_attention(x)
+//   channel_attention        y = x * sigmoid(W_up relu(W_down z + b_down) + b_up),
+//                            z = mean_hw x (+ std_hw x)
+//   gated_conv1x1            y = W (gate * x) + b (+ residual)
+//
+// Every pass over a feature map is pointwise in the pixels, so a tile is one long run of pixels,
+// all channels, whatever the image's shape. What couples pixels happens between the passes, on
+// small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
+// (N, C). Backward recomputes what forward did not keep, which is everything but the inputs.
+//
+// Floor, float32, bytes per pixel (x, y and their gradients once each, per pass that must come
+// after the one before it): pixel_attention 8 C, spatial_attention and channel_attention 12 C,
+// pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
+// bound pixel_attention from C = 52 on. Measured fraction: unmeasured.
+//
+// Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
+// depends on the number of threads.
+#include "attention_gates/params.h"
+
+#include "common/tiling.h"
+
+namespace sr_kernels {
+namespace SR_KERNELS_ISA {
+namespace {
+
+template <typename T>
+SR_INLINE void zero_tail(T* rows, int64_t channels, int64_t row_stride, int64_t columns) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = columns; i < row_stride; ++i) rows[c * row_stride + i] = T(0);
+}
+
+template <typename S>
+LeftOperand<typename Compute<S>::type> pack_weight(const void* weight, int64_t rows,
+                                                   int64_t columns, bool transposed,
+                                                   typename Compute<S>::type* destination) {
+  const S* source = static_cast<const S*>(weight);
+  return transposed ? pack(source, 1, columns, columns, rows, destination)
+                    : pack(source, columns, 1, rows, columns, destination);
+}
+
+// ------------------------------------------------------------------ pixel gate
+
+// Rows in scratch are whole vectors long: row_stride is a multiple of the vector width.
+template <typename T>
+struct PixelGate {
+  int64_t channels;
+  LeftOperand<T> weight, weight_transposed;  // the second for backward() alone
+  const T* bias;
+
+  // gate <- sigmoid(W x + b). Not inlined: backward passes that compare a recomputed maximum with
+  // its channels rely on equal bits wherever this runs.
+  __attribute__((noinline)) void evaluate(const T* x, int64_t row_stride, T* gate) const {
+    product(bias != nullptr ? Start::kBias : Start::kZero, channels, channels, row_stride, weight,
+            StridedRows<T>{x, row_stride}, bias, gate, row_stride);
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
+      store<T>(gate + i, sigmoid(load(gate + i)));
+  }
+  __attribute__((noinline)) void apply(const T* x, const T* gate, int64_t row_stride, T* y) const {
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
+      store<T>(y + i, load(x + i) * load(gate + i));
+  }
+  // gradient: of y = x * gate on entry, of the gate's argument W x + b on return. dx <- the
+  // gradient of x, both paths.
+  void backward(const T* x, const T* gate, int64_t columns, int64_t row_stride, T* gradient, T* dx,
+                bool want_dx) const {
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width) {
+      const Vec<T> g = load(gradient + i), s = load(gate + i);
+      store<T>(dx + i, g * s);
+      store<T>(gradient + i, g * load(x + i) * (1 - s) * s);
+    }
+    zero_tail(gradient, channels, row_stride, columns);  // a NaN weight would have left NaN there
+    if (want_dx)
+      product<T>(Start::kAccumulate, channels, channels, row_stride, weight_transposed,
+                 StridedRows<T>{gradient, row_stride}, nullptr, dx, row_stride);
+  }
+};
+
+template <typename S>
+void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  PixelAttentionParams p = params;
+  const PixelRows image(p.height, p.width, {&p.x, &p.y});
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns);
+
+  Scratch shared(Scratch::bytes_for<T>(packed_size(p.channels, p.channels)) +
+                 Scratch::bytes_for<T>(p.channels));
+  PixelGate<T> pixel{};
+  pixel.channels = p.channels;
+  pixel.weight = pack_weight<S>(p.weight, p.channels, p.channels, false,
+                                shared.take<T>(packed_size(p.channels, p.channels)));
+  pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(2 * Scratch::bytes_for<T>(p.channels * stride));
+    T* x = scratch.take<T>(p.channels * stride);
+    T* gate = scratch.take<T>(p.channels * stride);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                   stride, stride);
+      pixel.evaluate(x, stride, gate);
+      pixel.apply(x, gate, stride, gate);
+      store_tile<S>(gate, stride, stride, p.y, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
+                    image.height, image.width);
+    }
+  });
+}
+
+template <typename S>
+void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  PixelAttentionBackwardParams b = params;
+  const PixelAttentionParams& p = b.forward;
+  const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t weight_size = p.channels * p.channels, packed = packed_size(p.channels, p.channels);
+  const Chunks chunks(tiling.count());
+  const int64_t chunk_size = weight_size + p.channels;  // dW, then db
+  const bool want_dx = b.dx.data != nullptr;
+
+  Scratch shared(2 * Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.channels) +
+                 Scratch::bytes_for<T>(chunks.count * chunk_size));
+  PixelGate<T> pixel{};
+  pixel.channels = p.channels;
+  pixel.weight =
+      pack_weight<S>(p.weight, p.channels, p.channels, false, shared.take<T>(packed));
+  pixel.weight_transposed =
+      pack_weight<S>(p.weight, p.channels, p.channels, true, shared.take<T>(packed));
+  pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
+  T* partial = shared.take<T>(chunks.count * chunk_size);
+
+  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+    Scratch scratch(4 * Scratch::bytes_for<T>(size));
+    T* x = scratch.take<T>(size);
+    T* gate = scratch.take<T>(size);
+    T* gradient = scratch.take<T>(size);
+    T* dx = scratch.take<T>(size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      T* dw_sum = partial + chunk * chunk_size;
+      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+        const Tile t = tiling[index];
+        load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                     stride, stride);
+        load_tile<S>(b.grad, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width,
+                     gradient, stride, stride);
+        pixel.evaluate(x, stride, gate);
+        pixel.backward(x, gate, t.columns, stride, gradient, dx, want_dx);
+        if (want_dx)
+          store_tile<S>(dx, stride, stride, b.dx, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
+                        image.height, image.width);
+        if (b.dweight != nullptr)
+          accumulate_inner_products(p.channels, p.channels, stride,
+                                    StridedRows<T>{gradient, stride}, StridedRows<T>{x, stride},
+                                    dw_sum, p.channels);
+        if (b.dbias != nullptr)
+          accumulate_row_sums(p.channels, stride, StridedRows<T>{gradient, stride},
+                              dw_sum + weight_size);
+      }
+    }
+  });
+  if (b.dweight != nullptr)
+    reduce_chunks(partial, chunks.count, chunk_size, weight_size, static_cast<S*>(b.dweight));
+  if (b.dbias != nullptr)
+    reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.channels,
+                  static_cast<S*>(b.dbias));
+}
+
+// ------------------------------------------------------------------ spatial gate
+
+// Planes of the workspace. The backward ones overwrite what is no longer read.
+enum : int64_t {
+  kMaximum = 0,
+  kMean = 1,
+  kGate = 2,          // sigmoid(conv + b)
+  kGateGradient = 3,  // sum_c grad * u, then the gradient of conv + b
+  kTies = 4,          // how many channels share the maximum
+  kMeanGradient = kMean,     // divided by C
+  kMaximumGradient = kTies,  // divided by the number of ties
+};
+
+template <typename T>
+struct Planes {
+  T* data;
+  int64_t count, height, width;
+  T* row(int64_t n, int64_t plane, int64_t pixel) const {
+    return data + (n * count + plane) * height * width + pixel;
+  }
+  FeatureMap map() const {
+    return {data, count * height * width, height * width, width, 1};
+  }
+};
+
+// maximum and mean over the channels of one run of pixels. NaN passes, as in torch.amax.
+template <typename T>
+void channel_statistics(StridedRows<T> x, int64_t channels, int64_t columns, T* max_row,
+                        T* mean_row) {
+  sweep<T>(columns, [&](int64_t i, auto tag) {
+    using V = decltype(tag);
+    const V v = get<V>(x[0] + i);
+    put(max_row + i, v);
+    put(mean_row + i, v);
+  });
+  int64_t c = 1;
+  for (; c + 4 <= channels; c += 4) {
+    const T *x0 = x[c], *x1 = x[c + 1], *x2 = x[c + 2], *x3 = x[c + 3];
+    sweep<T>(columns, [&](int64_t i, auto tag) {
+      using V = decltype(tag);
+      const V v0 = get<V>(x0 + i), v1 = get<V>(x1 + i), v2 = get<V>(x2 + i), v3 = get<V>(x3 + i);
+      const V largest = maximum(maximum(v0, v1), maximum(v2, v3));
+      put(max_row + i, maximum(get<V>(max_row + i), largest));
+      put(mean_row + i, get<V>(mean_row + i) + ((v0 + v1) + (v2 + v3)));
+    });
+  }
+  for (; c < channels; ++c) {
+    const T* row = x[c];
+    sweep<T>(columns, [&](int64_t i, auto tag) {
+      using V = decltype(tag);
+      const V v = get<V>(row + i);
+      put(max_row + i, maximum(get<V>(max_row + i), v));
+      put(mean_row + i, get<V>(mean_row + i) + v);
+    });
+  }
+  sweep<T>(columns, [&](int64_t i, auto tag) {
+    using V = decltype(tag);
+    put(mean_row + i, get<V>(mean_row + i) / T(channels));
+  });
+}
+
+// out[i] = start + sum over planes and taps of weight[plane][ky][kx] * source[plane][ky][i + kx]
+// for one row of whole vectors.
+template <typename T, int V>
+SR_INLINE void convolve_vectors(const T* source, int64_t plane_stride, int64_t row_stride,
+                                int64_t planes, const T* weight, int64_t kernel, T start, T* out) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> sum[V];
+  for (int j = 0; j < V; ++j) sum[j] = broadcast(start);
+  for (int64_t plane = 0; plane < planes; ++plane)
+    for (int64_t ky = 0; ky < kernel; ++ky) {
+      const T* row = source + plane * plane_stride + ky * row_stride;
+      for (int64_t kx = 0; kx < kernel; ++kx) {
+        const Vec<T> w = broadcast(weight[(plane * kernel + ky) * kernel + kx]);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sum[j] += w * load(row + kx + j * W);
+      }
+    }
+  for (int j = 0; j < V; ++j) store(out + j * W, sum[j]);
+}
+
+template <typename T>
+void convolve_row(const T* source, int64_t plane_stride, int64_t row_stride, int64_t planes,
+                  const T* weight, int64_t kernel, T start, T* out, int64_t columns) {
+  constexpr int W = Simd<T>::width;
+  int64_t i = 0;
+  for (; i + 3 * W < columns; i += 4 * W)
+    convolve_vectors<T, 4>(source + i, plane_stride, row_stride, planes, weight, kernel, start,
+                           out + i);
+  for (; i < columns; i += W)
+    convolve_vectors<T, 1>(source + i, plane_stride, row_stride, planes, weight, kernel, start,
+                           out + i);
+}
+
+constexpr int64_t kMapRows = 16, kMapColumns = 128;
+
+// gate <- sigmoid(conv([maximum, mean]) + b), plane to plane.
+template <typename T>
+void evaluate_spatial_gate(const Planes<T>& planes, int64_t batch, const T* weight, T bias,
+                           int64_t kernel, ParallelFor parallel) {
+  const Tiling tiling(batch, planes.height, planes.width, kMapRows, kMapColumns);
+  const int64_t reach = kernel / 2, columns = padded<T>(tiling.columns);
+  const int64_t stride = padded<T>(columns + 2 * reach);
+  const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(columns));
+    T* statistics = scratch.take<T>(2 * plane_stride);
+    T* gate = scratch.take<T>(columns);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach, t.w - reach,
+                   t.columns + 2 * reach, planes.height, planes.width, statistics, plane_stride,
+                   stride);
+      for (int64_t r = 0; r < t.rows; ++r) {
+        convolve_row(statistics + r * stride, plane_stride, stride, 2, weight, kernel, bias, gate,
+                     t.columns);
+        for (int64_t i = 0; i < t.columns; i += Simd<T>::width)
+          store<T>(gate + i, sigmoid(load(gate + i)));
+        std::memcpy(planes.row(t.n, kGate, (t.h + r) * planes.width + t.w), gate,
+                    static_cast<size_t>(t.columns) * sizeof(T));
+      }
+    }
+  });
+}
+
+// What both directions need to know about the two weights.
+template <typename S>
+struct SpatialWeights {
+  using T = typename Compute<S>::type;
+  PixelGate<T> pixel{};
+  const T* weight;  // (2, kernel, kernel)
+  T bias;
+
+  static int64_t bytes(const SpatialAttentionParams& p) {
+    return 2 * Scratch::bytes_for<T>(packed_size(p.channels, p.channels)) +
+           Scratch::bytes_for<T>(p.channels) + Scratch::bytes_for<T>(2 * p.kernel * p.kernel);
+  }
+  SpatialWeights(const SpatialAttentionParams& p, Scratch& scratch) {
+    const int64_t taps = 2 * p.kernel * p.kernel, packed = packed_size(p.channels, p.channels);
+    weight = load_vector<S>(p.weight, taps, scratch.take<T>(taps));
+    bias = p.bias != nullptr ? to_compute(*static_cast<const S*>(p.bias)) : T(0);
+    pixel.channels = p.channels;
+    if (p.pixel_weight == nullptr) return;
+    pixel.weight =
+        pack_weight<S>(p.pixel_weight, p.channels, p.channels, false, scratch.take<T>(packed));
+    pixel.weight_transposed =
+        pack_weight<S>(p.pixel_weight, p.channels, p.channels, true, scratch.take<T>(packed));
+    pixel.bias = load_vector<S>(p.pixel_bias, p.channels, scratch.take<T>(p.channels));
+  }
+};
+
+// y = x * gate, one gate value a pixel; x may be y.
+template <typename S>
+void multiply_by_pixel_gate(const FeatureMap& x, const FeatureMap& y, const PixelRows& image,
+                            int64_t channels, const Planes<typename Compute<S>::type>& planes,
+                            int64_t batch, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const Tiling tiling(batch, image.height, image.width, 1, run_length<T>(channels));
+  const bool pixel_by_pixel = x.stride_c == 1 && y.stride_c == 1 && channels > 1;
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const T* gate = planes.row(t.n, kGate, t.h * image.width + t.w);
+      if (pixel_by_pixel) {
+        for (int64_t i = 0; i < t.columns; ++i) {
+          const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
+          S* target = at<S>(y, t.n, 0, t.h, t.w + i);
+          const T g = gate[i];
+          for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const S* source = at<S>(x, t.n, c, t.h, t.w);
+        S* target = at<S>(y, t.n, c, t.h, t.w);
+        if (x.stride_w == 1 && y.stride_w == 1)
+          for (int64_t i = 0; i < t.columns; ++i)
+            from_compute(to_compute(source[i]) * gate[i], target + i);
+        else
+          for (int64_t i = 0; i < t.columns; ++i)
+            from_compute(to_compute(source[i * x.stride_w]) * gate[i], target + i * y.stride_w);
+      }
+    }
+  });
+}
+
+template <typename S>
+void spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  SpatialAttentionParams p = params;
+  const Planes<T> planes{static_cast<T*>(p.workspace), p.kForwardPlanes, p.height, p.width};
+  const PixelRows image(p.height, p.width, {&p.x, &p.y});
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const bool pixel = p.pixel_weight != nullptr;
+  Scratch shared(SpatialWeights<S>::bytes(p));
+  const SpatialWeights<S> weights(p, shared);
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(2 * Scratch::bytes_for<T>(size));
+    T* x = scratch.take<T>(size);
+    T* u = scratch.take<T>(size);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const int64_t first = t.h * image.width + t.w;
+      StridedRows<T> rows{u, stride};
+      if (pixel) {
+        load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                     stride, stride);
+        weights.pixel.evaluate(x, stride, u);
+        weights.pixel.apply(x, u, stride, u);
+        store_tile<S>(u, stride, stride, p.y, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
+                      image.height, image.width);
+      } else {
+        rows = view_run<S>(p.x, t, p.channels, image.height, image.width, x, stride);
+      }
+      channel_statistics(rows, p.channels, t.columns, planes.row(t.n, kMaximum, first),
+                         planes.row(t.n, kMean, first));
+    }
+  });
+  evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
+  multiply_by_pixel_gate<S>(pixel ? p.y : p.x, p.y, image, p.channels, planes, p.batch, parallel);
+}
+
+// With s the gate, a = conv + b its argument, m and e the maximum and mean planes:
+//   da = (sum_c grad u) s (1 - s)      dm, de = conv^T(da)      db = sum da
+//   dw[plane, k] = sum_p da[p] plane[p + k]
+//   du = grad s + de / C + [u = m] dm / (number of ties)
+// and, where there is a pixel gate, from du as in pixel_attention.
+template <typename S>
+void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  SpatialAttentionBackwardParams b = params;
+  const SpatialAttentionParams& p = b.forward;
+  const Planes<T> planes{static_cast<T*>(p.workspace), p.kBackwardPlanes, p.height, p.width};
+  const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const bool pixel = p.pixel_weight != nullptr;
+  const bool want_dx = b.dx.data != nullptr;
+  const bool want_du = want_dx || b.dpixel_weight != nullptr || b.dpixel_bias != nullptr;
+  Scratch shared(SpatialWeights<S>::bytes(p));
+  const SpatialWeights<S> weights(p, shared);
+
+  const auto load_run = [&](const FeatureMap& map, const Tile& t, T* destination) {
+    load_tile<S>(map, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width,
+                 destination, stride, stride);
+  };
+
+  // Statistics, ties and sum_c grad u.
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(3 * Scratch::bytes_for<T>(size));
+    T* x = scratch.take<T>(size);
+    T* u = scratch.take<T>(size);
+    T* gradient = scratch.take<T>(size);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const int64_t first = t.h * image.width + t.w;
+      StridedRows<T> rows{u, stride};
+      if (pixel) {
+        load_run(p.x, t, x);
+        weights.pixel.evaluate(x, stride, u);
+        weights.pixel.apply(x, u, stride, u);
+      } else {
+        rows = view_run<S>(p.x, t, p.channels, image.height, image.width, x, stride);
+      }
+      const StridedRows<T> grad =
+          view_run<S>(b.grad, t, p.channels, image.height, image.width, gradient, stride);
+      T* max_row = planes.row(t.n, kMaximum, first);
+      T* gate_gradient = planes.row(t.n, kGateGradient, first);
+      T* ties = planes.row(t.n, kTies, first);
+      channel_statistics(rows, p.channels, t.columns, max_row, planes.row(t.n, kMean, first));
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const T *u_row = rows[c], *grad_row = grad[c];
+        sweep<T>(t.columns, [&](int64_t i, auto tag) {
+          using V = decltype(tag);
+          const V v = get<V>(u_row + i), zero = V{}, one = zero + T(1);
+          const V equal = v == get<V>(max_row + i) ? one : zero;
+          const V product = get<V>(grad_row + i) * v;
+          put(ties + i, c == 0 ? equal : get<V>(ties + i) + equal);
+          put(gate_gradient + i, c == 0 ? product : get<V>(gate_gradient + i) + product);
+        });
+      }
+    }
+  });
+  evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
+
+  // da, and with it the gradients of the convolution's weight and bias.
+  const Tiling map_tiling(p.batch, p.height, p.width, kMapRows, kMapColumns);
+  const int64_t reach = p.kernel / 2, taps = p.kernel * p.kernel;
+  const int64_t map_columns = padded<T>(map_tiling.columns);
+  const int64_t map_stride = padded<T>(map_columns + 2 * reach);
+  const int64_t plane_stride = (map_tiling.rows + 2 * reach) * map_stride;
+  const bool want_dw = b.dweight != nullptr;
+  {
+    const Chunks chunks(map_tiling.count());
+    const int64_t chunk_size = 2 * taps + 1;
+    Scratch sums(Scratch::bytes_for<T>(chunks.count * chunk_size));
+    T* partial = sums.take<T>(chunks.count * chunk_size);
+    parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+      Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) +
+                      Scratch::bytes_for<T>(map_tiling.rows * map_columns));
+      T* statistics = scratch.take<T>(2 * plane_stride);
+      T* da = scratch.take<T>(map_tiling.rows * map_columns);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        T* dw_sum = partial + chunk * chunk_size;
+        for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+          const Tile t = map_tiling[index];
+          for (int64_t r = 0; r < t.rows; ++r) {
+            const int64_t pixel_index = (t.h + r) * p.width + t.w;
+            T* gate_gradient = planes.row(t.n, kGateGradient, pixel_index);
+            const T* gate = planes.row(t.n, kGate, pixel_index);
+            T* da_row = da + r * map_columns;
+            for (int64_t i = 0; i < t.columns; ++i) {
+              gate_gradient[i] = gate_gradient[i] * (1 - gate[i]) * gate[i];
+              da_row[i] = gate_gradient[i];
+            }
+            for (int64_t i = t.columns; i < map_columns; ++i) da_row[i] = T(0);
+          }
+          if (b.dbias != nullptr)
+            accumulate_row_sums(1, t.rows * map_columns, StridedRows<T>{da, 0}, dw_sum + 2 * taps);
+          if (!want_dw) continue;
+          load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach,
+                       t.w - reach, t.columns + 2 * reach, p.height, p.width, statistics,
+                       plane_stride, map_stride);
+          for (int64_t tap = 0; tap < 2 * taps; ++tap) {
+            const T* source = statistics + tap / taps * plane_stride +
+                              tap % taps / p.kernel * map_stride + tap % p.kernel;
+            Vec<T> sum{};
+            for (int64_t r = 0; r < t.rows; ++r)
+              for (int64_t i = 0; i < map_columns; i += Simd<T>::width)
+                sum += load(da + r * map_columns + i) * load(source + r * map_stride + i);
+            dw_sum[tap] += horizontal_sum<T>(sum);
+          }
+        }
+      }
+    });
+    if (want_dw)
+      reduce_chunks(partial, chunks.count, chunk_size, 2 * taps, static_cast<S*>(b.dweight));
+    if (b.dbias != nullptr)
+      reduce_chunks(partial + 2 * taps, chunks.count, chunk_size, 1, static_cast<S*>(b.dbias));
+  }
+  if (!want_du) return;
+
+  // conv^T(da): the convolution of da with the mirrored weight.
+  {
+    Scratch mirrored_scratch(Scratch::bytes_for<T>(2 * taps));
+    T* mirrored = mirrored_scratch.take<T>(2 * taps);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      mirrored[tap] = weights.weight[taps - 1 - tap];
+      mirrored[taps + tap] = weights.weight[2 * taps - 1 - tap];
+    }
+    parallel_for(parallel, map_tiling.count(), [&](int64_t begin, int64_t end) {
+      Scratch scratch(Scratch::bytes_for<T>(plane_stride) + Scratch::bytes_for<T>(map_columns));
+      T* da = scratch.take<T>(plane_stride);
+      T* row = scratch.take<T>(map_columns);
+      for (int64_t index = begin; index < end; ++index) {
+        const Tile t = map_tiling[index];
+        load_tile<T>(planes.map(), t.n, kGateGradient, 1, t.h - reach, t.rows + 2 * reach,
+                     t.w - reach, t.columns + 2 * reach, p.height, p.width, da, plane_stride,
+                     map_stride);
+        for (int64_t r = 0; r < t.rows; ++r) {
+          const int64_t pixel_index = (t.h + r) * p.width + t.w;
+          T* max_gradient = planes.row(t.n, kMaximumGradient, pixel_index);
+          convolve_row(da + r * map_stride, plane_stride, map_stride, 1, mirrored, p.kernel, T(0),
+                       row, t.columns);
+          for (int64_t i = 0; i < t.columns; ++i) max_gradient[i] = row[i] / max_gradient[i];
+          T* mean_gradient = planes.row(t.n, kMeanGradient, pixel_index);
+          convolve_row(da + r * map_stride, plane_stride, map_stride, 1, mirrored + taps, p.kernel,
+                       T(0), row, t.columns);
+          for (int64_t i = 0; i < t.columns; ++i) mean_gradient[i] = row[i] / T(p.channels);
+        }
+      }
+    });
+  }
+
+  // du, and from it dx and the pixel gate's gradients.
+  const Chunks chunks(tiling.count());
+  const int64_t weight_size = pixel ? p.channels * p.channels : 0;
+  const int64_t chunk_size = pixel ? weight_size + p.channels : 0;  // dW, then db
+  Scratch sums(Scratch::bytes_for<T>(chunks.count * chunk_size));
+  T* partial = sums.take<T>(chunks.count * chunk_size);
+  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+    Scratch scratch(5 * Scratch::bytes_for<T>(size));
+    T* x = scratch.take<T>(size);
+    T* gate = scratch.take<T>(size);
+    T* u = scratch.take<T>(size);
+    T* du = scratch.take<T>(size);
+    T* dx = scratch.take<T>(size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      T* dw_sum = partial + chunk * chunk_size;
+      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+        const Tile t = tiling[index];
+        const int64_t first = t.h * image.width + t.w;
+        StridedRows<T> rows{u, stride};
+        if (pixel) {
+          load_run(p.x, t, x);
+          weights.pixel.evaluate(x, stride, gate);
+          weights.pixel.apply(x, gate, stride, u);
+        } else {
+          rows = view_run<S>(p.x, t, p.channels, image.height, image.width, x, stride);
+        }
+        load_run(b.grad, t, du);
+        const T* s = planes.row(t.n, kGate, first);
+        const T* max_row = planes.row(t.n, kMaximum, first);
+        const T* max_gradient = planes.row(t.n, kMaximumGradient, first);
+        const T* mean_gradient = planes.row(t.n, kMeanGradient, first);
+        for (int64_t c = 0; c < p.channels; ++c) {
+          const T* u_row = rows[c];
+          T* du_row = du + c * stride;
+          sweep<T>(t.columns, [&](int64_t i, auto tag) {
+            using V = decltype(tag);
+            const V zero = V{}, one = zero + T(1);
+            const V equal = get<V>(u_row + i) == get<V>(max_row + i) ? one : zero;
+            put(du_row + i, get<V>(du_row + i) * get<V>(s + i) + get<V>(mean_gradient + i) +
+                                equal * get<V>(max_gradient + i));
+          });
+        }
+        if (pixel) weights.pixel.backward(x, gate, t.columns, stride, du, dx, want_dx);
+        if (want_dx)
+          store_tile<S>(pixel ? dx : du, stride, stride, b.dx, t.n, 0, p.channels, t.h, 1, t.w,
+                        t.columns, image.height, image.width);
+        if (b.dpixel_weight != nullptr)
+          accumulate_inner_products(p.channels, p.channels, stride, StridedRows<T>{du, stride},
+                                    StridedRows<T>{x, stride}, dw_sum, p.channels);
+        if (b.dpixel_bias != nullptr)
+          accumulate_row_sums(p.channels, stride, StridedRows<T>{du, stride},
+                              dw_sum + weight_size);
+      }
+    }
+  });
+  if (b.dpixel_weight != nullptr)
+    reduce_chunks(partial, chunks.count, chunk_size, weight_size,
+                  static_cast<S*>(b.dpixel_weight));
+  if (b.dpixel_bias != nullptr)
+    reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.channels,
+                  static_cast<S*>(b.dpixel_bias));
+}
+
+// ------------------------------------------------------------------ channel gate
+
+// Sums over one run of pixels of one channel.
+struct Moments {
+  double count, sum;
+  double squares;   // of the deviations from this run's mean
+  double dot;       // sum of gradient * x
+  bool constant;    // every pixel equals the channel's first
+};
+
+template <typename T>
+SR_INLINE double wide_sum(Vec<T> v) {
+  double sum = 0;
+  for (int i = 0; i < Simd<T>::width; ++i) sum += static_cast<double>(v[i]);
+  return sum;
+}
+
+// Lanes are summed in T (a run is short), their totals in float64. The deviations are taken from
+// the run's own mean, corrected for that mean's rounding: no cancellation, however large the mean.
+template <typename T>
+Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast) {
+  constexpr int W = Simd<T>::width;
+  const int64_t whole = count / (2 * W) * (2 * W);
+  Moments m{static_cast<double>(count), 0, 0, 0, true};
+  Vec<T> sum0{}, sum1{}, dot0{}, dot1{};
+  for (int64_t i = 0; i < whole; i += 2 * W) {
+    const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
+    sum0 += v0;
+    sum1 += v1;
+    if (grad != nullptr) {
+      dot0 += v0 * load(grad + i);
+      dot1 += v1 * load(grad + i + W);
+    }
+  }
+  m.sum = wide_sum<T>(sum0) + wide_sum<T>(sum1);
+  m.dot = wide_sum<T>(dot0) + wide_sum<T>(dot1);
+  for (int64_t i = whole; i < count; ++i) {
+    m.sum += static_cast<double>(x[i]);
+    if (grad != nullptr) m.dot += static_cast<double>(x[i]) * static_cast<double>(grad[i]);
+  }
+  if (!contrast) return m;
+
+  const T mean = static_cast<T>(m.sum / m.count);
+  Vec<T> rest0{}, rest1{}, squares0{}, squares1{}, different{};
+  for (int64_t i = 0; i < whole; i += 2 * W) {
+    const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
+    const Vec<T> d0 = v0 - mean, d1 = v1 - mean, zero{}, one = broadcast(T(1));
+    rest0 += d0;
+    rest1 += d1;
+    squares0 += d0 * d0;
+    squares1 += d1 * d1;
+    different += (v0 == first) & (v1 == first) ? zero : one;
+  }
+  double rest = wide_sum<T>(rest0) + wide_sum<T>(rest1);
+  double squares = wide_sum<T>(squares0) + wide_sum<T>(squares1);
+  m.constant = wide_sum<T>(different) == 0;
+  for (int64_t i = whole; i < count; ++i) {
+    const double d = static_cast<double>(x[i]) - static_cast<double>(mean);
+    rest += d;
+    squares += d * d;
+    m.constant = m.constant && x[i] == first;
+  }
+  if (std::isfinite(rest)) m.sum = m.count * static_cast<double>(mean) + rest;
+  m.squares = squares - rest * rest / m.count;
+  return m;
+}
+
+// The statistic of one channel of one image.
+struct ChannelStatistic {
+  double mean, deviation;  // deviation is 0 unless contrast
+  double dot;              // sum over the pixels of gradient * x
+};
+
+// statistics (N, C). With grad.data nullptr dot is 0.
+template <typename S>
+void channel_statistics_of(const ChannelAttentionParams& p, const FeatureMap& grad,
+                           const PixelRows& image, ChannelStatistic* statistics,
+                           ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t runs = tiling.tiles_h * tiling.tiles_w;  // of one image
+  Scratch sums(Scratch::bytes_for<Moments>(p.batch * runs * p.channels));
+  Moments* moments = sums.take<Moments>(p.batch * runs * p.channels);  // (N, runs, C)
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(2 * Scratch::bytes_for<T>(size));
+    T* x_tile = scratch.take<T>(size);
+    T* grad_tile = scratch.take<T>(size);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const StridedRows<T> x =
+          view_run<S>(p.x, t, p.channels, image.height, image.width, x_tile, stride);
+      StridedRows<T> g{nullptr, 0};
+      if (grad.data != nullptr)
+        g = view_run<S>(grad, t, p.channels, image.height, image.width, grad_tile, stride);
+      for (int64_t c = 0; c < p.channels; ++c)
+        moments[index * p.channels + c] =
+            run_moments(x[c], g.data != nullptr ? g[c] : nullptr, t.columns,
+                        to_compute(*at<S>(p.x, t.n, c, 0, 0)), p.contrast);
+    }
+  });
+  parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+    const double pixels = static_cast<double>(image.height) * static_cast<double>(image.width);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t n = index / p.channels, c = index % p.channels;
+      const Moments* m = moments + n * runs * p.channels + c;
+      ChannelStatistic result{0, 0, 0};
+      bool constant = true;
+      for (int64_t run = 0; run < runs; ++run) {
+        result.mean += m[run * p.channels].sum;
+        result.dot += m[run * p.channels].dot;
+        constant = constant && m[run * p.channels].constant;
+      }
+      result.mean /= pixels;
+      if (p.contrast) {
+        double squares = 0;
+        for (int64_t run = 0; run < runs; ++run) {
+          const Moments& r = m[run * p.channels];
+          const double d = r.sum / r.count - result.mean;
+          squares += r.squares + r.count * d * d;
+        }
+        // A NaN variance (an infinite pixel) counts as not positive, as in the definition.
+        const double variance = squares / pixels;
+        if (constant)
+          result.mean = static_cast<double>(to_compute(*at<S>(p.x, n, c, 0, 0)));
+        else if (variance > 0)
+          result.deviation = std::sqrt(variance);
+      }
+      statistics[index] = result;
+    }
+  });
+}
+
+// The two products between statistic and gate, in float64: they are a few thousand operations.
+struct GateNetwork {
+  int64_t channels, hidden;
+  double *w_down, *b_down, *w_up, *b_up;  // absent biases are zero
+
+  static int64_t count(const ChannelAttentionParams& p) {
+    return 2 * p.channels * p.hidden + p.channels + p.hidden;
+  }
+  GateNetwork(const ChannelAttentionParams& p, double* memory)
+      : channels(p.channels),
+        hidden(p.hidden),
+        w_down(memory),
+        b_down(w_down + p.channels * p.hidden),
+        w_up(b_down + p.hidden),
+        b_up(w_up + p.channels * p.hidden) {}
+  template <typename S>
+  void load_from(const ChannelAttentionParams& p) {
+    const auto copy = [](const void* source, int64_t size, double* destination) {
+      for (int64_t i = 0; i < size; ++i)
+        destination[i] =
+            source == nullptr ? 0.0
+                              : static_cast<double>(to_compute(static_cast<const S*>(source)[i]));
+    };
+    copy(p.w_down, channels * hidden, w_down);
+    copy(p.b_down, hidden, b_down);
+    copy(p.w_up, channels * hidden, w_up);
+    copy(p.b_up, channels, b_up);
+  }
+  // z (C) -> before (hidden), the hidden values before relu, and gate (C).
+  void evaluate(const double* z, double* before, double* gate) const {
+    for (int64_t r = 0; r < hidden; ++r) {
+      before[r] = b_down[r];
+      for (int64_t c = 0; c < channels; ++c) before[r] += w_down[r * channels + c] * z[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = b_up[c];
+      for (int64_t r = 0; r < hidden; ++r) sum += w_up[c * hidden + r] * relu(before[r]);
+      gate[c] = 1 / (1 + std::exp(-sum));
+    }
+  }
+  // dgate (C) becomes the gradient of sigmoid's argument; dz (C); sums gathers the four gradients.
+  void backward(const double* z, const double* before, const double* gate, double* dgate,
+                double* dbefore, double* dz, GateNetwork& sums) const {
+    for (int64_t r = 0; r < hidden; ++r) dbefore[r] = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      dgate[c] = dgate[c] * (1 - gate[c]) * gate[c];
+      sums.b_up[c] += dgate[c];
+      for (int64_t r = 0; r < hidden; ++r) {
+        sums.w_up[c * hidden + r] += dgate[c] * relu(before[r]);
+        dbefore[r] += dgate[c] * w_up[c * hidden + r];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) dz[c] = 0;
+    for (int64_t r = 0; r < hidden; ++r) {
+      if (before[r] <= 0) dbefore[r] = 0;
+      sums.b_down[r] += dbefore[r];
+      for (int64_t c = 0; c < channels; ++c) {
+        sums.w_down[r * channels + c] += dbefore[r] * z[c];
+        dz[c] += dbefore[r] * w_down[r * channels + c];
+      }
+    }
+  }
+  static double relu(double v) { return v < 0 ? 0 : v; }  // NaN passes
+};
+
+// y = x * gate, one gate value a channel and image, gate (N, C).
+template <typename S>
+void multiply_by_channel_gate(const ChannelAttentionParams& p, const PixelRows& image,
+                              const typename Compute<S>::type* gates, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const bool pixel_by_pixel = p.x.stride_c == 1 && p.y.stride_c == 1 && p.channels > 1;
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const T* gate = gates + t.n * p.channels;
+      if (pixel_by_pixel) {
+        for (int64_t i = 0; i < t.columns; ++i) {
+          const S* source = at<S>(p.x, t.n, 0, t.h, t.w + i);
+          S* target = at<S>(p.y, t.n, 0, t.h, t.w + i);
+          for (int64_t c = 0; c < p.channels; ++c)
+            from_compute(to_compute(source[c]) * gate[c], target + c);
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const S* source = at<S>(p.x, t.n, c, t.h, t.w);
+        S* target = at<S>(p.y, t.n, c, t.h, t.w);
+        const T g = gate[c];
+        if (p.x.stride_w == 1 && p.y.stride_w == 1)
+          for (int64_t i = 0; i < t.columns; ++i)
+            from_compute(to_compute(source[i]) * g, target + i);
+        else
+          for (int64_t i = 0; i < t.columns; ++i)
+            from_compute(to_compute(source[i * p.x.stride_w]) * g, target + i * p.y.stride_w);
+      }
+    }
+  });
+}
+
+template <typename S>
+void channel_forward(const ChannelAttentionParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  ChannelAttentionParams p = params;
+  const PixelRows image(p.height, p.width, {&p.x, &p.y});
+  const int64_t gate_count = p.batch * p.channels;
+  Scratch shared(Scratch::bytes_for<ChannelStatistic>(gate_count) +
+                 Scratch::bytes_for<double>(GateNetwork::count(p)) +
+                 2 * Scratch::bytes_for<double>(p.channels) + Scratch::bytes_for<double>(p.hidden) +
+                 Scratch::bytes_for<T>(gate_count));
+  ChannelStatistic* statistics = shared.take<ChannelStatistic>(gate_count);
+  GateNetwork network(p, shared.take<double>(GateNetwork::count(p)));
+  double* z = shared.take<double>(p.channels);
+  double* gate = shared.take<double>(p.channels);
+  double* before = shared.take<double>(p.hidden);
+  T* gates = shared.take<T>(gate_count);
+
+  network.load_from<S>(p);
+  channel_statistics_of<S>(p, FeatureMap{}, image, statistics, parallel);
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const ChannelStatistic& s = statistics[n * p.channels + c];
+      z[c] = s.mean + s.deviation;
+    }
+    network.evaluate(z, before, gate);
+    for (int64_t c = 0; c < p.channels; ++c) gates[n * p.channels + c] = static_cast<T>(gate[c]);
+  }
+  if (p.gate != nullptr) store_elements(gates, gate_count, static_cast<S*>(p.gate), 1);
+  if (p.y.data != nullptr) multiply_by_channel_gate<S>(p, image, gates, parallel);
+}
+
+// dx = grad gate + dz (1 / P + (x - mean) / (P deviation)) for P pixels; the last term is absent
+// where the deviation is 0, and the first where grad is the gate's.
+template <typename S>
+void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  ChannelAttentionBackwardParams b = params;
+  const ChannelAttentionParams& p = b.forward;
+  FeatureMap grad = b.grad_of_gate ? FeatureMap{} : b.grad;
+  const PixelRows image(p.height, p.width, {&b.forward.x, &grad, &b.dx});
+  const int64_t gate_count = p.batch * p.channels;
+  struct Affine {  // dx = grad * gate + offset + slope * (x - mean)
+    T gate, offset, slope, mean;
+  };
+  Scratch shared(Scratch::bytes_for<ChannelStatistic>(gate_count) +
+                 2 * Scratch::bytes_for<double>(GateNetwork::count(p)) +
+                 4 * Scratch::bytes_for<double>(p.channels) +
+                 2 * Scratch::bytes_for<double>(p.hidden) + Scratch::bytes_for<Affine>(gate_count));
+  ChannelStatistic* statistics = shared.take<ChannelStatistic>(gate_count);
+  GateNetwork network(p, shared.take<double>(GateNetwork::count(p)));
+  GateNetwork sums(p, shared.take<double>(GateNetwork::count(p)));
+  double* z = shared.take<double>(p.channels);
+  double* gate = shared.take<double>(p.channels);
+  double* dgate = shared.take<double>(p.channels);
+  double* dz = shared.take<double>(p.channels);
+  double* before = shared.take<double>(p.hidden);
+  double* dbefore = shared.take<double>(p.hidden);
+  Affine* affine = shared.take<Affine>(gate_count);
+
+  network.load_from<S>(p);
+  channel_statistics_of<S>(p, grad, image, statistics, parallel);
+  const double pixels = static_cast<double>(p.height) * static_cast<double>(p.width);
+  for (int64_t n = 0; n < p.batch; ++n) {
+    const ChannelStatistic* s = statistics + n * p.channels;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      z[c] = s[c].mean + s[c].deviation;
+      dgate[c] = b.grad_of_gate ? static_cast<double>(to_compute(*at<S>(b.grad, n, c, 0, 0)))
+                                : s[c].dot;
+    }
+    network.evaluate(z, before, gate);
+    network.backward(z, before, gate, dgate, dbefore, dz, sums);
+    for (int64_t c = 0; c < p.channels; ++c) {
+      Affine& a = affine[n * p.channels + c];
+      a.gate = static_cast<T>(gate[c]);
+      a.offset = static_cast<T>(dz[c] / pixels);
+      a.slope = s[c].deviation > 0 ? static_cast<T>(dz[c] / (pixels * s[c].deviation)) : T(0);
+      a.mean = static_cast<T>(s[c].mean);
+    }
+  }
+  const auto write = [](const double* source, int64_t size, void* destination) {
+    if (destination == nullptr) return;
+    for (int64_t i = 0; i < size; ++i)
+      from_compute(static_cast<T>(source[i]), static_cast<S*>(destination) + i);
+  };
+  write(sums.w_down, p.channels * p.hidden, b.dw_down);
+  write(sums.b_down, p.hidden, b.db_down);
+  write(sums.w_up, p.channels * p.hidden, b.dw_up);
+  write(sums.b_up, p.channels, b.db_up);
+  if (b.dx.data == nullptr) return;
+
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(3 * Scratch::bytes_for<T>(size));
+    T* x_tile = scratch.take<T>(size);
+    T* grad_tile = scratch.take<T>(size);
+    T* dx = scratch.take<T>(size);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const StridedRows<T> x =
+          view_run<S>(p.x, t, p.channels, image.height, image.width, x_tile, stride);
+      StridedRows<T> g{nullptr, 0};
+      if (grad.data != nullptr)
+        g = view_run<S>(grad, t, p.channels, image.height, image.width, grad_tile, stride);
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const Affine a = affine[t.n * p.channels + c];
+        const T* x_row = x[c];
+        const T* g_row = g.data != nullptr ? g[c] : nullptr;
+        T* dx_row = dx + c * stride;
+        sweep<T>(t.columns, [&](int64_t i, auto tag) {
+          using V = decltype(tag);
+          V value = V{} + a.offset;
+          if (p.contrast) value += a.slope * (get<V>(x_row + i) - a.mean);
+          if (g_row != nullptr) value += get<V>(g_row + i) * a.gate;
+          put(dx_row + i, value);
+        });
+      }
+      store_tile<S>(dx, stride, stride, b.dx, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
+                    image.height, image.width);
+    }
+  });
+}
+
+// ------------------------------------------------------------------ gated convolution
+
+template <typename S>
+void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  GatedConvParams p = params;
+  const PixelRows image(p.height, p.width, {&p.x, &p.residual, &p.y});
+  const Tiling tiling(p.batch, image.height, image.width, 1,
+                      run_length<T>(max64(p.c_in, p.c_out)));
+  const int64_t stride = padded<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
+  Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
+  const T* weight = load_vector<S>(p.weight, p.c_out * p.c_in, shared.take<T>(p.c_out * p.c_in));
+  const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    const bool residual = p.residual.data != nullptr;
+    Scratch scratch(Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.c_out * p.c_in) +
+                    Scratch::bytes_for<T>(p.c_in * stride) +
+                    2 * Scratch::bytes_for<T>(p.c_out * stride));
+    T* panels = scratch.take<T>(packed);
+    T* gated = scratch.take<T>(p.c_out * p.c_in);
+    T* x = scratch.take<T>(p.c_in * stride);
+    T* y = scratch.take<T>(p.c_out * stride);
+    T* skip = scratch.take<T>(p.c_out * stride);
+    LeftOperand<T> left{};
+    int64_t packed_for = -1;  // the image whose gate the panels hold
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      if (t.n != packed_for) {
+        const S* gate = static_cast<const S*>(p.gate) + t.n * p.c_in;
+        for (int64_t o = 0; o < p.c_out; ++o)
+          for (int64_t c = 0; c < p.c_in; ++c)
+            gated[o * p.c_in + c] = weight[o * p.c_in + c] * to_compute(gate[c]);
+        left = pack(gated, p.c_in, 1, p.c_out, p.c_in, panels);
+        packed_for = t.n;
+      }
+      load_tile<S>(p.x, t.n, 0, p.c_in, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                   stride, stride);
+      product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, stride, left,
+              StridedRows<T>{x, stride}, bias, y, stride);
+      if (residual) {
+        const StridedRows<T> r =
+            view_run<S>(p.residual, t, p.c_out, image.height, image.width, skip, stride);
+        for (int64_t c = 0; c < p.c_out; ++c) {
+          const T* r_row = r[c];
+          T* y_row = y + c * stride;
+          sweep<T>(t.columns, [&](int64_t i, auto tag) {
+            using V = decltype(tag);
+            put(y_row + i, get<V>(y_row + i) + get<V>(r_row + i));
+          });
+        }
+      }
+      store_tile<S>(y, stride, stride, p.y, t.n, 0, p.c_out, t.h, 1, t.w, t.columns, image.height,
+                    image.width);
+    }
+  });
+}
+
+// With v = W^T grad: dx = gate v,  dgate = sum_p x v,  dW = sum_p grad (gate x)^T,  db = sum_p grad.
+template <typename S>
+void gated_backward(const GatedConvBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  GatedConvBackwardParams b = params;
+  const GatedConvParams& p = b.forward;
+  const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
+  const Tiling tiling(p.batch, image.height, image.width, 1,
+                      run_length<T>(max64(p.c_in, p.c_out)));
+  const int64_t stride = padded<T>(tiling.columns), runs = tiling.tiles_h * tiling.tiles_w;
+  const int64_t weight_size = p.c_out * p.c_in, packed = packed_size(p.c_in, p.c_out);
+  const Chunks chunks(tiling.count());
+  const int64_t chunk_size = weight_size + p.c_out;  // dW, then db
+  const bool want_dx = b.dx.data != nullptr, want_dgate = b.dgate != nullptr;
+  const bool want_dw = b.dweight != nullptr;
+  const int64_t dots = want_dgate ? tiling.count() * p.c_in : 0;
+
+  Scratch shared(Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.batch * p.c_in) +
+                 Scratch::bytes_for<T>(chunks.count * chunk_size) + Scratch::bytes_for<T>(dots));
+  const LeftOperand<T> weight_transposed =
+      pack_weight<S>(p.weight, p.c_out, p.c_in, true, shared.take<T>(packed));
+  const T* gates = load_vector<S>(p.gate, p.batch * p.c_in, shared.take<T>(p.batch * p.c_in));
+  T* partial = shared.take<T>(chunks.count * chunk_size);
+  T* gate_partial = shared.take<T>(dots);  // (N, runs, c_in)
+
+  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+    Scratch scratch(2 * Scratch::bytes_for<T>(p.c_in * stride) +
+                    Scratch::bytes_for<T>(p.c_out * stride));
+    T* x = scratch.take<T>(p.c_in * stride);
+    T* v = scratch.take<T>(p.c_in * stride);
+    T* gradient = scratch.take<T>(p.c_out * stride);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      T* dw_sum = partial + chunk * chunk_size;
+      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+        const Tile t = tiling[index];
+        const T* gate = gates + t.n * p.c_in;
+        load_tile<S>(b.grad, t.n, 0, p.c_out, t.h, 1, t.w, t.columns, image.height, image.width,
+                     gradient, stride, stride);
+        if (want_dgate || want_dw)
+          load_tile<S>(p.x, t.n, 0, p.c_in, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                       stride, stride);
+        if (b.dbias != nullptr)
+          accumulate_row_sums(p.c_out, stride, StridedRows<T>{gradient, stride},
+                              dw_sum + weight_size);
+        if (want_dx || want_dgate) {
+          product<T>(Start::kZero, p.c_in, p.c_out, stride, weight_transposed,
+                     StridedRows<T>{gradient, stride}, nullptr, v, stride);
+          zero_tail(v, p.c_in, stride, t.columns);  // a NaN weight would have left NaN there
+        }
+        for (int64_t c = 0; c < p.c_in; ++c) {
+          T *x_row = x + c * stride, *v_row = v + c * stride;
+          if (want_dgate) {
+            Vec<T> sum{};
+            for (int64_t i = 0; i < stride; i += Simd<T>::width)
+              sum += load(x_row + i) * load(v_row + i);
+            gate_partial[index * p.c_in + c] = horizontal_sum<T>(sum);
+          }
+          if (want_dx)
+            for (int64_t i = 0; i < stride; i += Simd<T>::width)
+              store<T>(v_row + i, load(v_row + i) * gate[c]);
+          if (want_dw)
+            for (int64_t i = 0; i < t.columns; ++i) x_row[i] *= gate[c];
+        }
+        if (want_dx)
+          store_tile<S>(v, stride, stride, b.dx, t.n, 0, p.c_in, t.h, 1, t.w, t.columns,
+                        image.height, image.width);
+        if (want_dw)
+          accumulate_inner_products(p.c_out, p.c_in, stride, StridedRows<T>{gradient, stride},
+                                    StridedRows<T>{x, stride}, dw_sum, p.c_in);
+      }
+    }
+  });
+  if (want_dw)
+    reduce_chunks(partial, chunks.count, chunk_size, weight_size, static_cast<S*>(b.dweight));
+  if (b.dbias != nullptr)
+    reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.c_out,
+                  static_cast<S*>(b.dbias));
+  if (want_dgate)
+    for (int64_t n = 0; n < p.batch; ++n)
+      for (int64_t c = 0; c < p.c_in; ++c) {
+        double sum = 0;
+        for (int64_t run = 0; run < runs; ++run)
+          sum += static_cast<double>(gate_partial[(n * runs + run) * p.c_in + c]);
+        from_compute(static_cast<T>(sum), static_cast<S*>(b.dgate) + n * p.c_in + c);
+      }
+}
+
+}  // namespace
+
+void pixel_attention(const PixelAttentionParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.kind,
+                  [&](auto element) { pixel_forward<decltype(element)>(params, parallel); });
+}
+void pixel_attention_backward(const PixelAttentionBackwardParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.forward.kind,
+                  [&](auto element) { pixel_backward<decltype(element)>(params, parallel); });
+}
+void spatial_attention(const SpatialAttentionParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.kind,
+                  [&](auto element) { spatial_forward<decltype(element)>(params, parallel); });
+}
+void spatial_attention_backward(const SpatialAttentionBackwardParams& params,
+                                ParallelFor parallel) {
+  dispatch_scalar(params.forward.kind,
+                  [&](auto element) { spatial_backward<decltype(element)>(params, parallel); });
+}
+void channel_attention(const ChannelAttentionParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.kind,
+                  [&](auto element) { channel_forward<decltype(element)>(params, parallel); });
+}
+void channel_attention_backward(const ChannelAttentionBackwardParams& params,
+                                ParallelFor parallel) {
+  dispatch_scalar(params.forward.kind,
+                  [&](auto element) { channel_backward<decltype(element)>(params, parallel); });
+}
+void gated_conv1x1(const GatedConvParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.kind,
+                  [&](auto element) { gated_forward<decltype(element)>(params, parallel); });
+}
+void gated_conv1x1_backward(const GatedConvBackwardParams& params, ParallelFor parallel) {
+  dispatch_scalar(params.forward.kind,
+                  [&](auto element) { gated_backward<decltype(element)>(params, parallel); });
+}
+
+}  // namespace SR_KERNELS_ISA
+}  // namespace sr_kernels
