@@ -128,8 +128,7 @@ void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor para
                  Scratch::bytes_for<T>(chunks.count * chunk_size));
   PixelGate<T> pixel{};
   pixel.channels = p.channels;
-  pixel.weight =
-      pack_weight<S>(p.weight, p.channels, p.channels, false, shared.take<T>(packed));
+  pixel.weight = pack_weight<S>(p.weight, p.channels, p.channels, false, shared.take<T>(packed));
   pixel.weight_transposed =
       pack_weight<S>(p.weight, p.channels, p.channels, true, shared.take<T>(packed));
   pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
@@ -177,9 +176,9 @@ void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor para
 enum : int64_t {
   kMaximum = 0,
   kMean = 1,
-  kGate = 2,          // sigmoid(conv + b)
-  kGateGradient = 3,  // sum_c grad * u, then the gradient of conv + b
-  kTies = 4,          // how many channels share the maximum
+  kGate = 2,                 // sigmoid(conv + b)
+  kGateGradient = 3,         // sum_c grad * u, then the gradient of conv + b
+  kTies = 4,                 // how many channels share the maximum
   kMeanGradient = kMean,     // divided by C
   kMaximumGradient = kTies,  // divided by the number of ties
 };
@@ -191,9 +190,7 @@ struct Planes {
   T* row(int64_t n, int64_t plane, int64_t pixel) const {
     return data + (n * count + plane) * height * width + pixel;
   }
-  FeatureMap map() const {
-    return {data, count * height * width, height * width, width, 1};
-  }
+  FeatureMap map() const { return {data, count * height * width, height * width, width, 1}; }
 };
 
 // maximum and mean over the channels of one run of pixels. NaN passes, as in torch.amax.
@@ -339,7 +336,8 @@ void multiply_by_pixel_gate(const FeatureMap& x, const FeatureMap& y, const Pixe
           const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
           S* target = at<S>(y, t.n, 0, t.h, t.w + i);
           const T g = gate[i];
-          for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
+          for (int64_t c = 0; c < channels; ++c)
+            from_compute(to_compute(source[c]) * g, target + c);
         }
         continue;
       }
@@ -493,9 +491,9 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
           if (b.dbias != nullptr)
             accumulate_row_sums(1, t.rows * map_columns, StridedRows<T>{da, 0}, dw_sum + 2 * taps);
           if (!want_dw) continue;
-          load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach,
-                       t.w - reach, t.columns + 2 * reach, p.height, p.width, statistics,
-                       plane_stride, map_stride);
+          load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach, t.w - reach,
+                       t.columns + 2 * reach, p.height, p.width, statistics, plane_stride,
+                       map_stride);
           for (int64_t tap = 0; tap < 2 * taps; ++tap) {
             const T* source = statistics + tap / taps * plane_stride +
                               tap % taps / p.kernel * map_stride + tap % p.kernel;
@@ -597,14 +595,12 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
           accumulate_inner_products(p.channels, p.channels, stride, StridedRows<T>{du, stride},
                                     StridedRows<T>{x, stride}, dw_sum, p.channels);
         if (b.dpixel_bias != nullptr)
-          accumulate_row_sums(p.channels, stride, StridedRows<T>{du, stride},
-                              dw_sum + weight_size);
+          accumulate_row_sums(p.channels, stride, StridedRows<T>{du, stride}, dw_sum + weight_size);
       }
     }
   });
   if (b.dpixel_weight != nullptr)
-    reduce_chunks(partial, chunks.count, chunk_size, weight_size,
-                  static_cast<S*>(b.dpixel_weight));
+    reduce_chunks(partial, chunks.count, chunk_size, weight_size, static_cast<S*>(b.dpixel_weight));
   if (b.dpixel_bias != nullptr)
     reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.channels,
                   static_cast<S*>(b.dpixel_bias));
@@ -615,9 +611,9 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
 // Sums over one run of pixels of one channel.
 struct Moments {
   double count, sum;
-  double squares;   // of the deviations from this run's mean
-  double dot;       // sum of gradient * x
-  bool constant;    // every pixel equals the channel's first
+  double squares;  // of the deviations from this run's mean
+  double dot;      // sum of gradient * x
+  bool constant;   // every pixel equals the channel's first
 };
 
 template <typename T>
@@ -763,9 +759,9 @@ struct GateNetwork {
   void load_from(const ChannelAttentionParams& p) {
     const auto copy = [](const void* source, int64_t size, double* destination) {
       for (int64_t i = 0; i < size; ++i)
-        destination[i] =
-            source == nullptr ? 0.0
-                              : static_cast<double>(to_compute(static_cast<const S*>(source)[i]));
+        destination[i] = source == nullptr
+                             ? 0.0
+                             : static_cast<double>(to_compute(static_cast<const S*>(source)[i]));
     };
     copy(p.w_down, channels * hidden, w_down);
     copy(p.b_down, hidden, b_down);
@@ -910,8 +906,8 @@ void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor 
     const ChannelStatistic* s = statistics + n * p.channels;
     for (int64_t c = 0; c < p.channels; ++c) {
       z[c] = s[c].mean + s[c].deviation;
-      dgate[c] = b.grad_of_gate ? static_cast<double>(to_compute(*at<S>(b.grad, n, c, 0, 0)))
-                                : s[c].dot;
+      dgate[c] =
+          b.grad_of_gate ? static_cast<double>(to_compute(*at<S>(b.grad, n, c, 0, 0))) : s[c].dot;
     }
     network.evaluate(z, before, gate);
     network.backward(z, before, gate, dgate, dbefore, dz, sums);
@@ -974,8 +970,7 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   GatedConvParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.residual, &p.y});
-  const Tiling tiling(p.batch, image.height, image.width, 1,
-                      run_length<T>(max64(p.c_in, p.c_out)));
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
   const int64_t stride = padded<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
   Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
   const T* weight = load_vector<S>(p.weight, p.c_out * p.c_in, shared.take<T>(p.c_out * p.c_in));
@@ -1025,15 +1020,15 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
   });
 }
 
-// With v = W^T grad: dx = gate v,  dgate = sum_p x v,  dW = sum_p grad (gate x)^T,  db = sum_p grad.
+// With v = W^T grad: dx = gate v,  dgate = sum_p x v,  dW = sum_p grad (gate x)^T,  db = sum_p
+// grad.
 template <typename S>
 void gated_backward(const GatedConvBackwardParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   GatedConvBackwardParams b = params;
   const GatedConvParams& p = b.forward;
   const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
-  const Tiling tiling(p.batch, image.height, image.width, 1,
-                      run_length<T>(max64(p.c_in, p.c_out)));
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
   const int64_t stride = padded<T>(tiling.columns), runs = tiling.tiles_h * tiling.tiles_w;
   const int64_t weight_size = p.c_out * p.c_in, packed = packed_size(p.c_in, p.c_out);
   const Chunks chunks(tiling.count());

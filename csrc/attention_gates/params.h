@@ -83,8 +83,7 @@ struct GatedConvBackwardParams {
 
 SR_KERNELS_DECLARE_FOR_EACH_ISA(
     void pixel_attention(const PixelAttentionParams& params, ParallelFor parallel);
-    void pixel_attention_backward(const PixelAttentionBackwardParams& params,
-                                  ParallelFor parallel);
+    void pixel_attention_backward(const PixelAttentionBackwardParams& params, ParallelFor parallel);
     void spatial_attention(const SpatialAttentionParams& params, ParallelFor parallel);
     void spatial_attention_backward(const SpatialAttentionBackwardParams& params,
                                     ParallelFor parallel);
