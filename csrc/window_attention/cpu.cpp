@@ -1,0 +1,660 @@
+// Window attention on the CPU.
+//
+//   out = softmax(scale q k^T + bias) v      inside each (shifted) window, per head
+//
+// One window of one head at a time. q and k are gathered channel-major, [d][tokens], v token-major,
+// [tokens][d]; roll, partition and mask are index arithmetic of the gather. Scores are kept
+// transposed, S[j][i] with the keys j as rows and a block of queries i as columns, so that softmax,
+// bias, mask and both products run down the columns: no reduction across a vector anywhere. The
+// block is tokens x kBlockVectors vectors and the only piece of the attention matrix that exists.
+//
+// A whole column of scores is at hand, so the softmax is never rebuilt from the log-sum-exp: reuse
+// and backward repeat maximum and sum, which costs little and keeps the digits that
+// exp(s - lse) loses where |lse| is large (trained weights reach 877).
+//
+// Floor, float32, per pixel: 4 (2 d_qk + 2 d_v) bytes a head, 2 tokens (d_qk + d_v) FLOP and tokens
+// exponentials a head: ELAN-light's three groups 41 - 14 (its projections) kFLOP and 336
+// exponentials. Bound by arithmetic. Measured fraction: unmeasured.
+//
+// Backward, with P the probabilities, recomputed block by block:
+//   dP = dO v^T,  dS = P (dP - rowsum(P dP)),
+//   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j].
+// A pixel belongs to one window, so each element of dq, dk and dv has one writer. dbias is summed
+// over chunks of windows in a fixed order.
+#include "window_attention/params.h"
+
+#include "common/simd.h"
+
+namespace sr_kernels {
+namespace SR_KERNELS_ISA {
+namespace {
+
+constexpr int kBlockVectors = 4;  // queries at a time, in vectors
+
+// ------------------------------------------------------------------ gather and scatter
+
+// The part of each of a window's rows that lies without a break in the image. A row that the roll
+// wraps around has two.
+struct RowSegment {
+  int64_t w, count;  // first column in the image, pixels
+  int64_t column;    // first column in the window
+};
+
+struct WindowPosition {
+  int64_t n, a, b;
+  RowSegment segment[2];
+  int segment_count;
+
+  WindowPosition(const WindowGeometry& geometry, int64_t index) {
+    b = index % geometry.windows_w();
+    a = index / geometry.windows_w() % geometry.windows_h();
+    n = index / (geometry.windows_w() * geometry.windows_h());
+    const int64_t w = geometry.source_column(b, 0);
+    const int64_t first = min64(geometry.window_w, geometry.width - w);
+    segment[0] = {w, first, 0};
+    segment[1] = {0, geometry.window_w - first, first};
+    segment_count = first < geometry.window_w ? 2 : 1;
+  }
+};
+
+SR_INLINE bool is_channels_last(const FeatureMap& map) {
+  return map.stride_c == 1 && map.stride_w != 1;
+}
+
+// Calls run(pixel, token, count) for every run of count pixels of the window that lie in one image
+// row; pixel is the offset of the first from the map's (n, c) plane, token its number.
+template <typename Run>
+SR_INLINE void for_each_run(const WindowGeometry& geometry, const WindowPosition& window,
+                            const FeatureMap& map, const Run& run) {
+  for (int r = 0; r < geometry.window_h; ++r) {
+    const int64_t row = geometry.source_row(window.a, r) * map.stride_h;
+    for (int s = 0; s < window.segment_count; ++s) {
+      const RowSegment& segment = window.segment[s];
+      run(row + segment.w * map.stride_w, r * int64_t{geometry.window_w} + segment.column,
+          segment.count);
+    }
+  }
+}
+
+// Calls copy(count as a constant) for the usual widths of a window, copy(count) for others.
+template <int N>
+struct Constant {
+  SR_INLINE operator int64_t() const { return N; }
+};
+template <typename Copy>
+SR_INLINE void with_count(int64_t count, const Copy& copy) {
+  switch (count) {
+    case 4:
+      return copy(Constant<4>{});
+    case 8:
+      return copy(Constant<8>{});
+    case 16:
+      return copy(Constant<16>{});
+    default:
+      return copy(count);
+  }
+}
+
+// destination[c * channel_stride + i * token_stride] = map[n, c0 + c, pixel of token i]. One of the
+// two strides is 1.
+template <typename S, typename T>
+void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeometry& geometry,
+            const WindowPosition& window, T* destination, int64_t channel_stride,
+            int64_t token_stride) {
+  const S* plane = at<S>(map, window.n, c0, 0, 0);
+  if (is_channels_last(map)) {
+    for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const S* source = plane + pixel + i * map.stride_w;
+        T* target = destination + (token + i) * token_stride;
+        if (channel_stride == 1)
+          for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c]);
+        else
+          for (int64_t c = 0; c < channels; ++c) target[c * channel_stride] = to_compute(source[c]);
+      }
+    });
+    return;
+  }
+  const bool dense_rows = map.stride_w == 1;
+  for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+    with_count(count, [&](auto run) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const S* source = plane + c * map.stride_c + pixel;
+        T* target = destination + c * channel_stride + token * token_stride;
+        if (dense_rows && token_stride == 1)
+          for (int64_t i = 0; i < run; ++i) target[i] = to_compute(source[i]);
+        else
+          for (int64_t i = 0; i < run; ++i)
+            target[i * token_stride] = to_compute(source[i * map.stride_w]);
+      }
+    });
+  });
+}
+
+// The way back: every pixel of the window, from source[c * channel_stride + i].
+template <typename S, typename T>
+void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int64_t c0,
+             int64_t channels, const WindowGeometry& geometry, const WindowPosition& window) {
+  S* plane = at<S>(map, window.n, c0, 0, 0);
+  if (is_channels_last(map)) {
+    for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        S* target = plane + pixel + i * map.stride_w;
+        for (int64_t c = 0; c < channels; ++c)
+          from_compute(source[c * channel_stride + token + i], target + c);
+      }
+    });
+    return;
+  }
+  for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+    with_count(count, [&](auto run) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* values = source + c * channel_stride + token;
+        S* target = plane + c * map.stride_c + pixel;
+        if (map.stride_w == 1)
+          for (int64_t i = 0; i < run; ++i) from_compute(values[i], target + i);
+        else
+          for (int64_t i = 0; i < run; ++i) from_compute(values[i], target + i * map.stride_w);
+      }
+    });
+  });
+}
+
+// destination[j * destination_ld + i] = source[i * source_ld + j]
+template <typename T>
+void transpose(const T* source, int64_t source_ld, int64_t rows, int64_t columns, T* destination,
+               int64_t destination_ld) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i)
+      destination[j * destination_ld + i] = source[i * source_ld + j];
+}
+
+// ------------------------------------------------------------------ relative position bias
+
+// The bias of one head as rows over queries. For the key (jh, jw) the bias of query (ih, iw) is
+// table[ih - jh + wh - 1][iw - jw + ww - 1]. Band jw holds the table's columns
+// [ww - 1 - jw, 2 ww - 1 - jw) as a dense (2 wh - 1) x ww block; the bias of key (jh, jw) to all
+// queries is then the run of wh * ww elements from the band's row wh - 1 - jh on.
+struct BiasBands {
+  int64_t window_h, window_w;
+  explicit BiasBands(const WindowGeometry& geometry)
+      : window_h(geometry.window_h), window_w(geometry.window_w) {}
+  int64_t band() const { return (2 * window_h - 1) * window_w; }
+  int64_t size() const { return window_w * band(); }
+  int64_t row(int64_t key) const {
+    return key % window_w * band() + (window_h - 1 - key / window_w) * window_w;
+  }
+  // Calls visit(position in the bands, row of the table) for every element.
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    int64_t position = 0;
+    for (int64_t jw = 0; jw < window_w; ++jw)
+      for (int64_t dh = 0; dh < 2 * window_h - 1; ++dh)
+        for (int64_t iw = 0; iw < window_w; ++iw)
+          visit(position++, dh * (2 * window_w - 1) + iw - jw + window_w - 1);
+  }
+};
+
+// ------------------------------------------------------------------ softmax of score columns
+
+// exp(x) for x <= 0 or NaN: what is left of exp() of simd.h when x cannot overflow.
+SR_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds
+  const Vec<float> n = shifted - 12582912.0f;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec<float> p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits - (0x4b400000 - 127)) << 23;
+  Vec<float> scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < broadcast(-87.33654f) ? Vec<float>{} : p * scale;
+}
+SR_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
+
+// What turns products q_i . k_j into scores.
+template <typename T>
+struct ScoreTerms {
+  T scale;
+  const T* bias;  // the head's bands, or nullptr
+  BiasBands bands;
+  const T* region;  // region of each token, or nullptr where nothing is masked
+  SR_INLINE bool trivial() const { return scale == T(1) && bias == nullptr && region == nullptr; }
+};
+
+// V vectors of columns of S, the first of which is query i0: products become exp(score - maximum)
+// in place; their maxima and sums go to maximum[] and sum[]. A NaN in a column makes its sum NaN.
+template <typename T, int V>
+void softmax_columns(const ScoreTerms<T>& terms, int64_t tokens, int64_t i0, T* s, int64_t ld,
+                     T* maximum_out, T* sum_out) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> highest[V], sum[V];
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) {
+    highest[x] = broadcast(T(-__builtin_inf()));
+    sum[x] = Vec<T>{};
+  }
+  if (terms.trivial()) {
+    for (int64_t j = 0; j < tokens; ++j)
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        const Vec<T> value = load(s + j * ld + x * W);
+        highest[x] = value > highest[x] ? value : highest[x];
+      }
+  } else {
+    const Vec<T> excluded = broadcast(T(-__builtin_inf()));
+    for (int64_t j = 0; j < tokens; ++j) {
+      const T* bias = terms.bias == nullptr ? nullptr : terms.bias + terms.bands.row(j) + i0;
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        T* place = s + j * ld + x * W;
+        Vec<T> value = load(place) * terms.scale;
+        if (bias != nullptr) value += load(bias + x * W);
+        if (terms.region != nullptr)
+          value = load(terms.region + i0 + x * W) == broadcast(terms.region[j]) ? value : excluded;
+        store<T>(place, value);
+        highest[x] = value > highest[x] ? value : highest[x];
+      }
+    }
+  }
+  for (int64_t j = 0; j < tokens; ++j)
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) {
+      T* place = s + j * ld + x * W;
+      const Vec<T> e = exp_nonpositive(load(place) - highest[x]);
+      sum[x] += e;
+      store<T>(place, e);
+    }
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) {
+    store<T>(maximum_out + x * W, highest[x]);
+    store<T>(sum_out + x * W, sum[x]);
+  }
+}
+
+// The block of queries [i0, i0 + columns): s = softmax numerators, keys as rows.
+template <typename T>
+void score_block(const ScoreTerms<T>& terms, const T* q, const T* k, int64_t d, int64_t tokens,
+                 int64_t stride, int64_t i0, int64_t columns, T* s, int64_t ld, T* maximum_out,
+                 T* sum_out) {
+  constexpr int W = Simd<T>::width;
+  product<T>(Start::kZero, tokens, d, columns, rows_of_k(k, stride), StridedRows<T>{q + i0, stride},
+             nullptr, s, ld);
+  int64_t i = 0;
+  for (; i + 4 * W <= columns; i += 4 * W)
+    softmax_columns<T, 4>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
+  for (; i < columns; i += W)
+    softmax_columns<T, 1>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
+}
+
+// ------------------------------------------------------------------ what all windows of a call
+// share
+
+template <typename S>
+struct Shared {
+  using T = typename Compute<S>::type;
+  const WindowAttentionParams& p;
+  int64_t tokens, stride, block;  // stride: a row of tokens; block: columns of the score block
+  int64_t qk_stride, v_stride;    // a token's row of channels
+  int64_t windows;                // of the batch
+  bool shared_keys;
+  BiasBands bands;
+  Scratch scratch;
+  T* bias = nullptr;  // bands of every head
+
+  explicit Shared(const WindowAttentionParams& params)
+      : p(params),
+        tokens(params.geometry.tokens()),
+        stride(padded<T>(tokens)),
+        block(min64(stride, kBlockVectors * Simd<T>::width)),
+        qk_stride(padded<T>(params.d_qk)),
+        v_stride(padded<T>(params.d_v)),
+        windows(params.batch * params.geometry.windows_h() * params.geometry.windows_w()),
+        shared_keys(params.k.data == nullptr),
+        bands(params.geometry),
+        scratch(params.bias == nullptr ? 0
+                                       : Scratch::bytes_for<T>(params.num_heads * bands.size())) {
+    if (params.bias == nullptr) return;
+    bias = scratch.take<T>(p.num_heads * bands.size());
+    const S* table = static_cast<const S*>(p.bias);
+    for (int64_t m = 0; m < p.num_heads; ++m)
+      bands.for_each([&](int64_t position, int64_t row) {
+        bias[m * bands.size() + position] = to_compute(table[row * p.num_heads + m]);
+      });
+  }
+
+  // region: room for one row of tokens, filled where the window has something to mask.
+  ScoreTerms<T> terms(const WindowPosition& window, int64_t head, T* region) const {
+    ScoreTerms<T> terms{T(p.scale), bias == nullptr ? nullptr : bias + head * bands.size(), bands,
+                        nullptr};
+    if (p.mask && p.geometry.is_divided(window.a, window.b)) {
+      for (int64_t i = 0; i < tokens; ++i)
+        region[i] = T(p.geometry.region(window.a, window.b, static_cast<int>(i)));
+      terms.region = region;
+    }
+    return terms;
+  }
+};
+
+// ------------------------------------------------------------------ forward
+
+template <typename S>
+void forward(const WindowAttentionParams& p, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const Shared<S> shared(p);
+  const int64_t tokens = shared.tokens, stride = shared.stride;
+  parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
+    Scratch scratch(
+        (shared.shared_keys ? 1 : 2) * Scratch::bytes_for<T>(p.d_qk * stride) +
+        Scratch::bytes_for<T>(tokens * shared.v_stride) + Scratch::bytes_for<T>(p.d_v * stride) +
+        Scratch::bytes_for<T>(tokens * shared.block) + 3 * Scratch::bytes_for<T>(stride));
+    T* q = scratch.take<T>(p.d_qk * stride);
+    T* k = shared.shared_keys ? q : scratch.take<T>(p.d_qk * stride);
+    T* v = scratch.take<T>(tokens * shared.v_stride);
+    T* out = scratch.take<T>(p.d_v * stride);
+    T* s = scratch.take<T>(tokens * shared.block);
+    T* highest = scratch.take<T>(stride);
+    T* sum = scratch.take<T>(stride);
+    T* region = scratch.take<T>(stride);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t head = index / shared.windows;
+      const WindowPosition window(p.geometry, index % shared.windows);
+      gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, stride, 1);
+      if (!shared.shared_keys)
+        gather<S>(p.k, head * p.d_qk, p.d_qk, p.geometry, window, k, stride, 1);
+      gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, 1, shared.v_stride);
+      const ScoreTerms<T> terms = shared.terms(window, head, region);
+      for (int64_t i0 = 0; i0 < stride; i0 += shared.block) {
+        const int64_t columns = min64(shared.block, stride - i0);
+        score_block(terms, q, k, p.d_qk, tokens, stride, i0, columns, s, shared.block, highest + i0,
+                    sum + i0);
+        product<T>(Start::kZero, p.d_v, tokens, columns, rows_of_k(v, shared.v_stride),
+                   StridedRows<T>{s, shared.block}, nullptr, out + i0, stride);
+        for (int64_t i = i0; i < i0 + columns; i += Simd<T>::width) {
+          const Vec<T> factor = 1 / load(sum + i);
+          for (int64_t c = 0; c < p.d_v; ++c)
+            store<T>(out + c * stride + i, load(out + c * stride + i) * factor);
+        }
+      }
+      scatter<S>(out, stride, p.out, head * p.d_v, p.d_v, p.geometry, window);
+      if (p.lse.data != nullptr) {
+        for (int64_t i = 0; i < tokens; ++i) highest[i] += std::log(sum[i]);
+        scatter<T>(highest, stride, p.lse, head, 1, p.geometry, window);
+      }
+    }
+  });
+}
+
+// ------------------------------------------------------------------ backward
+
+template <typename T, int M>
+SR_INLINE void accumulate_rows(int64_t k_count, int64_t p_count, const T* a, int64_t lda,
+                               const T* b, int64_t ldb, T* c, int64_t ldc) {
+  constexpr int W = Simd<T>::width;
+  int64_t p = 0;
+  for (; p + 2 * W <= p_count; p += 2 * W) {
+    Vec<T> acc[M][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      acc[i][0] = load(c + i * ldc + p);
+      acc[i][1] = load(c + i * ldc + p + W);
+    }
+    for (int64_t k = 0; k < k_count; ++k) {
+      const Vec<T> right0 = load(b + k * ldb + p), right1 = load(b + k * ldb + p + W);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const Vec<T> left = broadcast(a[i * lda + k]);
+        acc[i][0] += left * right0;
+        acc[i][1] += left * right1;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      store<T>(c + i * ldc + p, acc[i][0]);
+      store<T>(c + i * ldc + p + W, acc[i][1]);
+    }
+  }
+  for (; p < p_count; p += W) {
+    Vec<T> acc[M];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) acc[i] = load(c + i * ldc + p);
+    for (int64_t k = 0; k < k_count; ++k) {
+      const Vec<T> right = load(b + k * ldb + p);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) acc[i] += broadcast(a[i * lda + k]) * right;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) store<T>(c + i * ldc + p, acc[i]);
+  }
+}
+
+// C[m, p] += sum_k A[m, k] B[k, p], all three row by row; p_count a multiple of the vector width.
+// The product of dk and dv, whose left operand (dS, P) has the summed index contiguous.
+template <typename T>
+void accumulate_product(int64_t m_count, int64_t k_count, int64_t p_count, const T* a, int64_t lda,
+                        const T* b, int64_t ldb, T* c, int64_t ldc) {
+  int64_t m = 0;
+  for (; m + 4 <= m_count; m += 4)
+    accumulate_rows<T, 4>(k_count, p_count, a + m * lda, lda, b, ldb, c + m * ldc, ldc);
+  for (; m < m_count; ++m)
+    accumulate_rows<T, 1>(k_count, p_count, a + m * lda, lda, b, ldb, c + m * ldc, ldc);
+}
+
+template <typename T>
+SR_INLINE void multiply(T* values, int64_t count, T factor) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+}
+
+template <typename S>
+class BackwardWorker {
+  using T = typename Compute<S>::type;
+
+ public:
+  BackwardWorker(const WindowAttentionBackwardParams& params, const Shared<S>& shared_)
+      : g(params),
+        p(params.forward),
+        shared(shared_),
+        want_q(params.dq.data != nullptr),
+        want_k(shared_.shared_keys ? want_q : params.dk.data != nullptr),
+        want_v(params.dv.data != nullptr),
+        want_bias(params.dbias != nullptr),
+        scratch(bytes(params.forward, shared_)) {
+    const int64_t qk = p.d_qk * shared.stride, qk_rows = shared.tokens * shared.qk_stride;
+    const int64_t v_size = p.d_v * shared.stride, v_rows = shared.tokens * shared.v_stride;
+    q = scratch.template take<T>(qk);
+    k = scratch.template take<T>(qk);
+    dq = scratch.template take<T>(qk);
+    dk = scratch.template take<T>(qk);
+    q_rows = scratch.template take<T>(qk_rows);
+    k_rows = scratch.template take<T>(qk_rows);
+    dk_rows = scratch.template take<T>(qk_rows);
+    v = scratch.template take<T>(v_size);
+    grad = scratch.template take<T>(v_size);
+    dv = scratch.template take<T>(v_size);
+    grad_rows = scratch.template take<T>(v_rows);
+    dv_rows = scratch.template take<T>(v_rows);
+    probability = scratch.template take<T>(shared.tokens * shared.block);
+    dscore = scratch.template take<T>(shared.tokens * shared.block);
+    highest = scratch.template take<T>(shared.stride);
+    sum = scratch.template take<T>(shared.stride);
+    region = scratch.template take<T>(shared.stride);
+    dbias_bands = scratch.template take<T>(shared.bands.size());
+    if (shared.shared_keys) {
+      k = q;
+      k_rows = q_rows;
+    }
+  }
+
+  // Sums dbias of windows [begin, end) of one head into dbias_table (where wanted).
+  void run(int64_t head, int64_t begin, int64_t end, T* dbias_table) {
+    if (want_bias)
+      for (int64_t i = 0; i < shared.bands.size(); ++i) dbias_bands[i] = T(0);
+    for (int64_t index = begin; index < end; ++index)
+      one_window(head, WindowPosition(p.geometry, index));
+    if (want_bias)
+      shared.bands.for_each(
+          [&](int64_t position, int64_t row) { dbias_table[row] += dbias_bands[position]; });
+  }
+
+ private:
+  static int64_t bytes(const WindowAttentionParams& p, const Shared<S>& shared) {
+    return 4 * Scratch::bytes_for<T>(p.d_qk * shared.stride) +
+           3 * Scratch::bytes_for<T>(shared.tokens * shared.qk_stride) +
+           3 * Scratch::bytes_for<T>(p.d_v * shared.stride) +
+           2 * Scratch::bytes_for<T>(shared.tokens * shared.v_stride) +
+           2 * Scratch::bytes_for<T>(shared.tokens * shared.block) +
+           3 * Scratch::bytes_for<T>(shared.stride) + Scratch::bytes_for<T>(shared.bands.size());
+  }
+
+  void one_window(int64_t head, const WindowPosition& window) {
+    const int64_t tokens = shared.tokens, stride = shared.stride, block = shared.block;
+    const bool want_scores = want_q || want_k || want_bias;
+    gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, stride, 1);
+    if (!shared.shared_keys)
+      gather<S>(p.k, head * p.d_qk, p.d_qk, p.geometry, window, k, stride, 1);
+    gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, window, grad, stride, 1);
+    if (want_scores) gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, stride, 1);
+    if (want_k || shared.shared_keys)
+      transpose(q, stride, p.d_qk, tokens, q_rows, shared.qk_stride);
+    if (want_q && !shared.shared_keys)
+      transpose(k, stride, p.d_qk, tokens, k_rows, shared.qk_stride);
+    if (want_v) transpose(grad, stride, p.d_v, tokens, grad_rows, shared.v_stride);
+    if (want_k) std::memset(dk_rows, 0, sizeof(T) * static_cast<size_t>(tokens * shared.qk_stride));
+    if (want_v) std::memset(dv_rows, 0, sizeof(T) * static_cast<size_t>(tokens * shared.v_stride));
+
+    const ScoreTerms<T> terms = shared.terms(window, head, region);
+    for (int64_t i0 = 0; i0 < stride; i0 += block) {
+      const int64_t columns = min64(block, stride - i0), real = min64(columns, tokens - i0);
+      score_block(terms, q, k, p.d_qk, tokens, stride, i0, columns, probability, block,
+                  highest + i0, sum + i0);
+      if (want_scores)
+        product<T>(Start::kZero, tokens, p.d_v, columns, rows_of_k(v, stride),
+                   StridedRows<T>{grad + i0, stride}, nullptr, dscore, block);
+      int64_t i = 0;
+      for (; i + 4 * Simd<T>::width <= columns; i += 4 * Simd<T>::width)
+        normalise_columns<4>(i, i0, want_scores);
+      for (; i < columns; i += Simd<T>::width) normalise_columns<1>(i, i0, want_scores);
+      if (want_v)
+        accumulate_product(tokens, real, shared.v_stride, probability, block,
+                           grad_rows + i0 * shared.v_stride, shared.v_stride, dv_rows,
+                           shared.v_stride);
+      if (want_q)
+        product<T>(Start::kZero, p.d_qk, tokens, columns, rows_of_k(k_rows, shared.qk_stride),
+                   StridedRows<T>{dscore, block}, nullptr, dq + i0, stride);
+      if (want_k)
+        accumulate_product(tokens, real, shared.qk_stride, dscore, block,
+                           q_rows + i0 * shared.qk_stride, shared.qk_stride, dk_rows,
+                           shared.qk_stride);
+      if (want_bias) {
+        for (int64_t j = 0; j < tokens; ++j) {
+          const T* row = dscore + j * block;
+          T* target = dbias_bands + shared.bands.row(j) + i0;
+          for (int64_t i = 0; i < real; ++i) target[i] += row[i];
+        }
+      }
+    }
+
+    if (want_k) transpose(dk_rows, shared.qk_stride, tokens, p.d_qk, dk, stride);
+    if (shared.shared_keys && want_q)
+      for (int64_t i = 0; i < p.d_qk * stride; ++i) dq[i] += dk[i];
+    if (want_q) {
+      multiply(dq, p.d_qk * stride, T(p.scale));
+      scatter<S>(dq, stride, g.dq, head * p.d_qk, p.d_qk, p.geometry, window);
+    }
+    if (want_k && !shared.shared_keys) {
+      multiply(dk, p.d_qk * stride, T(p.scale));
+      scatter<S>(dk, stride, g.dk, head * p.d_qk, p.d_qk, p.geometry, window);
+    }
+    if (want_v) {
+      transpose(dv_rows, shared.v_stride, tokens, p.d_v, dv, stride);
+      scatter<S>(dv, stride, g.dv, head * p.d_v, p.d_v, p.geometry, window);
+    }
+  }
+
+  // V vectors of columns of the block, from column i on: numerators -> probabilities, dP -> dS.
+  template <int V>
+  void normalise_columns(int64_t i, int64_t i0, bool want_scores) {
+    constexpr int W = Simd<T>::width;
+    const int64_t block = shared.block;
+    Vec<T> factor[V], delta[V];
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) {
+      factor[x] = 1 / load(sum + i0 + i + x * W);
+      delta[x] = Vec<T>{};
+    }
+    for (int64_t j = 0; j < shared.tokens; ++j)
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        const int64_t place = j * block + i + x * W;
+        const Vec<T> value = load(probability + place) * factor[x];
+        store<T>(probability + place, value);
+        if (want_scores) delta[x] += value * load(dscore + place);
+      }
+    if (!want_scores) return;
+    for (int64_t j = 0; j < shared.tokens; ++j)
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        const int64_t place = j * block + i + x * W;
+        store<T>(dscore + place, load(probability + place) * (load(dscore + place) - delta[x]));
+      }
+  }
+
+  const WindowAttentionBackwardParams& g;
+  const WindowAttentionParams& p;
+  const Shared<S>& shared;
+  const bool want_q, want_k, want_v, want_bias;
+  Scratch scratch;
+  T *q, *k, *dq, *dk, *q_rows, *k_rows, *dk_rows;
+  T *v, *grad, *dv, *grad_rows, *dv_rows;
+  T *probability, *dscore, *highest, *sum, *region, *dbias_bands;
+};
+
+template <typename S>
+void backward(const WindowAttentionBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const WindowAttentionParams& p = params.forward;
+  const Shared<S> shared(p);
+  // Each head's windows are dealt to chunks; a work item is one chunk of one head.
+  const Chunks chunks(shared.windows);
+  const int64_t rows = params.dbias == nullptr ? 0 : p.geometry.bias_rows();
+  Scratch sums(Scratch::bytes_for<T>(p.num_heads * chunks.count * rows));
+  T* partial = sums.take<T>(p.num_heads * chunks.count * rows);
+  parallel_for(parallel, p.num_heads * chunks.count, [&](int64_t begin, int64_t end) {
+    BackwardWorker<S> worker(params, shared);
+    for (int64_t item = begin; item < end; ++item)
+      worker.run(item / chunks.count, chunks.begin(item % chunks.count),
+                 chunks.end(item % chunks.count), partial + item * rows);
+  });
+  S* dbias = static_cast<S*>(params.dbias);
+  for (int64_t m = 0; rows > 0 && m < p.num_heads; ++m)
+    for (int64_t row = 0; row < rows; ++row)
+      reduce_chunks(partial + m * chunks.count * rows + row, chunks.count, rows, 1,
+                    dbias + row * p.num_heads + m);
+}
+
+}  // namespace
+
+// Groups differ in the cost of a window: one after the other, each shared out evenly.
+void window_attention(const WindowAttentionParams* groups, int64_t group_count,
+                      ParallelFor parallel) {
+  for (int64_t i = 0; i < group_count; ++i)
+    dispatch_scalar(groups[i].kind,
+                    [&](auto element) { forward<decltype(element)>(groups[i], parallel); });
+}
+void window_attention_backward(const WindowAttentionBackwardParams* groups, int64_t group_count,
+                               ParallelFor parallel) {
+  for (int64_t i = 0; i < group_count; ++i)
+    dispatch_scalar(groups[i].forward.kind,
+                    [&](auto element) { backward<decltype(element)>(groups[i], parallel); });
+}
+
+}  // namespace SR_KERNELS_ISA
+}  // namespace sr_kernels

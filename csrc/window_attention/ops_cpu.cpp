@@ -1,0 +1,296 @@
+// sr_kernels::window_attention, grouped_window_attention, the reuse of their scores and their
+// backwards on the CPU: checks and params.
+#include <limits>
+
+#include "common/cpu_isa.h"
+#include "torch_adapter.h"
+#include "window_attention/params.h"
+
+namespace sr_kernels {
+namespace {
+
+// ------------------------------------------------------------------ checks
+
+WindowGeometry checked_geometry(const char* op, const Tensor& like, int64_t window_h,
+                                int64_t window_w, int64_t shift_h, int64_t shift_w) {
+  const int64_t height = like.size(2), width = like.size(3);
+  require(window_h > 0 && window_w > 0, op, ": window must be positive, got ", window_h, " x ",
+          window_w);
+  // Tokens of one window are counted in int.
+  require(window_h <= std::numeric_limits<int>::max() / window_w, op, ": window ", window_h, " x ",
+          window_w, " has too many pixels");
+  require(height % window_h == 0 && width % window_w == 0, op, ": window ", window_h, " x ",
+          window_w, " does not divide the image, H x W = ", height, " x ", width);
+  // An empty image has no windows; the geometry's modulus still needs a size.
+  if (height == 0 || width == 0)
+    return {height, width, static_cast<int>(window_h), static_cast<int>(window_w), 0, 0};
+  return make_window_geometry(height, width, static_cast<int>(window_h), static_cast<int>(window_w),
+                              shift_h, shift_w);
+}
+
+// Everything but out and lse.
+WindowAttentionParams window_params(const char* op, const Tensor& q, const std::optional<Tensor>& k,
+                                    const Tensor& v, const std::optional<Tensor>& bias,
+                                    int64_t window_h, int64_t window_w, int64_t shift_h,
+                                    int64_t shift_w, int64_t num_heads, double scale, bool mask) {
+  require_feature_map(q, "q");
+  require_feature_map(v, "v");
+  require(num_heads > 0, op, ": num_heads must be positive, got ", num_heads);
+  require(q.size(1) > 0 && q.size(1) % num_heads == 0, op,
+          ": q must have a positive multiple of num_heads = ", num_heads, " channels, got ",
+          shape_of(q));
+  require(v.size(1) > 0 && v.size(1) % num_heads == 0, op,
+          ": v must have a positive multiple of num_heads = ", num_heads, " channels, got ",
+          shape_of(v));
+  if (k.has_value()) {
+    require_shape(*k, {q.size(0), q.size(1), q.size(2), q.size(3)}, "k");
+    require_like(*k, q, "k", "q");
+  }
+  require_shape(v, {q.size(0), v.size(1), q.size(2), q.size(3)}, "v");
+  require_like(v, q, "v", "q");
+  WindowAttentionParams p{};
+  p.kind = scalar_kind(q, "q");
+  p.batch = q.size(0);
+  p.num_heads = num_heads;
+  p.d_qk = q.size(1) / num_heads;
+  p.d_v = v.size(1) / num_heads;
+  p.geometry = checked_geometry(op, q, window_h, window_w, shift_h, shift_w);
+  p.mask = mask;
+  p.scale = scale;
+  p.q = feature_map(q);
+  p.k = feature_map(k);
+  p.v = feature_map(v);
+  if (bias.has_value()) {
+    require_shape(*bias, {p.geometry.bias_rows(), num_heads}, "bias");
+    require_like(*bias, q, "bias", "q");
+    p.bias = bias->data_ptr();
+  }
+  return p;
+}
+
+// The CPU kernels rebuild the softmax from the scores and do not read lse: it is checked so that
+// every backend accepts the same calls.
+void check_lse(const Tensor& lse, const Tensor& q, int64_t heads) {
+  require_shape(lse, {q.size(0), heads, q.size(2), q.size(3)}, "lse");
+  require(lse.scalar_type() == compute_type(q),
+          "lse must be float32, or float64 where q is float64");
+  require(lse.is_cpu() == q.is_cpu() && lse.get_device_index() == q.get_device_index(),
+          "lse must be on the device of q");
+}
+
+Tensor new_lse(const Tensor& q, int64_t heads) {
+  return new_tensor(q, {q.size(0), heads, q.size(2), q.size(3)}, compute_type(q));
+}
+
+// The map from channel c on.
+FeatureMap from_channel(FeatureMap map, const Tensor& tensor, int64_t channel) {
+  map.data = static_cast<char*>(map.data) +
+             channel * map.stride_c * static_cast<int64_t>(tensor.element_size());
+  return map;
+}
+
+void run_forward(const std::vector<WindowAttentionParams>& groups, const Tensor& out) {
+  if (out.numel() > 0)
+    SR_KERNELS_CALL_CPU(window_attention, groups.data(), static_cast<int64_t>(groups.size()),
+                        torch_parallel);
+}
+
+// ------------------------------------------------------------------ one window size, heads
+
+std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const std::optional<Tensor>& k,
+                                                const Tensor& v,
+                                                const std::optional<Tensor>& bias_in,
+                                                int64_t window_h, int64_t window_w, int64_t shift_h,
+                                                int64_t shift_w, int64_t num_heads, double scale,
+                                                bool mask) {
+  const std::optional<Tensor> bias = dense(bias_in);
+  WindowAttentionParams p = window_params("window_attention", q, k, v, bias, window_h, window_w,
+                                          shift_h, shift_w, num_heads, scale, mask);
+  Tensor out = new_feature_map(v, v.size(1));
+  Tensor lse = new_lse(q, num_heads);
+  p.out = feature_map(out);
+  p.lse = feature_map(lse);
+  run_forward({p}, out);
+  return {out, lse};
+}
+
+Tensor apply_window_scores_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& lse,
+                               const Tensor& v, const std::optional<Tensor>& bias_in,
+                               int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,
+                               int64_t num_heads, double scale, bool mask) {
+  const std::optional<Tensor> bias = dense(bias_in);
+  WindowAttentionParams p = window_params("apply_window_scores", q, k, v, bias, window_h, window_w,
+                                          shift_h, shift_w, num_heads, scale, mask);
+  check_lse(lse, q, num_heads);
+  Tensor out = new_feature_map(v, v.size(1));
+  p.out = feature_map(out);
+  run_forward({p}, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
+    const Tensor& grad, const Tensor& q, const std::optional<Tensor>& k, const Tensor& lse,
+    const Tensor& v, const std::optional<Tensor>& bias_in, int64_t window_h, int64_t window_w,
+    int64_t shift_h, int64_t shift_w, int64_t num_heads, double scale, bool mask, bool need_q,
+    bool need_k, bool need_v, bool need_bias) {
+  const std::optional<Tensor> bias = dense(bias_in);
+  WindowAttentionBackwardParams p{};
+  p.forward = window_params("window_attention_backward", q, k, v, bias, window_h, window_w, shift_h,
+                            shift_w, num_heads, scale, mask);
+  check_lse(lse, q, num_heads);
+  require(!need_k || k.has_value(),
+          "window_attention_backward: need_k is set, but k is absent (the keys are q)");
+  require(!need_bias || bias.has_value(),
+          "window_attention_backward: need_bias is set, but bias is absent");
+  require_shape(grad, {v.size(0), v.size(1), v.size(2), v.size(3)}, "grad");
+  require_like(grad, q, "grad", "q");
+  p.grad = feature_map(grad);
+  Tensor dq = need_q ? new_feature_map(q, q.size(1)) : no_gradient(q);
+  Tensor dk = need_k ? new_feature_map(*k, q.size(1)) : no_gradient(q);
+  Tensor dv = need_v ? new_feature_map(v, v.size(1)) : no_gradient(v);
+  Tensor dbias =
+      need_bias ? new_tensor(q, {p.forward.geometry.bias_rows(), num_heads}) : no_gradient(q);
+  if (need_q) p.dq = feature_map(dq);
+  if (need_k) p.dk = feature_map(dk);
+  if (need_v) p.dv = feature_map(dv);
+  if (need_bias) p.dbias = dbias.data_ptr();
+  SR_KERNELS_CALL_CPU(window_attention_backward, &p, 1, torch_parallel);
+  return {dq, dk, dv, dbias};
+}
+
+// ------------------------------------------------------------------ channel groups
+
+// Params of every group. v nullptr: values are the odd slices of qv, else (N, C', H, W) in group
+// order. Out and lse are left open.
+std::vector<WindowAttentionParams> group_params(const char* op, const Tensor& qv, const Tensor* v,
+                                                const std::vector<int64_t>& windows, bool shifted) {
+  require_feature_map(qv, "qv");
+  const int64_t count = static_cast<int64_t>(windows.size());
+  require(count > 0, op, ": windows must not be empty");
+  require(qv.size(1) > 0 && qv.size(1) % (2 * count) == 0, op,
+          ": qv must have a positive multiple of 2 * len(windows) = ", 2 * count, " channels, got ",
+          shape_of(qv));
+  const int64_t d = qv.size(1) / (2 * count);
+  if (v != nullptr) {
+    require_feature_map(*v, "v");
+    require_shape(*v, {qv.size(0), v->size(1), qv.size(2), qv.size(3)}, "v");
+    require(v->size(1) > 0 && v->size(1) % count == 0, op,
+            ": v must have a positive multiple of len(windows) = ", count, " channels, got ",
+            shape_of(*v));
+    require_like(*v, qv, "v", "qv");
+  }
+  std::vector<WindowAttentionParams> groups;
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t window = windows[static_cast<size_t>(g)];
+    // torch.roll(x, -window // 2), a floor division: half a window, rounded up
+    const int64_t shift = shifted ? (window + 1) / 2 : 0;
+    WindowAttentionParams p{};
+    p.kind = scalar_kind(qv, "qv");
+    p.batch = qv.size(0);
+    p.num_heads = 1;
+    p.d_qk = d;
+    p.d_v = v == nullptr ? d : v->size(1) / count;
+    p.geometry = checked_geometry(op, qv, window, window, shift, shift);
+    p.mask = false;
+    p.scale = 1;
+    p.q = from_channel(feature_map(qv), qv, 2 * g * d);
+    p.v = v == nullptr ? from_channel(feature_map(qv), qv, (2 * g + 1) * d)
+                       : from_channel(feature_map(*v), *v, g * p.d_v);
+    groups.push_back(p);
+  }
+  return groups;
+}
+
+std::tuple<Tensor, Tensor> grouped_window_attention_cpu(const Tensor& qv,
+                                                        std::vector<int64_t> windows,
+                                                        bool shifted) {
+  std::vector<WindowAttentionParams> groups =
+      group_params("grouped_window_attention", qv, nullptr, windows, shifted);
+  Tensor out = new_feature_map(qv, qv.size(1) / 2);
+  Tensor lse = new_lse(qv, static_cast<int64_t>(groups.size()));
+  int64_t g = 0;
+  for (WindowAttentionParams& p : groups) {
+    p.out = from_channel(feature_map(out), out, g * p.d_v);
+    p.lse = from_channel(feature_map(lse), lse, g);
+    ++g;
+  }
+  run_forward(groups, out);
+  return {out, lse};
+}
+
+Tensor apply_grouped_window_scores_cpu(const Tensor& qv, const Tensor& lse, const Tensor& v,
+                                       std::vector<int64_t> windows, bool shifted) {
+  std::vector<WindowAttentionParams> groups =
+      group_params("apply_grouped_window_scores", qv, &v, windows, shifted);
+  check_lse(lse, qv, static_cast<int64_t>(groups.size()));
+  Tensor out = new_feature_map(v, v.size(1));
+  int64_t g = 0;
+  for (WindowAttentionParams& p : groups) p.out = from_channel(feature_map(out), out, g++ * p.d_v);
+  run_forward(groups, out);
+  return out;
+}
+
+// dqv and dv nullptr: not wanted. Values (and their gradients) are inside qv (dqv) if v is nullptr.
+void run_grouped_backward(const char* op, const Tensor& grad, const Tensor& qv, const Tensor& lse,
+                          const Tensor* v, const std::vector<int64_t>& windows, bool shifted,
+                          const Tensor* dqv, const Tensor* dv) {
+  const std::vector<WindowAttentionParams> groups = group_params(op, qv, v, windows, shifted);
+  const int64_t count = static_cast<int64_t>(groups.size());
+  check_lse(lse, qv, count);
+  const int64_t channels = v == nullptr ? qv.size(1) / 2 : v->size(1);
+  require_shape(grad, {qv.size(0), channels, qv.size(2), qv.size(3)}, "grad");
+  require_like(grad, qv, "grad", "qv");
+  std::vector<WindowAttentionBackwardParams> backward;
+  for (int64_t g = 0; g < count; ++g) {
+    WindowAttentionBackwardParams p{};
+    p.forward = groups[static_cast<size_t>(g)];
+    const int64_t d = p.forward.d_qk, d_v = p.forward.d_v;
+    p.grad = from_channel(feature_map(grad), grad, g * d_v);
+    if (dqv != nullptr) p.dq = from_channel(feature_map(*dqv), *dqv, 2 * g * d);
+    if (v == nullptr)
+      p.dv = from_channel(feature_map(*dqv), *dqv, (2 * g + 1) * d);
+    else if (dv != nullptr)
+      p.dv = from_channel(feature_map(*dv), *dv, g * d_v);
+    backward.push_back(p);
+  }
+  if (grad.numel() > 0)
+    SR_KERNELS_CALL_CPU(window_attention_backward, backward.data(), count, torch_parallel);
+}
+
+Tensor grouped_window_attention_backward_cpu(const Tensor& grad, const Tensor& qv,
+                                             const Tensor& lse, std::vector<int64_t> windows,
+                                             bool shifted) {
+  require_feature_map(qv, "qv");
+  Tensor dqv = new_feature_map(qv, qv.size(1));
+  run_grouped_backward("grouped_window_attention_backward", grad, qv, lse, nullptr, windows,
+                       shifted, &dqv, nullptr);
+  return dqv;
+}
+
+std::tuple<Tensor, Tensor> apply_grouped_window_scores_backward_cpu(
+    const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v,
+    std::vector<int64_t> windows, bool shifted, bool need_qv, bool need_v) {
+  require_feature_map(qv, "qv");
+  require_feature_map(v, "v");
+  Tensor dqv = need_qv ? new_feature_map(qv, qv.size(1)) : no_gradient(qv);
+  Tensor dv = need_v ? new_feature_map(v, v.size(1)) : no_gradient(v);
+  if (need_qv) torch::stable::zero_(dqv);  // nothing flows into qv's own values
+  run_grouped_backward("apply_grouped_window_scores_backward", grad, qv, lse, &v, windows, shifted,
+                       need_qv ? &dqv : nullptr, need_v ? &dv : nullptr);
+  return {dqv, dv};
+}
+
+}  // namespace
+}  // namespace sr_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
+  m.impl("window_attention", TORCH_BOX(&sr_kernels::window_attention_cpu));
+  m.impl("apply_window_scores", TORCH_BOX(&sr_kernels::apply_window_scores_cpu));
+  m.impl("window_attention_backward", TORCH_BOX(&sr_kernels::window_attention_backward_cpu));
+  m.impl("grouped_window_attention", TORCH_BOX(&sr_kernels::grouped_window_attention_cpu));
+  m.impl("grouped_window_attention_backward",
+         TORCH_BOX(&sr_kernels::grouped_window_attention_backward_cpu));
+  m.impl("apply_grouped_window_scores", TORCH_BOX(&sr_kernels::apply_grouped_window_scores_cpu));
+  m.impl("apply_grouped_window_scores_backward",
+         TORCH_BOX(&sr_kernels::apply_grouped_window_scores_backward_cpu));
+}
