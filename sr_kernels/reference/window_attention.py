@@ -148,7 +148,9 @@ def window_attention(
     _check_divides(q, window, "window")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if num_heads < 1 or x.shape[1] % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide {name}'s {x.shape[1]} channels")
+            raise ValueError(
+                f"num_heads {num_heads} does not divide {name}'s {x.shape[1]} channels"
+            )
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
     probabilities = _window_probabilities(q, k, window, shift, num_heads, scale, bias, mask)

@@ -1,0 +1,328 @@
+"""Read a file of weights, recognise which network and which naming it is, build that network.
+
+Understood, each with or without the ``module.`` of DataParallel:
+
+========================= ========================================================================
+ELAN, official            bare state dict, or a training checkpoint ``{epoch, model_state_dict}``;
+                          either form of the shift convolution (one-hot kernel, masked 3x3)
+ELAN, FriedRiceLab        ``{'params': ...}`` with ``modules_lfe.0.lfe.0.{weight,bias,mask}``
+ELAN, traiNNer-redux      as official without ``sub_mean`` and ``add_mean``; input in 0..1
+MAFDN                     this package's, with the DO-Convs folded or not, or a training checkpoint
+                          of :mod:`sr_kernels.models.train` (its averaged weights are taken)
+========================= ========================================================================
+
+Files are those of ``torch.save`` and safetensors, told apart by content. Nothing in a file is
+ever executed: ``torch.load(weights_only=True)`` refuses pickles that would run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .elan import ELAN
+from .mafdn import MAFDN, Attention
+
+__all__ = ["CheckpointError", "load_checkpoint"]
+
+State = dict[str, Tensor]
+
+# A training checkpoint keeps the weights under one of these; averaged ones are the better ones.
+_CONTAINERS = ("params_ema", "ema", "params", "model_state_dict", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class CheckpointError(ValueError):
+    """A file of weights that cannot be used; the message says why, and what would be accepted."""
+
+
+def load_checkpoint(
+    path: str | PathLike[str],
+    *,
+    backend: str | None = None,
+    map_location: str | torch.device = "cpu",
+    window_sizes: Sequence[int] = (4, 8, 16),
+) -> ELAN | MAFDN:
+    """Build the network that the weights are for and load them, strictly.
+
+    Architecture, scale and sizes are recognised from names and shapes; half-precision weights
+    are widened to float32.
+
+    Args:
+        path: file of weights, see the head of this module for what is understood.
+        backend: see :mod:`sr_kernels.backends`.
+        map_location: device of the result.
+        window_sizes: ELAN's windows, which no checkpoint records.
+
+    Returns:
+        The network in eval mode, MAFDN with its DO-Convs folded. ``scale`` and ``rgb_range`` say
+        what it takes and gives.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read, is of another network, does not fit, or holds
+            values that are not finite.
+    """
+    path = Path(path)
+    state = _plain_names(_unwrap(_read(path), path), path)
+    try:
+        model = _build(state, path, window_sizes)
+    except (ValueError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: the weights' shapes fit no network: {error}") from error
+    _load_strictly(model, state, path)
+    if isinstance(model, MAFDN):
+        model.fold()
+    model.eval().requires_grad_(False)
+    model.backend = backend
+    return model.to(map_location)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read(path: Path) -> Any:
+    """The content of the file: tensors in dicts, nothing that needs code to be unpacked."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a file; expected a file of weights")
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty")
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return _read_torch(path)
+    if len(start) > 8 and start[8:9] == b"{":
+        return _read_safetensors(path)
+    raise CheckpointError(
+        f"{path}: is neither a PyTorch checkpoint (torch.save) nor a safetensors file"
+    )
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name is not None:
+            raise CheckpointError(
+                f"{path}: refused, since unpacking it would run code ({name.group(1)}); expected a "
+                "file of plain tensors"
+            ) from error
+        raise CheckpointError(f"{path}: is damaged, or not a PyTorch checkpoint") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: is truncated or damaged ({reason})") from error
+    except (TypeError, AttributeError, IndexError, AssertionError) as error:
+        # What a damaged pickle stream makes the unpickler stumble over is arbitrary.
+        raise CheckpointError(f"{path}: is damaged, or not a PyTorch checkpoint") from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
+
+
+def _unwrap(content: Any, path: Path) -> State:
+    """The state dict inside a training checkpoint, without prefixes, in float32, all finite."""
+    if isinstance(content, Mapping):
+        for container in _CONTAINERS:
+            if isinstance(content.get(container), Mapping):
+                content = content[container]
+                break
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__} and no named weights; expected a state "
+            f"dict, or a training checkpoint with one under {', '.join(map(repr, _CONTAINERS))}"
+        )
+    state: State = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}; expected names and tensors only"
+            )
+        if value.is_complex() or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(
+                f"{path}: {name} is {value.dtype}, {value.layout}; expected plain real tensors"
+            )
+        if value.is_floating_point():
+            value = value.float()
+            if not bool(torch.isfinite(value).all()):
+                raise CheckpointError(f"{path}: {name} contains NaN or infinite values")
+        state[name] = value
+    while any(all(name.startswith(prefix) for name in state) for prefix in _PREFIXES):
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+    return state
+
+
+# --------------------------------------------------------------------------------------- names
+
+_RENAMES = (
+    (re.compile(r"^(head|tail)\.(weight|bias)$"), r"\1.0.\2"),
+    (re.compile(r"\.modules_(lfe|gmsa)\.(\d+)\."), r".modules_\1.\1_\2."),
+    (re.compile(r"\.lfe\.0\.(weight|bias)$"), r".conv0.shift_conv.conv1x1.\1"),
+    (re.compile(r"\.lfe\.2\.(weight|bias)$"), r".conv1.shift_conv.conv1x1.\1"),
+    (re.compile(r"\.lfe\.0\.mask$"), r".conv0.shift_conv.weight"),
+    (re.compile(r"\.lfe\.2\.mask$"), r".conv1.shift_conv.weight"),
+)
+
+
+def _plain_names(state: State, path: Path) -> State:
+    """ELAN under other names -> under the official ones; other state dicts as they are."""
+    if not any(name.startswith("body.0.modules_lfe.") for name in state):
+        return state
+    renamed: State = {}
+    for name, value in state.items():
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        renamed[name] = value
+    for name in [name for name in renamed if name.endswith(".shift_conv.m")]:
+        _split_masked(renamed, name.removesuffix("m"), path)
+    return renamed
+
+
+def _split_masked(state: State, prefix: str, path: Path) -> None:
+    """The official dense form, a masked 3x3 convolution, as one-hot kernel and 1x1 convolution."""
+    mask = state.pop(prefix + "m")
+    weight, bias = state.pop(prefix + "w", None), state.pop(prefix + "b", None)
+    if weight is None or bias is None or weight.ndim != 4 or weight.shape != mask.shape:
+        raise CheckpointError(f"{path}: {prefix}w, b and m do not form a masked 3x3 convolution")
+    if not torch.equal(mask, mask[:1].expand_as(mask)):
+        raise CheckpointError(f"{path}: {prefix}m differs between output channels; no shift does")
+    state[prefix + "weight"] = mask[0].unsqueeze(1)
+    state[prefix + "conv1x1.weight"] = (weight * mask).sum((2, 3), keepdim=True)
+    state[prefix + "conv1x1.bias"] = bias
+
+
+# ------------------------------------------------------------------------------------ building
+
+
+def _build(state: State, path: Path, window_sizes: Sequence[int]) -> ELAN | MAFDN:
+    if "body.0.modules_lfe.lfe_0.conv0.shift_conv.conv1x1.weight" in state:
+        return _build_elan(state, path, window_sizes)
+    if "blocks.0.distill.0.weight" in state:
+        return _build_mafdn(state, path)
+    names = ", ".join(list(state)[:3])
+    raise CheckpointError(
+        f"{path}: holds the weights of another network ({names}, ...); accepted are ELAN (names of "
+        "its authors, FriedRiceLab or traiNNer-redux) and this package's MAFDN"
+    )
+
+
+def _shape(state: State, name: str, path: Path, rank: int = 4) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"{path}: {name} is missing")
+    shape = tuple(state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"{path}: {name} has shape {shape}; expected {rank} dimensions")
+    return shape
+
+
+def _count(state: State, pattern: str) -> int:
+    """1 + the largest number in the names' place, 0 if there is none."""
+    found = (re.match(pattern, name) for name in state)
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _scale(state: State, name: str, colors: int, path: Path) -> int:
+    outputs = _shape(state, name, path)[0]
+    scale = round((outputs / colors) ** 0.5)
+    if scale < 1 or colors * scale * scale != outputs:
+        raise CheckpointError(
+            f"{path}: {name} has {outputs} output channels; expected {colors} * scale**2"
+        )
+    return scale
+
+
+def _build_elan(state: State, path: Path, window_sizes: Sequence[int]) -> ELAN:
+    channels, colors = _shape(state, "head.0.weight", path)[:2]
+    first = "body.0.modules_lfe.lfe_0.conv0.shift_conv.conv1x1.weight"
+    n_share = _count(state, r"body\.0\.modules_lfe\.lfe_(\d+)\.") - 1
+    norm = any(name.startswith(("sub_mean.", "add_mean.")) for name in state)
+    rgb_range = 1.0
+    if norm:  # the shift in the file says what white is: 255 unless someone trained in 0..1
+        shift = state.get("add_mean.bias", state.get("sub_mean.bias"))
+        rgb_range = 255.0 if shift is None or float(shift.abs().max()) > 1 else 1.0
+    return ELAN(
+        _scale(state, "tail.0.weight", colors, path),
+        m_elan=_count(state, r"body\.(\d+)\.") * (1 + n_share),
+        c_elan=channels,
+        n_share=n_share,
+        r_expand=_shape(state, first, path)[0] // channels,
+        window_sizes=window_sizes,
+        colors=colors,
+        rgb_range=rgb_range,
+        norm=norm,
+    )
+
+
+def _build_mafdn(state: State, path: Path) -> MAFDN:
+    channels, colors = _shape(state, "head.weight", path)[:2]
+    branches = _count(state, r"blocks\.0\.distill\.(\d+)\.")
+    attention: Attention = "branch"
+    hidden = "blocks.0.channel.conv_du.0.weight"
+    if "blocks.0.channel.0.conv_du.0.weight" in state:
+        attention, hidden = "branch_channel", "blocks.0.channel.0.conv_du.0.weight"
+    elif _shape(state, "blocks.0.pixel.0.conv.weight", path)[0] == channels:
+        attention = "block"
+    narrow, wide = _shape(state, hidden, path)[:2]
+    model = MAFDN(
+        _scale(state, "tail.weight", colors, path),
+        channels=channels,
+        num_blocks=_count(state, r"blocks\.(\d+)\."),
+        branches=branches,
+        attention=attention,
+        reduction=_reduction(wide, narrow),
+        colors=colors,
+    )
+    if not any(name.endswith(".D_diag") for name in state):
+        model.fold()
+    return model
+
+
+def _reduction(wide: int, narrow: int) -> int:
+    """A reduction r with ``max(wide // r, 1) == narrow``: 16 or 4 where they fit."""
+    for r in (16, 4, *range(1, wide + 1)):
+        if max(wide // r, 1) == narrow:
+            return r
+    raise ValueError(f"a channel attention of {wide} channels cannot have {narrow} hidden ones")
+
+
+def _load_strictly(model: nn.Module, state: State, path: Path) -> None:
+    expected = model.state_dict()
+    kind = f"{type(model).__name__} x{model.scale}"
+    problems: list[tuple[str, Literal["missing", "unexpected", "of another shape"]]] = []
+    problems += [(name, "missing") for name in expected if name not in state]
+    problems += [(name, "unexpected") for name in state if name not in expected]
+    problems += [
+        (name, "of another shape")
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = ", ".join(f"{name} is {what}" for name, what in problems[:3])
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path}: does not fit {kind}: {shown}{more}")
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: does not fit {kind}: {reason}") from error

@@ -1,0 +1,32 @@
+"""Weights that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoints import load_checkpoint
+from .elan import ELAN
+from .mafdn import MAFDN
+
+__all__ = ["PRETRAINED", "load_pretrained"]
+
+_FOLDER = Path(__file__).parent / "weights"
+
+PRETRAINED: dict[str, Path] = {"mafdn_x4": _FOLDER / "mafdn_x4.safetensors"}
+"""Name -> file of weights; ``weights/README.md`` says how each was made and what it measures."""
+
+
+def load_pretrained(name: str, *, backend: str | None = None) -> ELAN | MAFDN:
+    """The network with weights that come with the package, in eval mode.
+
+    Args:
+        name: a key of :data:`PRETRAINED`.
+        backend: see :mod:`sr_kernels.backends`.
+
+    Raises:
+        ValueError: there are no weights of that name.
+        FileNotFoundError: the installation lacks the file.
+    """
+    if name not in PRETRAINED:
+        raise ValueError(f"name is {name!r}; available are {', '.join(sorted(PRETRAINED))}")
+    return load_checkpoint(PRETRAINED[name], backend=backend)
