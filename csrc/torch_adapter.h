@@ -120,8 +120,7 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
   return MemoryFormat::ChannelsLast;
 }
 
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
-                         ScalarType dtype) {
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -131,8 +130,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) 
 // An uninitialised (N, channels, H, W) tensor of like's dtype, device and memory format.
 inline Tensor new_feature_map(const Tensor& like, int64_t channels) {
   return torch::stable::empty(
-      std::vector<int64_t>{like.size(0), channels, like.size(2), like.size(3)},
-      like.scalar_type(), std::nullopt, like.device(), std::nullopt, memory_format_of(like));
+      std::vector<int64_t>{like.size(0), channels, like.size(2), like.size(3)}, like.scalar_type(),
+      std::nullopt, like.device(), std::nullopt, memory_format_of(like));
 }
 
 // What a backward operator returns for a gradient that nobody asked for.
@@ -143,5 +142,15 @@ inline void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*),
   torch::stable::parallel_for(0, count, 1,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
+
+#if defined(USE_CUDA)
+// Torch's current stream on the tensor's device: a cudaStream_t.
+inline void* current_cuda_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+#endif
 
 }  // namespace sr_kernels

@@ -40,7 +40,8 @@ def _load(name: str) -> LoadResult:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return LoadResult(name, path, f"{path.name} exists but does not load: {error}")
+        # torch wraps the loader's own message, which names the missing symbol or library.
+        return LoadResult(name, path, f"{path.name} does not load: {error.__cause__ or error}")
     return LoadResult(name, path, None)
 
 

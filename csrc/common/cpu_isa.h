@@ -13,19 +13,19 @@ CpuIsa cpu_isa();
 }  // namespace sr_kernels
 
 #if defined(SR_KERNELS_X86)
-#define SR_KERNELS_CALL_CPU(function, ...)    \
-  do {                                        \
-    switch (::sr_kernels::cpu_isa()) {        \
-      case ::sr_kernels::CpuIsa::kAvx512:     \
-        avx512::function(__VA_ARGS__);        \
-        break;                                \
-      case ::sr_kernels::CpuIsa::kAvx2:       \
-        avx2::function(__VA_ARGS__);          \
-        break;                                \
-      case ::sr_kernels::CpuIsa::kPortable:   \
-        portable::function(__VA_ARGS__);      \
-        break;                                \
-    }                                         \
+#define SR_KERNELS_CALL_CPU(function, ...)  \
+  do {                                      \
+    switch (::sr_kernels::cpu_isa()) {      \
+      case ::sr_kernels::CpuIsa::kAvx512:   \
+        avx512::function(__VA_ARGS__);      \
+        break;                              \
+      case ::sr_kernels::CpuIsa::kAvx2:     \
+        avx2::function(__VA_ARGS__);        \
+        break;                              \
+      case ::sr_kernels::CpuIsa::kPortable: \
+        portable::function(__VA_ARGS__);    \
+        break;                              \
+    }                                       \
   } while (false)
 #else
 #define SR_KERNELS_CALL_CPU(function, ...) portable::function(__VA_ARGS__)

@@ -196,8 +196,8 @@ template <typename S, typename T>
 void load_tile(const FeatureMap& map, int64_t n, int64_t c0, int64_t channels, int64_t h0,
                int64_t rows, int64_t w0, int64_t columns, int64_t height, int64_t width,
                T* destination, int64_t channel_stride, int64_t row_stride) {
-  const int64_t first = min64(max64(0, -w0), columns);             // first column inside
-  const int64_t last = max64(first, min64(columns, width - w0));   // one past the last inside
+  const int64_t first = min64(max64(0, -w0), columns);            // first column inside
+  const int64_t last = max64(first, min64(columns, width - w0));  // one past the last inside
   const bool channels_last = map.stride_c == 1 && map.stride_w != 1;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = h0 + r;
@@ -207,8 +207,7 @@ void load_tile(const FeatureMap& map, int64_t n, int64_t c0, int64_t channels, i
       T* row = destination + c * channel_stride + r * row_stride;
       for (int64_t i = 0; i < begin; ++i) row[i] = T(0);
       if (inside && !channels_last)
-        load_elements(at<S>(map, n, c0 + c, h, w0 + begin), map.stride_w, end - begin,
-                      row + begin);
+        load_elements(at<S>(map, n, c0 + c, h, w0 + begin), map.stride_w, end - begin, row + begin);
       for (int64_t i = end; i < row_stride; ++i) row[i] = T(0);
     }
     if (inside && channels_last) {
@@ -236,8 +235,7 @@ void store_tile(const T* source, int64_t channel_stride, int64_t row_stride, con
       for (int64_t i = first; i < last; ++i) {
         S* pixel = at<S>(map, n, c0, h, w0 + i);
         const T* column = source + r * row_stride + i;
-        for (int64_t c = 0; c < channels; ++c)
-          from_compute(column[c * channel_stride], pixel + c);
+        for (int64_t c = 0; c < channels; ++c) from_compute(column[c * channel_stride], pixel + c);
       }
     } else {
       for (int64_t c = 0; c < channels; ++c)

@@ -15,7 +15,7 @@ struct ShiftConvParams {
   int groups;
   Activation activation;
   double negative_slope;
-  FeatureMap x, residual;  // residual.data may be nullptr
+  FeatureMap x, residual;     // residual.data may be nullptr
   const void *weight, *bias;  // weight (c_out, c_in) dense; bias (c_out) or nullptr
   FeatureMap y;
 };
