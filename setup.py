@@ -234,8 +234,9 @@ def build_parameters(environment: Mapping[str, str] = os.environ) -> BuildParame
     ]
     # libtorch is needed although no symbol names it: under a CUDA build of torch it is what brings
     # libtorch_cuda into the library's scope. No rpath: `import torch` has loaded them all before.
+    # libstdc++ stands first: libtorch_cpu exports parts of it too, which are not to be depended on.
     torch_link = ("-Wl,--no-as-needed", f"-L{torch.root / 'lib'}")
-    torch_link += ("-ltorch_cpu", "-lc10", "-ltorch")
+    torch_link += ("-lstdc++", "-ltorch_cpu", "-lc10", "-ltorch")
     undefined = () if sanitizers else ("-Wl,-z,defs",)  # an unresolved symbol fails here, not later
     libraries = [Library("_C", tuple(units), (*sanitizer_flags, *undefined, *torch_link))]
 

@@ -223,6 +223,7 @@ def test_make_tensor_seeds_and_rejects() -> None:
         T.make_tensor((3, 4), layout="channels_last")
 
 
+@pytest.mark.unpoisoned
 def test_poisoned_empty_fills_and_restores() -> None:
     with T.poisoned_empty():
         assert torch.isnan(torch.empty(1000)).all()
