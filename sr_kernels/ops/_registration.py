@@ -104,8 +104,11 @@ def register_no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"sr_kernels::{name}", raise_error)
 
 
-def register_autocast(name: str) -> None:
-    """Casts the tensors of ``sr_kernels::name`` to autocast's dtype, on CPU and CUDA."""
+def register_autocast(name: str, keep: tuple[int, ...] = ()) -> None:
+    """Casts the tensors of ``sr_kernels::name`` to autocast's dtype, on CPU and CUDA.
+
+    keep: positions of arguments that stay as they are (statistics such as log-sum-exp).
+    """
     overload = operator(name).default
 
     def register(device: str, key: str) -> None:
@@ -114,9 +117,10 @@ def register_autocast(name: str) -> None:
         def cast_and_call(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
 
-            def cast(argument: Any) -> Any:
+            def cast(position: int, argument: Any) -> Any:
                 eligible = (
-                    isinstance(argument, torch.Tensor)
+                    position not in keep
+                    and isinstance(argument, torch.Tensor)
                     and argument.is_floating_point()
                     and argument.dtype != torch.float64
                     and argument.device.type == device
@@ -124,7 +128,7 @@ def register_autocast(name: str) -> None:
                 return argument.to(dtype) if eligible else argument
 
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*[cast(argument) for argument in args])
+                return overload(*[cast(i, argument) for i, argument in enumerate(args)])
 
         _fragment.impl(name, cast_and_call, key)
 
