@@ -1,0 +1,135 @@
+"""The command line: `sr-kernels upscale | demo | env`, also as `python -m sr_kernels`.
+
+Exit status: 0 done; 1 something failed, and stderr says what; 2 the command itself is wrong;
+130 interrupted with Ctrl-C. A failure is one sentence; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sr_kernels.cli import console
+from sr_kernels.cli.errors import Failure, UsageError
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Upscale pictures with ELAN and MAFDN on hand-written kernels.
+
+  sr-kernels demo                       upscale a small photograph that comes with the package
+  sr-kernels upscale photo.jpg          write photo_x4.png beside it
+  sr-kernels upscale photos/ -o large/  a whole folder tree
+  sr-kernels env                        what runs here, and why the rest does not
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n(see: {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from sr_kernels.cli import demo, env, upscale
+
+    parser = _Parser(
+        prog="sr-kernels",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for module in (upscale, demo, env):
+        command = commands.add_parser(
+            module.NAME,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error as well"
+        )
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: that of the process); returns the exit status."""
+    debug = False
+    previous_warning = warnings.showwarning
+    warnings.showwarning = _show_warning
+    previous_sigterm = _terminate_politely()
+    try:
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
+        if arguments.version:
+            from sr_kernels._version import __version__
+
+            print(f"sr-kernels {__version__}")
+            return 0
+        if arguments.command is None:
+            parser.print_help()
+            return 2
+        debug = arguments.debug
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _report(error, 2, debug)
+    except Failure as error:
+        return _report(error, 1, debug)
+    except KeyboardInterrupt:
+        console.error("interrupted; no unfinished file is left")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return _report(
+            Failure("memory ran out; close other programs or use a smaller --tile"),
+            1,
+            debug,
+            cause=error,
+        )
+    except Exception as error:
+        kind = type(error).__name__
+        message = Failure(f"{kind}: {error}\n(this was not foreseen; --debug shows where)")
+        return _report(message, 1, debug, cause=error)
+    finally:
+        warnings.showwarning = previous_warning
+        if previous_sigterm is not None:
+            signal.signal(signal.SIGTERM, previous_sigterm)
+
+
+def _report(error: Exception, status: int, debug: bool, cause: BaseException | None = None) -> int:
+    if debug:
+        traceback.print_exception(cause or error)
+    console.error(str(error))
+    return status
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    console.note(str(message))
+
+
+def _terminate_politely() -> Any:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that unfinished files are removed. Returns the
+    handler that was there, or None where signals cannot be set (not the main thread)."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        return None

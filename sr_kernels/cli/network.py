@@ -1,0 +1,171 @@
+"""The network that a command runs: which weights, on which device, with which backend."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+
+from sr_kernels.cli.errors import Failure, UsageError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+DEFAULT_MODEL = "mafdn"
+DEFAULT_SCALE = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where it runs")
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ...",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of the activations; the narrow ones save memory (default: float32)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="which kernels; one named here is used or the run ends with the reason why it cannot "
+        "be (default: auto, the fastest that is there; see `sr-kernels env`)",
+    )
+
+
+def load(
+    *,
+    model: str | None,
+    scale: int | None,
+    weights: str | None,
+    device: str,
+    dtype: str,
+    backend: str,
+) -> Any:
+    """The network, in eval mode on its device. Raises UsageError and Failure."""
+    place = _device(device, backend)
+    chosen = None if backend == "auto" else backend
+    if chosen is not None:
+        _check_backend(chosen)
+    network = (
+        load_shipped(model, scale, chosen)
+        if weights is None
+        else load_file(weights, model, scale, chosen)
+    )
+    network = network.to(place, DTYPES[dtype]).eval()
+    if chosen is not None:
+        network.backend = chosen
+    return network
+
+
+def describe(network: Any) -> str:
+    """The backend that the network's operators run on, for the user: "cpu (avx512)"."""
+    from sr_kernels import backends
+
+    parameter = next(network.parameters(), torch.empty(0))
+    probe = torch.empty(1, 3, 1, 1, device=parameter.device, dtype=parameter.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fallback is announced by the run itself
+        names = {
+            backends.choose(op, [probe], getattr(network, "backend", None))
+            for op in ("shift_conv2d", "grouped_window_attention", "pixel_attention")
+        }
+    if names == {"cpu"}:
+        return f"cpu ({backends.cpu_capability()})"
+    return " and ".join(sorted(names))
+
+
+def name_of(network: Any) -> str:
+    """ "MAFDN x4" """
+    return f"{getattr(network, 'name', type(network).__name__)} x{network.scale}"
+
+
+def _device(name: str, backend: str) -> torch.device:
+    if name == "auto":
+        use_gpu = torch.cuda.is_available() and backend != "cpu"
+        return torch.device("cuda" if use_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda":
+        if backend == "cpu":
+            raise UsageError("--backend cpu runs on the CPU, but --device says cuda")
+        if not torch.cuda.is_available():
+            why = (
+                "this torch is a build without CUDA"
+                if torch.version.cuda is None
+                else "torch finds no CUDA GPU (driver missing, or CUDA_VISIBLE_DEVICES hides it)"
+            )
+            raise Failure(f"--device {name}: {why}; `sr-kernels env` tells more")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise Failure(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0"
+            )
+    elif backend == "cuda":
+        raise UsageError("--backend cuda runs on a CUDA GPU, but --device says cpu")
+    return device
+
+
+def _check_backend(name: str) -> None:
+    from sr_kernels import backends
+
+    for row, available, reason in backends.report():
+        if row == name and not available:
+            raise Failure(f"the backend {name} is not available: {reason}")
+
+
+def load_shipped(model: str | None, scale: int | None, backend: str | None) -> Any:
+    import sr_kernels.models as models
+
+    wanted = model or DEFAULT_MODEL
+    shipped = models.PRETRAINED
+    names = ", ".join(sorted(shipped)) or "none"
+    if wanted in shipped:
+        key = wanted
+    else:
+        key = f"{wanted}_x{scale or DEFAULT_SCALE}"
+        if key not in shipped:
+            raise UsageError(
+                f"no weights come with the package for {key} (--model {wanted} --scale "
+                f"{scale or DEFAULT_SCALE}); they do for: {names}. Others are given with --weights"
+            )
+    try:
+        network = models.load_pretrained(key, backend=backend)
+    except (OSError, models.CheckpointError) as error:
+        raise Failure(f"the weights {key} cannot be loaded: {error}") from error
+    if scale is not None and network.scale != scale:
+        raise UsageError(f"--model {wanted} is for x{network.scale}, but --scale says {scale}")
+    return network
+
+
+def load_file(path: str, model: str | None, scale: int | None, backend: str | None) -> Any:
+    import sr_kernels.models as models
+
+    try:
+        network = models.load_checkpoint(path, backend=backend)
+    except FileNotFoundError as error:
+        raise Failure(f"the weights {path} do not exist") from error
+    except OSError as error:
+        raise Failure(f"the weights {path} cannot be read: {error.strerror or error}") from error
+    except models.CheckpointError as error:
+        raise Failure(f"the weights {path} cannot be used: {error}") from error
+    if scale is not None and network.scale != scale:
+        raise UsageError(f"the weights {path} are for x{network.scale}, but --scale says {scale}")
+    if model is not None:
+        kind = _family(getattr(network, "name", type(network).__name__))
+        if not (_family(model).startswith(kind) or kind.startswith(_family(model))):
+            raise UsageError(f"the weights {path} are {kind}, but --model says {model}")
+    return network
+
+
+def _family(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
