@@ -155,7 +155,7 @@ def fit(args: argparse.Namespace) -> None:
     targets = list(average.state_dict().values())
     crops = Crops(pairs, args.scale, args.patch, args.batch, args.candidates, args.seed + step)
     budget = args.minutes * 60
-    begin, shown, mean_loss = time.monotonic() - spent, 0.0, 0.0
+    begin, shown, mean_loss, first = time.monotonic() - spent, 0.0, 0.0, step
     next_check = spent + args.check_seconds
 
     for lr, hr in crops:
@@ -176,7 +176,7 @@ def fit(args: argparse.Namespace) -> None:
         step += 1
         with torch.no_grad():  # the first steps are averaged over a shorter memory
             torch._foreach_lerp_(targets, sources, 1 - min(args.ema, step / (step + 10)))
-        mean_loss += (float(loss) - mean_loss) / min(step, 100)
+        mean_loss += (loss.item() - mean_loss) / min(step - first, 100)
 
         if seconds - shown > 5 or step == 1:
             shown = seconds
