@@ -29,9 +29,7 @@ def feature_map(value: Any, name: str) -> torch.Tensor:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
     if value.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel, got shape {_shape(value)}")
     return value
@@ -46,8 +44,7 @@ def like(value: torch.Tensor, reference: torch.Tensor, name: str, reference_name
         )
     if value.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
         raise TypeError(
-            f"{name} must have the dtype of {reference_name} ({reference.dtype}), "
-            f"got {value.dtype}"
+            f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {value.dtype}"
         )
 
 
@@ -77,9 +74,7 @@ def optional(
 def conv1x1_weight(
     value: Any, c_in: int | None, name: str, reference: torch.Tensor, c_out: int | None = None
 ) -> torch.Tensor:
-    return shaped(
-        value, (c_out, c_in, 1, 1), name, reference, " (out channels, in channels, 1, 1)"
-    )
+    return shaped(value, (c_out, c_in, 1, 1), name, reference, " (out channels, in channels, 1, 1)")
 
 
 def one_of(value: Any, accepted: Sequence[Any], name: str) -> None:

@@ -69,7 +69,7 @@ def shift_conv2d(
     """Shift convolution: ``y = act(W shift(x) + b) (+ residual)``.
 
     The shift moves whole channel groups by one pixel and fills with zero; it is an index in the
-    kernel, not a copy. With ``g = C_in // groups`` and ``shift(x)[c, h, w] = x[c, h + dy, w + dx]``::
+    kernel, not a copy. With ``g = C_in // groups``, ``shift(x)[c, h, w] = x[c, h + dy, w + dx]``::
 
         channels    [0, g)    [g, 2g)   [2g, 3g)  [3g, 4g)  the rest
         plus        (0, +1)   (0, -1)   (+1, 0)   (-1, 0)   (0, 0)       (dy, dx)
@@ -417,9 +417,7 @@ def grouped_window_attention(
     return out, WindowScores(kind="grouped", q=qv, lse=lse, windows=sizes, shifted=shifted)
 
 
-def apply_window_scores(
-    scores: WindowScores, v: Tensor, *, backend: str | None = None
-) -> Tensor:
+def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None = None) -> Tensor:
     """Attention with scores that an earlier call computed: ``out = softmax(s) v``.
 
     The scores are q, k and the log-sum-exp of each row, not a matrix: softmax tiles are
@@ -505,8 +503,7 @@ def _spatial_weight(weight: Tensor, bias: Tensor | None, x: Tensor, prefix: str 
     _checks.shaped(weight, (1, 2, None, None), f"{prefix}weight", x)
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(
-            f"{prefix}weight must have an odd square kernel (1, 2, k, k), got "
-            f"{tuple(weight.shape)}"
+            f"{prefix}weight must have an odd square kernel (1, 2, k, k), got {tuple(weight.shape)}"
         )
     _checks.optional(bias, (1,), f"{prefix}bias", x)
 

@@ -31,7 +31,8 @@ extern "C" void run(int kind, const int64_t* sizes, int pattern, int groups, int
                     void* x, const int64_t* x_strides, void* weight, void* bias, void* residual,
                     const int64_t* residual_strides, void* y, const int64_t* y_strides) {
   ShiftConvParams p{};
-  p.batch = sizes[0], p.height = sizes[1], p.width = sizes[2], p.c_in = sizes[3], p.c_out = sizes[4];
+  p.batch = sizes[0], p.height = sizes[1], p.width = sizes[2];
+  p.c_in = sizes[3], p.c_out = sizes[4];
   p.pattern = static_cast<ShiftPattern>(pattern);
   p.groups = groups;
   p.activation = static_cast<Activation>(activation);
@@ -62,18 +63,12 @@ def library(tmp_path_factory):
         text=True,
         check=True,
     ).stderr
-    includes = [
-        line.split("=", 1)[1].replace('"', "").split()
-        for line in listing.splitlines()
-        if line.startswith("#$ INCLUDES=")
-    ][0]
+    line = next(line for line in listing.splitlines() if line.startswith("#$ INCLUDES="))
+    includes = line.split("=", 1)[1].replace('"', "").split()
     folder = tmp_path_factory.mktemp("cuda_source")
     (folder / "run.cpp").write_text(SOURCE)
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *includes]
-        + [str(folder / "run.cpp"), "-o", str(folder / "run.so")],
-        check=True,
-    )
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-I", ROOT / "csrc", *includes]
+    subprocess.run(["g++", *flags, "-o", folder / "run.so", folder / "run.cpp"], check=True)
     return ctypes.CDLL(str(folder / "run.so"))
 
 

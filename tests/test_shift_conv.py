@@ -136,7 +136,13 @@ def test_conv_every_subset_of_gradients():
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "size",
-    [(1, 60, 120, 9, 40), (2, 3, 5, 1, 7), (1, 31, 62, 6, 1), (1, 52, 52, 35, 3), (1, 5, 9, 2, 200)],
+    [
+        (1, 60, 120, 9, 40),
+        (2, 3, 5, 1, 7),
+        (1, 31, 62, 6, 1),
+        (1, 52, 52, 35, 3),
+        (1, 5, 9, 2, 200),
+    ],
     ids=str,
 )
 def test_block_sizes_and_dtypes(size, dtype):

@@ -85,10 +85,8 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def register_autograd(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Autograd of ``sr_kernels::name``; its ``*_backward`` operator refuses to be differentiated."""
-    torch.library.register_autograd(
-        f"sr_kernels::{name}", backward, setup_context=setup_context
-    )
+    """Autograd of ``sr_kernels::name``: backward calls its ``*_backward`` operator."""
+    torch.library.register_autograd(f"sr_kernels::{name}", backward, setup_context=setup_context)
 
 
 def register_no_double_backward(name: str) -> None:
@@ -112,7 +110,7 @@ def register_autocast(name: str, keep: tuple[int, ...] = ()) -> None:
     overload = operator(name).default
 
     def register(device: str, key: str) -> None:
-        keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def cast_and_call(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)

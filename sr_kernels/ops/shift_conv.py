@@ -21,7 +21,6 @@ Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-
 @register_fake("shift_conv2d")
 def _(
     x: Tensor,
@@ -65,19 +64,12 @@ def _shift_conv2d_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _shift_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-    dx = dweight = dbias = None
-    if need_x or need_weight or need_bias:
-        dx, dweight, dbias = operator("shift_conv2d_backward")(
-            grad, x, weight, bias, *ctx.settings, need_x, need_weight, need_bias
-        )
-    return (
-        gradient_or_none(dx, need_x),
-        gradient_or_none(dweight, need_weight),
-        gradient_or_none(dbias, need_bias),
-        gradient_or_none(grad, need_residual),
-        *[None] * len(ctx.settings),
-    )
+    *needs, need_residual = ctx.needs_input_grad[:4]
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs):
+        computed = operator("shift_conv2d_backward")(grad, x, weight, bias, *ctx.settings, *needs)
+        gradients = tuple(map(gradient_or_none, computed, needs))
+    return (*gradients, gradient_or_none(grad, need_residual), *[None] * len(ctx.settings))
 
 
 @register_fake("shift_conv_block")
