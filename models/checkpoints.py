@@ -81,7 +81,7 @@ def load_checkpoint(
     _load_strictly(model, state, path)
     if isinstance(model, MAFDN):
         model.fold()
-    model.eval().requires_grad_(False)
+    model.eval()
     model.backend = backend
     return model.to(map_location)
 
