@@ -379,9 +379,9 @@ void forward(const WindowAttentionParams& p, ParallelFor parallel) {
         product<T>(Start::kZero, p.d_v, tokens, columns, rows_of_k(v, shared.v_stride),
                    StridedRows<T>{s, shared.block}, nullptr, out + i0, stride);
         for (int64_t i = i0; i < i0 + columns; i += Simd<T>::width) {
-          const Vec<T> factor = 1 / load(sum + i);
+          const Vec<T> divisor = load(sum + i);
           for (int64_t c = 0; c < p.d_v; ++c)
-            store<T>(out + c * stride + i, load(out + c * stride + i) * factor);
+            store<T>(out + c * stride + i, load(out + c * stride + i) / divisor);
         }
       }
       scatter<S>(out, stride, p.out, head * p.d_v, p.d_v, p.geometry, window);
