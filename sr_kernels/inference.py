@@ -40,6 +40,8 @@ MAX_TILE = 1024
 CPU_TILE_BYTES = 400 << 20
 CUDA_TILE_BYTES = 8 << 30
 DEFAULT_OVERLAP = 16
+# Alpha is interpolated in strips of rows of about so many pixels of the result.
+STRIP_PIXELS = 4 << 20
 
 
 class OutOfMemoryError(RuntimeError):
@@ -296,7 +298,7 @@ def _enlarge_alpha(alpha: np.ndarray, target: np.ndarray, scale: int) -> None:
     height, width, _ = alpha.shape
     peak = float(np.iinfo(alpha.dtype).max)
     reach = 4  # rows on each side that the cubic kernel may look at, and more
-    rows = max(1, (4 << 20) // (width * scale * scale))
+    rows = max(1, STRIP_PIXELS // (width * scale * scale))
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
         read = _Part(top, bottom, 0, width).grown(reach, height, width)

@@ -373,6 +373,7 @@ def _write_vips(
         raise ValueError(f"kind must be one of {', '.join(FORMATS)}, not {kind!r}")
     target = pyvips.Target.new_to_descriptor(file.fileno())
     failure: list[Exception] = []
+    finished = threading.Event()
 
     def save() -> None:
         # The error is kept without its traceback, which would keep the picture and the file alive.
@@ -382,17 +383,20 @@ def _write_vips(
             failure.append(OSError(f"the encoder stopped{_reason(error)}"))
         except Exception as error:
             failure.append(error.with_traceback(None))
+        finally:
+            finished.set()
 
     # In a thread of its own, so that Ctrl-C is heard: the interpreter handles signals only between
-    # its own instructions, and compressing a large picture is one call of many seconds.
+    # its own instructions, and compressing a large picture is one call of many seconds. An event
+    # is waited for, since a join() that a signal interrupts may take the thread for ended.
     worker = threading.Thread(target=save, name="write picture")
     worker.start()
     try:
-        while worker.is_alive():
-            worker.join(0.1)
+        while not finished.wait(0.1):
+            pass
     except BaseException:
         image.set_kill(True)
-        worker.join()
+        finished.wait()
         raise
     if failure:
         raise failure.pop()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -347,3 +351,23 @@ def test_quality_counts(tmp_path: Path) -> None:
         assert sizes[0] < sizes[-1] / 2
     write_picture(tmp_path / "a", Picture(pixels), "webp", 100)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a")), pixels)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_interrupt_stops_the_encoder(tmp_path: Path, kind: str) -> None:
+    """Ctrl-C ends the encoder's one long call; it does not wait until all is compressed."""
+    pixels = noise(4000, 4000, 3)
+
+    with open(tmp_path / "a", "x+b") as file:
+
+        def interrupt_once_begun() -> None:
+            while os.fstat(file.fileno()).st_size < 1 << 20:
+                time.sleep(0.005)
+            signal.raise_signal(signal.SIGINT)
+
+        watcher = threading.Thread(target=interrupt_once_begun)
+        watcher.start()
+        with pytest.raises(KeyboardInterrupt):
+            images._write_vips(file, pixels, Picture(pixels), kind, 95)
+        watcher.join()
+        assert os.fstat(file.fileno()).st_size < pixels.nbytes / 2

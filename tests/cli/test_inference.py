@@ -189,7 +189,8 @@ def test_no_fringe(nearest_class: Any) -> None:
     assert np.abs(result[visible][:, :3].astype(int) - (200, 30, 10)).max() <= 1
 
 
-def test_alpha_in_strips_equals_alpha_at_once(nearest_class: Any) -> None:
+def test_alpha_in_strips_equals_alpha_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "STRIP_PIXELS", 5 * 16 * 11)
     alpha = picture(37, 11, 1)
     target = np.zeros((148, 44, 1), np.uint8)
     inference._enlarge_alpha(alpha, target, 4)
