@@ -121,6 +121,23 @@ def test_copies_and_pickles(build: Any) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+def test_two_compiled_graphs_serve_every_size(build: Any) -> None:
+    model, graphs = build(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for size in ((20, 30), (16, 33), (7, 5), (48, 32)):
+            x = torch.rand(1, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) <= 2  # PyTorch's convolution guards on a small or a large input
+
+
 def test_tiles_on_whole_windows_with_enough_context_give_the_same() -> None:
     """Attention sees its window alone: a crop on window corners differs only near its border."""
     model = tiny_elan(m_elan=1, n_share=0)
