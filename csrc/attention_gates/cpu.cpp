@@ -33,6 +33,13 @@ SR_INLINE void zero_tail(T* rows, int64_t channels, int64_t row_stride, int64_t 
     for (int64_t i = columns; i < row_stride; ++i) rows[c * row_stride + i] = T(0);
 }
 
+template <typename T>
+SR_INLINE double wide_sum(Vec<T> v) {
+  double sum = 0;
+  for (int i = 0; i < Simd<T>::width; ++i) sum += static_cast<double>(v[i]);
+  return sum;
+}
+
 template <typename S>
 LeftOperand<typename Compute<S>::type> pack_weight(const void* weight, int64_t rows,
                                                    int64_t columns, bool transposed,
@@ -85,7 +92,7 @@ void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
   PixelAttentionParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns);
+  const int64_t stride = spread_stride<T>(tiling.columns);
 
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.channels, p.channels)) +
                  Scratch::bytes_for<T>(p.channels));
@@ -118,7 +125,7 @@ void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor para
   const PixelAttentionParams& p = b.forward;
   const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   const int64_t weight_size = p.channels * p.channels, packed = packed_size(p.channels, p.channels);
   const Chunks chunks(tiling.count());
   const int64_t chunk_size = weight_size + p.channels;  // dW, then db
@@ -227,6 +234,29 @@ void channel_statistics(StridedRows<T> x, int64_t channels, int64_t columns, T* 
     using V = decltype(tag);
     put(mean_row + i, get<V>(mean_row + i) / T(channels));
   });
+}
+
+// sum_c grad u, and in how many channels u is the maximum, of one run of pixels. Channels are added
+// in fours first, which halves the rounding of a plain sum.
+template <typename T>
+void gate_gradient_and_ties(StridedRows<T> u, StridedRows<T> grad, int64_t channels,
+                            int64_t columns, const T* max_row, T* gate_gradient, T* ties) {
+  for (int64_t c = 0; c < channels; c += 4) {
+    const int64_t count = min64(4, channels - c);
+    sweep<T>(columns, [&](int64_t i, auto tag) {
+      using V = decltype(tag);
+      const V zero = V{}, one = zero + T(1), largest = get<V>(max_row + i);
+      V product[4] = {zero, zero, zero, zero}, equal = zero;
+      for (int64_t k = 0; k < count; ++k) {
+        const V v = get<V>(u[c + k] + i);
+        product[k] = get<V>(grad[c + k] + i) * v;
+        equal += v == largest ? one : zero;
+      }
+      const V sum = (product[0] + product[1]) + (product[2] + product[3]);
+      put(gate_gradient + i, c == 0 ? sum : get<V>(gate_gradient + i) + sum);
+      put(ties + i, c == 0 ? equal : get<V>(ties + i) + equal);
+    });
+  }
 }
 
 // out[i] = start + sum over planes and taps of weight[plane][ky][kx] * source[plane][ky][i + kx]
@@ -362,7 +392,7 @@ void spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel)
   const Planes<T> planes{static_cast<T*>(p.workspace), p.kForwardPlanes, p.height, p.width};
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   const bool pixel = p.pixel_weight != nullptr;
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
@@ -406,7 +436,7 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
   const Planes<T> planes{static_cast<T*>(p.workspace), p.kBackwardPlanes, p.height, p.width};
   const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   const bool pixel = p.pixel_weight != nullptr;
   const bool want_dx = b.dx.data != nullptr;
   const bool want_du = want_dx || b.dpixel_weight != nullptr || b.dpixel_bias != nullptr;
@@ -441,17 +471,7 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
       T* gate_gradient = planes.row(t.n, kGateGradient, first);
       T* ties = planes.row(t.n, kTies, first);
       channel_statistics(rows, p.channels, t.columns, max_row, planes.row(t.n, kMean, first));
-      for (int64_t c = 0; c < p.channels; ++c) {
-        const T *u_row = rows[c], *grad_row = grad[c];
-        sweep<T>(t.columns, [&](int64_t i, auto tag) {
-          using V = decltype(tag);
-          const V v = get<V>(u_row + i), zero = V{}, one = zero + T(1);
-          const V equal = v == get<V>(max_row + i) ? one : zero;
-          const V product = get<V>(grad_row + i) * v;
-          put(ties + i, c == 0 ? equal : get<V>(ties + i) + equal);
-          put(gate_gradient + i, c == 0 ? product : get<V>(gate_gradient + i) + product);
-        });
-      }
+      gate_gradient_and_ties(rows, grad, p.channels, t.columns, max_row, gate_gradient, ties);
     }
   });
   evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
@@ -466,15 +486,15 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
   {
     const Chunks chunks(map_tiling.count());
     const int64_t chunk_size = 2 * taps + 1;
-    Scratch sums(Scratch::bytes_for<T>(chunks.count * chunk_size));
-    T* partial = sums.take<T>(chunks.count * chunk_size);
+    Scratch sums(Scratch::bytes_for<double>(chunks.count * chunk_size));
+    double* partial = sums.take<double>(chunks.count * chunk_size);
     parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
       Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) +
                       Scratch::bytes_for<T>(map_tiling.rows * map_columns));
       T* statistics = scratch.take<T>(2 * plane_stride);
       T* da = scratch.take<T>(map_tiling.rows * map_columns);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        T* dw_sum = partial + chunk * chunk_size;
+        double* dw_sum = partial + chunk * chunk_size;
         for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
           const Tile t = map_tiling[index];
           for (int64_t r = 0; r < t.rows; ++r) {
@@ -487,9 +507,10 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
               da_row[i] = gate_gradient[i];
             }
             for (int64_t i = t.columns; i < map_columns; ++i) da_row[i] = T(0);
+            Vec<T> sum{};
+            for (int64_t i = 0; i < map_columns; i += Simd<T>::width) sum += load(da_row + i);
+            dw_sum[2 * taps] += wide_sum<T>(sum);
           }
-          if (b.dbias != nullptr)
-            accumulate_row_sums(1, t.rows * map_columns, StridedRows<T>{da, 0}, dw_sum + 2 * taps);
           if (!want_dw) continue;
           load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach, t.w - reach,
                        t.columns + 2 * reach, p.height, p.width, statistics, plane_stride,
@@ -501,7 +522,7 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
             for (int64_t r = 0; r < t.rows; ++r)
               for (int64_t i = 0; i < map_columns; i += Simd<T>::width)
                 sum += load(da + r * map_columns + i) * load(source + r * map_stride + i);
-            dw_sum[tap] += horizontal_sum<T>(sum);
+            dw_sum[tap] += wide_sum<T>(sum);
           }
         }
       }
@@ -616,13 +637,6 @@ struct Moments {
   bool constant;   // every pixel equals the channel's first
 };
 
-template <typename T>
-SR_INLINE double wide_sum(Vec<T> v) {
-  double sum = 0;
-  for (int i = 0; i < Simd<T>::width; ++i) sum += static_cast<double>(v[i]);
-  return sum;
-}
-
 // Lanes are summed in T (a run is short), their totals in float64. The deviations are taken from
 // the run's own mean, corrected for that mean's rounding: no cancellation, however large the mean.
 template <typename T>
@@ -686,7 +700,7 @@ void channel_statistics_of(const ChannelAttentionParams& p, const FeatureMap& gr
                            ParallelFor parallel) {
   using T = typename Compute<S>::type;
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   const int64_t runs = tiling.tiles_h * tiling.tiles_w;  // of one image
   Scratch sums(Scratch::bytes_for<Moments>(p.batch * runs * p.channels));
   Moments* moments = sums.take<Moments>(p.batch * runs * p.channels);  // (N, runs, C)
@@ -931,7 +945,7 @@ void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor 
   if (b.dx.data == nullptr) return;
 
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = padded<T>(tiling.columns), size = p.channels * stride;
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * Scratch::bytes_for<T>(size));
     T* x_tile = scratch.take<T>(size);
@@ -971,7 +985,7 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
   GatedConvParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.residual, &p.y});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
-  const int64_t stride = padded<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
+  const int64_t stride = spread_stride<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
   Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
   const T* weight = load_vector<S>(p.weight, p.c_out * p.c_in, shared.take<T>(p.c_out * p.c_in));
   const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
@@ -1029,7 +1043,7 @@ void gated_backward(const GatedConvBackwardParams& params, ParallelFor parallel)
   const GatedConvParams& p = b.forward;
   const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
-  const int64_t stride = padded<T>(tiling.columns), runs = tiling.tiles_h * tiling.tiles_w;
+  const int64_t stride = spread_stride<T>(tiling.columns), runs = tiling.tiles_h * tiling.tiles_w;
   const int64_t weight_size = p.c_out * p.c_in, packed = packed_size(p.c_in, p.c_out);
   const Chunks chunks(tiling.count());
   const int64_t chunk_size = weight_size + p.c_out;  // dW, then db

@@ -76,6 +76,14 @@ int64_t run_length(int64_t channels) {
   return max64(64, min64(1024, pixels / 16 * 16));
 }
 
+// The distance between a tile's rows: an odd number of cache lines, so that one column of a tile,
+// which is what a channels_last pixel becomes, spreads over all sets of the first-level cache.
+template <typename T>
+SR_INLINE int64_t spread_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
 // The rows of a one-row tile, one per channel, for reading exactly tile.columns elements each:
 // where they lie, if they can be read there, else copied to buffer (channels x row_stride).
 template <typename S, typename T>

@@ -20,8 +20,6 @@ from sr_kernels.ops._registration import (
 Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
-STATISTICS = {"mean": 0, "contrast": 1}
-
 
 # ------------------------------------------------------------------ pixel attention
 
