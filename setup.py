@@ -55,7 +55,7 @@ X86_ISA_FLAGS = {
 DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 
 GIB = 1 << 30
-CXX_JOB_MEMORY = GIB + GIB // 2  # torch's headers with optimisation, measured generously
+CXX_JOB_MEMORY = GIB  # the largest unit takes 0.4 GiB
 NVCC_JOB_MEMORY = 3 * GIB
 
 
@@ -221,17 +221,17 @@ def build_parameters(environment: Mapping[str, str] = os.environ) -> BuildParame
 
     # --- _C
     isa_flags = X86_ISA_FLAGS if x86 else {"portable": ()}
-    units = [
-        Unit(source, object_of(source), "cxx", torch_flags)
-        for source in sources("csrc/library.cpp") + sources("csrc/*/ops_cpu.cpp")
-    ]
-    units += [Unit(source, object_of(source), "cxx") for source in sources("csrc/common/*.cpp")]
-    units += [
+    units = [  # the longest compilations first, so that none is left over at the end
         Unit(source, object_of(source, f".{isa}"), "cxx", (f"-DSR_KERNELS_ISA={isa}", *flags))
         for source in sources("csrc/*/cpu*.cpp")
         if not source.startswith(os.path.join("csrc", "common"))
         for isa, flags in isa_flags.items()
     ]
+    units += [
+        Unit(source, object_of(source), "cxx", torch_flags)
+        for source in sources("csrc/library.cpp") + sources("csrc/*/ops_cpu.cpp")
+    ]
+    units += [Unit(source, object_of(source), "cxx") for source in sources("csrc/common/*.cpp")]
     # libtorch is needed although no symbol names it: under a CUDA build of torch it is what brings
     # libtorch_cuda into the library's scope. No rpath: `import torch` has loaded them all before.
     # libstdc++ stands first: libtorch_cpu exports parts of it too, which are not to be depended on.
