@@ -265,14 +265,21 @@ void softmax_columns(const ScoreTerms<T>& terms, int64_t tokens, int64_t i0, T* 
       }
     }
   }
-  for (int64_t j = 0; j < tokens; ++j)
+  // In runs of 16: one long sequential sum would cost the digits that stock's tree sum keeps.
+  for (int64_t j0 = 0; j0 < tokens; j0 += 16) {
+    const int64_t j1 = min64(j0 + 16, tokens);
+    Vec<T> part[V] = {};
+    for (int64_t j = j0; j < j1; ++j)
 #pragma GCC unroll 4
-    for (int x = 0; x < V; ++x) {
-      T* place = s + j * ld + x * W;
-      const Vec<T> e = exp_nonpositive(load(place) - highest[x]);
-      sum[x] += e;
-      store<T>(place, e);
-    }
+      for (int x = 0; x < V; ++x) {
+        T* place = s + j * ld + x * W;
+        const Vec<T> e = exp_nonpositive(load(place) - highest[x]);
+        part[x] += e;
+        store<T>(place, e);
+      }
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) sum[x] += part[x];
+  }
 #pragma GCC unroll 4
   for (int x = 0; x < V; ++x) {
     store<T>(maximum_out + x * W, highest[x]);
@@ -293,6 +300,23 @@ void score_block(const ScoreTerms<T>& terms, const T* q, const T* k, int64_t d, 
     softmax_columns<T, 4>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
   for (; i < columns; i += W)
     softmax_columns<T, 1>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
+}
+
+// C[m, p] = sum_k A[m, k] B[k, p] with k in runs of 64, each summed by itself: the digits that one
+// sum over 256 tokens would lose. part: room for m_count rows of ldc.
+template <typename T>
+void product_in_runs(int64_t m_count, int64_t k_count, int64_t p_count, const T* a, int64_t lda,
+                     const T* b, int64_t ldb, T* c, int64_t ldc, T* part) {
+  constexpr int64_t kRun = 64;
+  product<T>(Start::kZero, m_count, min64(kRun, k_count), p_count, rows_of_k(a, lda),
+             StridedRows<T>{b, ldb}, nullptr, c, ldc);
+  for (int64_t k = kRun; k < k_count; k += kRun) {
+    product<T>(Start::kZero, m_count, min64(kRun, k_count - k), p_count,
+               rows_of_k(a + k * lda, lda), StridedRows<T>{b + k * ldb, ldb}, nullptr, part, ldc);
+    for (int64_t m = 0; m < m_count; ++m)
+      for (int64_t p = 0; p < p_count; p += Simd<T>::width)
+        store<T>(c + m * ldc + p, load(c + m * ldc + p) + load(part + m * ldc + p));
+  }
 }
 
 // ------------------------------------------------------------------ what all windows of a call
@@ -352,14 +376,16 @@ void forward(const WindowAttentionParams& p, ParallelFor parallel) {
   const Shared<S> shared(p);
   const int64_t tokens = shared.tokens, stride = shared.stride;
   parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
-    Scratch scratch(
-        (shared.shared_keys ? 1 : 2) * Scratch::bytes_for<T>(p.d_qk * stride) +
-        Scratch::bytes_for<T>(tokens * shared.v_stride) + Scratch::bytes_for<T>(p.d_v * stride) +
-        Scratch::bytes_for<T>(tokens * shared.block) + 3 * Scratch::bytes_for<T>(stride));
+    Scratch scratch((shared.shared_keys ? 1 : 2) * Scratch::bytes_for<T>(p.d_qk * stride) +
+                    Scratch::bytes_for<T>(tokens * shared.v_stride) +
+                    2 * Scratch::bytes_for<T>(p.d_v * stride) +
+                    Scratch::bytes_for<T>(tokens * shared.block) +
+                    3 * Scratch::bytes_for<T>(stride));
     T* q = scratch.take<T>(p.d_qk * stride);
     T* k = shared.shared_keys ? q : scratch.take<T>(p.d_qk * stride);
     T* v = scratch.take<T>(tokens * shared.v_stride);
     T* out = scratch.take<T>(p.d_v * stride);
+    T* part = scratch.take<T>(p.d_v * stride);
     T* s = scratch.take<T>(tokens * shared.block);
     T* highest = scratch.take<T>(stride);
     T* sum = scratch.take<T>(stride);
@@ -376,8 +402,8 @@ void forward(const WindowAttentionParams& p, ParallelFor parallel) {
         const int64_t columns = min64(shared.block, stride - i0);
         score_block(terms, q, k, p.d_qk, tokens, stride, i0, columns, s, shared.block, highest + i0,
                     sum + i0);
-        product<T>(Start::kZero, p.d_v, tokens, columns, rows_of_k(v, shared.v_stride),
-                   StridedRows<T>{s, shared.block}, nullptr, out + i0, stride);
+        product_in_runs(p.d_v, tokens, columns, v, shared.v_stride, s, shared.block, out + i0,
+                        stride, part);
         for (int64_t i = i0; i < i0 + columns; i += Simd<T>::width) {
           const Vec<T> divisor = load(sum + i);
           for (int64_t c = 0; c < p.d_v; ++c)
@@ -547,8 +573,8 @@ class BackwardWorker {
                            grad_rows + i0 * shared.v_stride, shared.v_stride, dv_rows,
                            shared.v_stride);
       if (want_q)
-        product<T>(Start::kZero, p.d_qk, tokens, columns, rows_of_k(k_rows, shared.qk_stride),
-                   StridedRows<T>{dscore, block}, nullptr, dq + i0, stride);
+        product_in_runs(p.d_qk, tokens, columns, k_rows, shared.qk_stride, dscore, block, dq + i0,
+                        stride, dk);  // dk is free until the rows of dk are turned into it
       if (want_k)
         accumulate_product(tokens, real, shared.qk_stride, dscore, block,
                            q_rows + i0 * shared.qk_stride, shared.qk_stride, dk_rows,
