@@ -86,13 +86,13 @@ def functions(case):
 
 def check(case, inputs, **options):
     name, settings = CASES[case]
-    # A gradient may be a single number (the spatial gate's bias): stock's error on one number is a
-    # matter of luck, 0 included. So it is on a handful in float64.
+    # The spatial gate's bias has one gradient, a sum over all pixels: stock's error on one number
+    # is a matter of luck, 0 included. So it is on a handful in float64.
     if inputs["x"].dtype == torch.float64:
         options.setdefault("atol", 1e-14)
         options.setdefault("gradient_atol", 1e-13)
     else:
-        options.setdefault("gradient_atol", 1e-6)
+        options.setdefault("gradient_atol", 1e-5 if "spatial" in case else 0.0)
     ours, stock, settings = functions(case)
     return check_operator(name, ours, stock, inputs, kwargs=settings, **options)
 
@@ -195,7 +195,10 @@ def test_nan_and_inf_pass_as_in_the_reference(case, layout, value):
 def test_gates_far_open_and_far_shut(case, scale):
     inputs = make_inputs(case, (1, 12, 8, 9))
     inputs["x"] = inputs["x"] * scale
-    check(case, inputs, gradient_atol=1e-6 * max(1.0, scale**2))
+    # At 1e4 the spatial gate's argument is rounded to about 1e-3 and then multiplies 1e4: what a few
+    # half-open pixels make of that is luck, in stock as in ours.
+    factor = 10.0 if "spatial" in case and scale > 1e3 else 2.0
+    check(case, inputs, factor=factor, gradient_atol=1e-6 * max(1.0, scale**2))
 
 
 @pytest.mark.parametrize("case", ["spatial", "pixel_spatial"])
@@ -273,7 +276,7 @@ def test_results_do_not_depend_on_threads_or_repetition(case, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for _ in range(50):
+        for _ in range(25):
             assert all(map(bitwise_equal, run(), first))
     finally:
         torch.set_num_threads(before)
@@ -310,6 +313,7 @@ def test_opcheck(case, layout):
 
 @ALL
 def test_compile_without_graph_breaks_for_any_size(case):
+    torch._dynamo.reset()  # the cases share one function, whose recompiles dynamo would add up
     ours, _, settings = functions(case)
     inputs = make_inputs(case, (2, 8, 4, 4))
     inputs.pop("residual", None)
