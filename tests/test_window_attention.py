@@ -286,7 +286,7 @@ def test_grouped_reuse_accumulates_gradients(depth, dtype):
     options = {}
     allow_float64_rounding(inputs, options)
     if dtype in (torch.float16, torch.bfloat16):
-        options["gradients"] = None  # of a sum of rounded gradients: test_reuse_in_16_bits
+        options["gradients"] = None  # each use rounds its gradient before they add up
     check_operator(
         "grouped reuse",
         grouped_with_reuse(sr_kernels),
