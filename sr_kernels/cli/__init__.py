@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sr_kernels.cli import console
+from sr_kernels.cli import console, signals
 from sr_kernels.cli.errors import Failure, UsageError
 
 __all__ = ["main"]
@@ -67,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     previous_warning = warnings.showwarning
     warnings.showwarning = _show_warning
-    previous_sigterm = _terminate_politely()
     try:
         parser = build_parser()
         arguments = parser.parse_args(argv)
@@ -80,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         debug = arguments.debug
-        status = arguments.run(arguments)
-        sys.stdout.flush()
+        with signals.handled():
+            status = arguments.run(arguments)
+            signals.check()
+            sys.stdout.flush()
         return status
     except UsageError as error:
         return _report(error, 2, debug)
@@ -107,8 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(message, 1, debug, cause=error)
     finally:
         warnings.showwarning = previous_warning
-        if previous_sigterm is not None:
-            signal.signal(signal.SIGTERM, previous_sigterm)
 
 
 def _report(error: Exception, status: int, debug: bool, cause: BaseException | None = None) -> int:
@@ -120,16 +118,3 @@ def _report(error: Exception, status: int, debug: bool, cause: BaseException | N
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     console.note(str(message))
-
-
-def _terminate_politely() -> Any:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that unfinished files are removed. Returns the
-    handler that was there, or None where signals cannot be set (not the main thread)."""
-
-    def stop(*_: Any) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    try:
-        return signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        return None

@@ -17,9 +17,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
+
+_T = TypeVar("_T")
 
 # 268 megapixels: more than any camera's picture, and a file that claims more is likelier an attack
 # (a decompression bomb) than a picture.
@@ -96,6 +98,44 @@ def _reason(error: Any) -> str:
     return f" ({lines[0]})" if lines else ""
 
 
+def _in_thread(work: Callable[[list[Any]], _T]) -> _T:
+    """What `work` returns or raises; it runs in a thread of its own, so that Ctrl-C is heard.
+
+    The interpreter handles signals in the main thread, between its own instructions. libvips is one
+    call of many seconds there; and it calls back into Python to log, where an exception is lost.
+
+    work: is given an empty list; a libvips image that it puts there is stopped by an interruption.
+    """
+    running: list[Any] = []
+    results: list[_T] = []
+    failures: list[BaseException] = []
+    finished = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work(running))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            finished.set()
+
+    threading.Thread(target=run, name="libvips").start()
+    try:
+        # Not join(): one that a signal interrupts may take the thread for ended.
+        while not finished.wait(0.1):
+            pass
+    except BaseException:
+        for image in running:
+            image.set_kill(True)
+        finished.wait()
+        raise
+    finally:
+        running.clear()
+    if failures:
+        raise failures.pop()
+    return results.pop()
+
+
 def sniff(head: bytes) -> str | None:
     """The format that a file's first bytes announce, or None."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -138,7 +178,7 @@ def read_picture(path: Path, check_size: Callable[[int, int, int], None] | None 
         )
     if kind == "bmp":
         return _read_bmp(path, data, check_size)
-    return _read_vips(path, data, kind, check_size)
+    return _in_thread(lambda running: _read_vips(path, data, kind, check_size))
 
 
 def _check_pixels(
@@ -296,7 +336,9 @@ def write_picture(path: Path, picture: Picture, kind: str, quality: int) -> list
             if kind == "bmp":
                 _write_bmp(file, pixels)
             else:
-                _write_vips(file, pixels, picture, kind, quality)
+                _in_thread(
+                    lambda running: _write_vips(file, pixels, picture, kind, quality, running)
+                )
     except OSError as error:
         raise ImageError(f"{path} cannot be written: {error.strerror or error}") from error
     return notes
@@ -339,8 +381,14 @@ def whole_or_nothing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _write_vips(
-    file: IO[bytes], pixels: np.ndarray, picture: Picture, kind: str, quality: int
+    file: IO[bytes],
+    pixels: np.ndarray,
+    picture: Picture,
+    kind: str,
+    quality: int,
+    running: list[Any],
 ) -> None:
+    """Encodes into `file`; the libvips image that is at work is put into `running`."""
     pyvips = vips()
     height, width, bands = pixels.shape
     deep = pixels.dtype == np.uint16
@@ -359,8 +407,9 @@ def _write_vips(
     ]
     options: dict[str, Any] = {"keep": ":".join(keep) or "none"}
     if kind == "png":
-        # Level 6 with adaptive filters takes four times as long for a file a few percent smaller.
-        options.update(compression=3, filter="sub", bitdepth=16 if deep else 8)
+        # On photographs, level 6 with the filter chosen row by row takes 2.5 times as long and
+        # saves 4 %; no filter at all costs 65 %.
+        options.update(compression=3, filter="paeth", bitdepth=16 if deep else 8)
     elif kind == "jpeg":
         options.update(Q=quality, optimize_coding=True)
     elif kind == "webp":
@@ -372,34 +421,11 @@ def _write_vips(
     else:
         raise ValueError(f"kind must be one of {', '.join(FORMATS)}, not {kind!r}")
     target = pyvips.Target.new_to_descriptor(file.fileno())
-    failure: list[Exception] = []
-    finished = threading.Event()
-
-    def save() -> None:
-        # The error is kept without its traceback, which would keep the picture and the file alive.
-        try:
-            getattr(image, f"{kind}save_target")(target, **options)
-        except pyvips.Error as error:
-            failure.append(OSError(f"the encoder stopped{_reason(error)}"))
-        except Exception as error:
-            failure.append(error.with_traceback(None))
-        finally:
-            finished.set()
-
-    # In a thread of its own, so that Ctrl-C is heard: the interpreter handles signals only between
-    # its own instructions, and compressing a large picture is one call of many seconds. An event
-    # is waited for, since a join() that a signal interrupts may take the thread for ended.
-    worker = threading.Thread(target=save, name="write picture")
-    worker.start()
+    running.append(image)
     try:
-        while not finished.wait(0.1):
-            pass
-    except BaseException:
-        image.set_kill(True)
-        finished.wait()
-        raise
-    if failure:
-        raise failure.pop()
+        getattr(image, f"{kind}save_target")(target, **options)
+    except pyvips.Error as error:
+        raise OSError(f"the encoder stopped{_reason(error)}") from error
 
 
 def _write_bmp(file: IO[bytes], pixels: np.ndarray) -> None:

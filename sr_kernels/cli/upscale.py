@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sr_kernels.cli import console, images, network, paths
+from sr_kernels.cli import console, images, network, paths, signals
 from sr_kernels.cli.errors import Failure, UsageError
 
 NAME = "upscale"
@@ -204,8 +204,14 @@ def upscale_file(net: Any, job: paths.Job, options: Options, label: str = "") ->
     """Reads, upscales and writes one picture, and says so. Raises Failure."""
     from sr_kernels import inference
 
+    signals.check()
     scale = int(net.scale)
+    show = console.Progress(f"{label}{job.source.name}")
     start = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        signals.check()
+        show(done, total)
 
     def check_size(height: int, width: int, pixel_bytes: int) -> None:
         images.check_output_size(job.kind, scale * height, scale * width)
@@ -227,7 +233,7 @@ def upscale_file(net: Any, job: paths.Job, options: Options, label: str = "") ->
             picture.pixels,
             tile=options.tile,
             overlap=options.overlap,
-            progress=console.Progress(f"{label}{job.source.name}"),
+            progress=progress,
             notify=console.note,
         )
         before = picture.pixels.shape

@@ -368,6 +368,8 @@ def test_interrupt_stops_the_encoder(tmp_path: Path, kind: str) -> None:
         watcher = threading.Thread(target=interrupt_once_begun)
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
-            images._write_vips(file, pixels, Picture(pixels), kind, 95)
+            images._in_thread(
+                lambda running: images._write_vips(file, pixels, Picture(pixels), kind, 95, running)
+            )
         watcher.join()
         assert os.fstat(file.fileno()).st_size < pixels.nbytes / 2
