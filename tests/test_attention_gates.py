@@ -161,7 +161,10 @@ def test_spatial_kernels_up_to_larger_than_the_image(case, kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @ALL
 def test_autocast(case, dtype):
-    check(case, make_inputs(case, (1, 20, 6, 9)), autocast=dtype)
+    """On numbers that the narrow dtype holds: autocast casts x for ours, not for stock's maximum
+    and mean, and rounding can make two channels share a maximum."""
+    inputs = {k: t.to(dtype).float() for k, t in make_inputs(case, (1, 20, 6, 9)).items()}
+    check(case, inputs, autocast=dtype, gradient_atol=2 * torch.finfo(dtype).eps)
 
 
 @ALL

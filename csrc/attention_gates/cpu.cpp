@@ -270,11 +270,13 @@ SR_INLINE void convolve_vectors(const T* source, int64_t plane_stride, int64_t r
   for (int64_t plane = 0; plane < planes; ++plane)
     for (int64_t ky = 0; ky < kernel; ++ky) {
       const T* row = source + plane * plane_stride + ky * row_stride;
+      Vec<T> row_sum[V] = {};  // a sum of sums: a large kernel's taps in one would round too often
       for (int64_t kx = 0; kx < kernel; ++kx) {
         const Vec<T> w = broadcast(weight[(plane * kernel + ky) * kernel + kx]);
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) sum[j] += w * load(row + kx + j * W);
+        for (int j = 0; j < V; ++j) row_sum[j] += w * load(row + kx + j * W);
       }
+      for (int j = 0; j < V; ++j) sum[j] += row_sum[j];
     }
   for (int j = 0; j < V; ++j) store(out + j * W, sum[j]);
 }
