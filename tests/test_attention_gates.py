@@ -149,7 +149,8 @@ def test_without_biases(case):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @ALL
 def test_more_than_one_tile(case, layout):
-    check(case, make_inputs(case, (2, 9, 37, 300), layout=layout))
+    # A bias's few gradients, about 20, are sums of thousands of float32 terms that mostly cancel.
+    check(case, make_inputs(case, (2, 5, 37, 150), layout=layout), gradient_atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 11, 23])
