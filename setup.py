@@ -423,11 +423,13 @@ def run_ninja(parameters: BuildParameters, build_dir: Path, environment: Mapping
     job_memory = NVCC_JOB_MEMORY if parameters.nvcc else CXX_JOB_MEMORY
     jobs = parallel_jobs(environment, available_cores(), free_memory(), job_memory)
     build_dir.mkdir(parents=True, exist_ok=True)
-    write_if_changed(build_dir / "build.ninja", ninja_text(parameters, build_dir))
     command = [find_ninja(), "-f", str(build_dir / "build.ninja"), "-j", str(jobs)]
-    print("sr_kernels:", *command, flush=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise BuildError("compiling sr_kernels failed: the compiler's message is above.")
+    with open(build_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree at once: one waits
+        write_if_changed(build_dir / "build.ninja", ninja_text(parameters, build_dir))
+        print("sr_kernels:", *command, flush=True)
+        if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+            raise BuildError("compiling sr_kernels failed: the compiler's message is above.")
 
 
 # ---------------------------------------------------------------------------------- setuptools
@@ -452,18 +454,14 @@ class NinjaBuildExt(build_ext):
             return
         parameters = build_parameters()
         build_dir = build_directory(parameters, os.environ)
-        build_dir.mkdir(parents=True, exist_ok=True)
-        with open(build_dir / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree at once: one waits
-            run_ninja(parameters, build_dir, os.environ)
-            package = Path(self.get_ext_fullpath("sr_kernels._C")).parent
-            built = {f"{library.name}.abi3.so" for library in parameters.libraries}
-            for present in package.glob("_C*.abi3.so"):
-                if present.name not in built:  # left by an earlier editable installation
-                    present.unlink()
-            for library in parameters.libraries:
-                target = Path(self.get_ext_fullpath(f"sr_kernels.{library.name}"))
-                replace_file(build_dir / f"{library.name}.abi3.so", target)
+        run_ninja(parameters, build_dir, os.environ)
+        package = Path(self.get_ext_fullpath("sr_kernels._C")).parent
+        built = {f"{library.name}.abi3.so" for library in parameters.libraries}
+        for present in package.glob("_C*.abi3.so"):
+            if present.name not in built:  # left by an earlier editable installation
+                present.unlink()
+        for name in sorted(built):
+            replace_file(build_dir / name, package / name)
         description = json.dumps(parameters.description, indent=2) + "\n"
         (package / "_build.json").write_text(description)
 
