@@ -86,13 +86,19 @@ def functions(case):
 
 def check(case, inputs, **options):
     name, settings = CASES[case]
-    # The spatial gate's bias has one gradient, a sum over all pixels: stock's error on one number
-    # is a matter of luck, 0 included. So it is on a handful in float64.
-    if inputs["x"].dtype == torch.float64:
+    # Stock's order of summation, and with it its error, differs between one thread and two; on the
+    # few numbers of a small gradient (the spatial gate's bias has one) it is a matter of luck, 0
+    # included. These are a few units in the last place of such numbers, which are 1 to 30.
+    dtype = inputs["x"].dtype
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64:
         options.setdefault("atol", 1e-14)
         options.setdefault("gradient_atol", 1e-13)
+    elif dtype == torch.float32:
+        options.setdefault("atol", 4 * eps)
+        options.setdefault("gradient_atol", (80 if "spatial" in case else 16) * eps)
     else:
-        options.setdefault("gradient_atol", 1e-5 if "spatial" in case else 0.0)
+        options.setdefault("gradient_atol", eps / 2)
     ours, stock, settings = functions(case)
     return check_operator(name, ours, stock, inputs, kwargs=settings, **options)
 
