@@ -122,9 +122,10 @@ test-asan: $(ASAN_SITE)/.stamp  ## the CPU kernels' tests under AddressSanitizer
 
 ABI_ENV := $(abspath .venv-abi)
 
-$(ABI_ENV)/.stamp:
-	$(PYTHON_FOR_VENV) -m venv $(ABI_ENV)
-	$(ABI_ENV)/bin/pip install -q torch numpy pillow safetensors pytest
+$(ABI_ENV)/.stamp: requirements-dev.txt requirements-build.txt
+	[ -d $(ABI_ENV) ] || $(PYTHON_FOR_VENV) -m venv $(ABI_ENV)
+	$(ABI_ENV)/bin/pip install -q torch
+	$(ABI_ENV)/bin/pip install -q -r requirements-dev.txt
 	@touch $@
 
 test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from PyPI (6 GB)
