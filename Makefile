@@ -73,7 +73,8 @@ $(ENV)/pyvenv.cfg:
 
 $(STAMPS)/build: requirements-build.txt | $(ENV)/pyvenv.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sr_kernels needs Python >= 3.10")'
-	$(PIP) install -q -r requirements-build.txt
+	@echo "installing what is missing (a minute or two, once)"
+	@$(PIP) install -q -r requirements-build.txt
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		$(PYTHON) -c 'import torch; print("torch", torch.__version__, "is there and stays")'; \
 	elif [ -n "$(TORCH_INSTALL)" ]; then \
@@ -91,7 +92,8 @@ $(STAMPS)/dev: requirements-dev.txt $(STAMPS)/build
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/installed: $(SOURCES) $(STAMPS)/build
-	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@echo "compiling the kernels (a minute or two; again only when a source changes)"
+	@$(PIP) install -q --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
 
 # --- sanitizers ---------------------------------------------------------------------------------
