@@ -11,8 +11,8 @@ reference  plain PyTorch, anywhere: the definition of every operator
 
 ``auto`` takes the first that can run the call and warns, once per reason, when it has to fall back
 to ``reference``. A backend that is asked for by name, as an argument, with :func:`use_backend` or
-through the environment variable ``SR_KERNELS_BACKEND`` (read once, at import), raises instead of
-falling back.
+through the environment variable ``SR_KERNELS_BACKEND`` (read once, at import; a wrong value is
+refused where it is first needed), raises instead of falling back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _checked(name: str | None, source: str) -> str:
     return name
 
 
-_preference = _checked(os.environ.get("SR_KERNELS_BACKEND") or None, "SR_KERNELS_BACKEND")
+# Checked in current_backend, not here: `sr-kernels env` must be able to say that it is wrong.
+_preference = os.environ.get("SR_KERNELS_BACKEND") or "auto"
 _warned: set[str] = set()
 
 
@@ -61,10 +62,10 @@ def use_backend(name: str | None) -> Iterator[None]:
         name: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (None: auto).
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or another one in ``SR_KERNELS_BACKEND``.
     """
     global _preference
-    previous = _preference
+    previous = current_backend()
     _preference = _checked(name, "name")
     try:
         yield
@@ -73,8 +74,13 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The backend that calls without an argument of their own ask for."""
-    return _preference
+    """The backend that calls without an argument of their own ask for.
+
+    Raises:
+        ValueError: ``SR_KERNELS_BACKEND`` is not the name of one.
+    """
+    # What use_backend sets is right: only the environment can have brought a wrong name.
+    return _checked(_preference, "SR_KERNELS_BACKEND")
 
 
 def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[bool, str]:
@@ -124,10 +130,10 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
         backend: the call's own wish; None takes :func:`current_backend`.
 
     Raises:
-        ValueError: an unknown backend name.
+        ValueError: an unknown backend name, here or in ``SR_KERNELS_BACKEND``.
         RuntimeError: a backend asked for by name that cannot run this call; says why.
     """
-    wanted = _preference if backend is None else _checked(backend, "backend")
+    wanted = current_backend() if backend is None else _checked(backend, "backend")
     if wanted != "auto":
         ok, reason = can_run(wanted, op, tensors)
         if not ok:

@@ -73,9 +73,23 @@ def test_the_environment_variable_is_read_at_import():
     program = "import sr_kernels.backends as b; print(b.current_backend())"
     assert run_python(program, SR_KERNELS_BACKEND="reference").stdout.strip() == "reference"
     assert run_python(program, SR_KERNELS_BACKEND="").stdout.strip() == "auto"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "b.current_backend()",
+        "b.use_backend('cpu').__enter__()",
+        "sr_kernels.shift_conv2d(torch.ones(1, 5, 2, 2), torch.ones(1, 5, 1, 1))",
+    ],
+)
+def test_a_wrong_environment_variable_is_refused_at_first_use(use):
+    program = f"import torch, sr_kernels, sr_kernels.backends as b; print('imported'); {use}"
     wrong = run_python(program, SR_KERNELS_BACKEND="fast")
+    assert wrong.stdout.strip() == "imported"
     assert wrong.returncode != 0
     assert "SR_KERNELS_BACKEND must be one of auto" in wrong.stderr
+    assert "got 'fast'" in wrong.stderr
 
 
 def test_without_the_library_auto_falls_back_and_says_so_once(monkeypatch):
