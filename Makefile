@@ -29,7 +29,7 @@ TRITON_VERSION := 3.6.0
 STAMPS := build/stamps/$(subst /,_,$(ENV))
 SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
 	$(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-PYTHON_FILES := setup.py sr_kernels models tests $(wildcard tools benchmarks)
+PYTHON_FILES := setup.py sr_kernels_cli.py sr_kernels models tests $(wildcard tools benchmarks)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-abi test-asan lint format wheel setup setup-dev clean distclean
@@ -46,7 +46,7 @@ test: setup-dev  ## all tests that this machine can run
 lint: setup-dev  ## ruff, mypy, clang-format: changes nothing
 	$(PYTHON) -m ruff check $(PYTHON_FILES)
 	$(PYTHON) -m ruff format --check $(PYTHON_FILES)
-	$(PYTHON) -m mypy sr_kernels models
+	$(PYTHON) -m mypy sr_kernels_cli.py sr_kernels models
 	$(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: setup-dev  ## what lint can repair, repaired

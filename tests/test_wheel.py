@@ -93,7 +93,7 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "sr_kernels/_build.json" in names
     assert "sr_kernels/py.typed" in names
     tops = {n.split("/")[0] for n in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"sr_kernels"}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"sr_kernels", "sr_kernels_cli.py"}
     for source in (*ROOT.glob("sr_kernels/**/*.py"), *ROOT.glob("models/**/*.py")):
         relative = source.relative_to(ROOT)
         inside = relative if relative.parts[0] == "sr_kernels" else Path("sr_kernels") / relative

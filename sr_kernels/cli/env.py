@@ -105,7 +105,11 @@ def _backends() -> Iterator[tuple[str, str]]:
 
     for name, available, reason in backends.report():
         yield name, ("yes" if available else "no") + (f": {reason}" if reason else "")
-    yield "taken by default", backends.current_backend()
+    try:
+        default = backends.current_backend()
+    except ValueError as error:
+        default = f"none: {error}"
+    yield "taken by default", default
 
 
 def _weights() -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from typing import Any
 
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="type of the activations; the narrow ones save memory (default: float32)",
+        help="type of the activations; the narrow ones save memory, but on a CPU they are slower "
+        "(default: float32)",
     )
     group.add_argument(
         "--backend",
@@ -51,6 +53,7 @@ def load(
     """The network, in eval mode on its device. Raises UsageError and Failure."""
     place = _device(device, backend)
     chosen = None if backend == "auto" else backend
+    _check_environment(place, chosen)
     if chosen is not None:
         _check_backend(chosen)
     network = (
@@ -115,12 +118,30 @@ def _device(name: str, backend: str) -> torch.device:
     return device
 
 
-def _check_backend(name: str) -> None:
+def _check_environment(place: torch.device, chosen: str | None) -> None:
+    """Wrong environment variables are told here, once, and not picture by picture."""
+    from sr_kernels import backends
+
+    try:
+        wanted = chosen or backends.current_backend()
+    except ValueError as error:
+        raise Failure(str(error)) from error
+    if place.type == "cpu" and wanted != "reference":
+        try:
+            backends.cpu_capability()
+        except RuntimeError as error:
+            value = os.environ.get("SR_KERNELS_CPU_ISA")
+            raise Failure(f"{error}; got {value!r}") from error
+    if chosen is None and wanted != "auto":
+        _check_backend(wanted, " (SR_KERNELS_BACKEND asks for it)")
+
+
+def _check_backend(name: str, origin: str = "") -> None:
     from sr_kernels import backends
 
     for row, available, reason in backends.report():
         if row == name and not available:
-            raise Failure(f"the backend {name} is not available: {reason}")
+            raise Failure(f"the backend {name}{origin} is not available: {reason}")
 
 
 def load_shipped(model: str | None, scale: int | None, backend: str | None) -> Any:

@@ -36,7 +36,8 @@ folders:
   Names become NAME_x4.png (or another ending); where a.jpg and a.png lie side by side,
   a_jpg_x4.png and a_png_x4.png. What is already there is left as it is, so an interrupted run is
   continued by the same command; --overwrite does everything again. A picture that fails is
-  reported, and the rest goes on.
+  reported, and the rest goes on. A run that was killed (kill -9, power) may leave a hidden file
+  .sr-kernels-*.part behind: delete it.
 
 tiles:
   A large picture goes through the network in tiles, so that memory stays bounded; when it runs out

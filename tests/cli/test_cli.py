@@ -318,6 +318,31 @@ def test_backend_that_is_absent(run: Run, photo: Path, name: str) -> None:
     assert f"backend {name} is not available: " in outcome.err
 
 
+@pytest.mark.parametrize("variable", ["SR_KERNELS_BACKEND", "SR_KERNELS_CPU_ISA"])
+def test_wrong_environment_variables(start: Run, photo: Path, variable: str) -> None:
+    """One sentence, which does not blame the picture; `env` tells of it beside everything else."""
+    sentence = f"{variable} must be "
+    process = start("upscale", photo, **{variable: "fast"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith(f"sr-kernels: error: {sentence}")
+    assert err.endswith("got 'fast'\n")
+    assert len(err.splitlines()) == 1
+    assert out == ""
+    process = start("env", **{variable: "fast"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert sentence in out
+    assert "environment variables" in out
+
+
+def test_backend_of_the_environment_that_is_absent(start: Run, photo: Path) -> None:
+    process = start("upscale", photo, SR_KERNELS_BACKEND="triton")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("sr-kernels: error: the backend triton (SR_KERNELS_BACKEND asks for it)")
+
+
 # Unlike the tests above these load real weights.
 @pytest.mark.parametrize(
     ("status", "words", "arguments"),
@@ -449,6 +474,52 @@ def test_interrupted_folder(
     outcome = run("upscale", tree, "-o", out)
     assert f"{4 - len(done)} of 4 pictures written" in outcome.out
     assert len(files(out)) == 4
+
+
+# What the installed command `sr-kernels` does.
+ENTRY = "import sys; from sr_kernels_cli import main; sys.exit(main())"
+
+
+@pytest.fixture
+def fake_torch(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
+    """Starts the command with `program` in the place of torch."""
+
+    def call(program: str) -> subprocess.Popen[str]:
+        (tmp_path / "torch.py").write_text(program)
+        path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+        return subprocess.Popen(
+            [sys.executable, "-c", ENTRY, "env"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    return call
+
+
+def test_interrupted_while_torch_is_imported(fake_torch: Run) -> None:
+    process = fake_torch(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt as error:\n"
+        "    raise ImportError('what a C extension makes of it') from error\n"
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "sr-kernels: error: interrupted\n"
+
+
+def test_torch_that_cannot_be_imported(fake_torch: Run) -> None:
+    process = fake_torch("raise ImportError('libfoo.so: cannot open shared object file')")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("sr-kernels: error: the package cannot be imported: libfoo.so")
+    assert "Traceback" not in err
 
 
 def test_signal_that_python_drops(run: Run, tree: Path, nearest_class: Any) -> None:
