@@ -182,8 +182,7 @@ def bytes_per_pixel(model: Any, dtype: torch.dtype = torch.float32) -> int:
     """Estimate of the working memory of `model` in bytes for each input pixel.
 
     Activations are as wide as the widest convolution, and at most about 14 of them are alive at
-    once (ELAN-light takes 3.8 kB a pixel of the 7.3 kB estimated here, MAFDN 5.4 of 6.4). An
-    estimate that is too low costs a halved tile, not the run.
+    once. An estimate that is too low costs a halved tile, not the run.
     """
     parameters = getattr(model, "parameters", None)
     widest = max((p.shape[0] for p in parameters() if p.dim() == 4), default=3) if parameters else 3
