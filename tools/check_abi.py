@@ -24,8 +24,8 @@ def main() -> int:
     for name in ("_C", "_C_cuda"):
         library = package / f"{name}.abi3.so"
         if name == "_C_cuda" and not built["cuda"]["built"]:
-            print(f"{name}: not built: {built['cuda']['reason']}")
-            continue
+            print(f"{name}: not built: {built['cuda']['reason']}", file=sys.stderr)
+            return 1
         torch.ops.load_library(str(library))
         print(f"{name}: loaded")
     x = torch.randn(1, 10, 6, 5)
