@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -96,8 +98,21 @@ inline FeatureMap feature_map(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? feature_map(*tensor) : FeatureMap{};
 }
 
+// Torch's stable API reports a failed call without its cause. These calls fail for want of memory
+// alone, and callers (a tiled upscaler, say) want to know that.
+template <typename Function>
+Tensor allocate(const Function& function) {
+  try {
+    return function();
+  } catch (const std::exception&) {
+    throw std::runtime_error("sr_kernels: not enough memory for a tensor");
+  }
+}
+
 // A weight or bias as one dense block (weights are small: a copy costs nothing).
-inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+inline Tensor dense(const Tensor& tensor) {
+  return allocate([&] { return torch::stable::contiguous(tensor); });
+}
 inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
   return dense(*tensor);
@@ -121,7 +136,7 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
 }
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  return allocate([&] { return torch::stable::new_empty(like, sizes, dtype); });
 }
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
   return new_tensor(like, sizes, like.scalar_type());
@@ -129,18 +144,30 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) 
 
 // An uninitialised (N, channels, H, W) tensor of like's dtype, device and memory format.
 inline Tensor new_feature_map(const Tensor& like, int64_t channels) {
-  return torch::stable::empty(
-      std::vector<int64_t>{like.size(0), channels, like.size(2), like.size(3)}, like.scalar_type(),
-      std::nullopt, like.device(), std::nullopt, memory_format_of(like));
+  const std::vector<int64_t> sizes{like.size(0), channels, like.size(2), like.size(3)};
+  return allocate([&] {
+    return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(),
+                                std::nullopt, memory_format_of(like));
+  });
 }
 
 // What a backward operator returns for a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}); }
 
-// Torch's thread pool as the kernels see it; one work item is the unit of distribution.
+// Torch's thread pool as the kernels see it; one work item is the unit of distribution. The first
+// exception of any thread is thrown again here: torch's C interface would lose its message.
 inline void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, 1,
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  std::exception_ptr first;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end, context);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!first) first = std::current_exception();
+    }
+  });
+  if (first) std::rethrow_exception(first);
 }
 
 #if defined(USE_CUDA)

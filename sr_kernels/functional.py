@@ -450,7 +450,8 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
     else:
         _window_tensors(q, scores.k, v, scores.num_heads, scores.window)
     chosen = backends.choose("apply_window_scores", (q, v), backend)
-    if chosen == "reference" or (scores.lse is None and backend is None):
+    free_to_choose = (backend or backends.current_backend()) == "auto"
+    if chosen == "reference" or (scores.lse is None and free_to_choose):
         return reference.apply_window_scores(scores, v)
     if scores.lse is None:
         raise RuntimeError(

@@ -35,3 +35,36 @@ def test_elan_light_forward_stays_under_250_megabytes(capsys):
         print(f"\nELAN-light x4, 320x180, peak growth: cpu {ours:.0f} MB, reference {stock:.0f} MB")
     assert ours < 250
     assert ours < stock / 2
+
+
+OUT_OF_MEMORY = """
+import resource, torch, sr_kernels
+from sr_kernels.inference import _is_out_of_memory
+
+x = torch.zeros(1, 5, 1, 1)
+q = torch.randn(1, 400, 64, 64)
+sr_kernels.shift_conv2d(x, torch.zeros(1, 5, 1, 1))  # loads what is loaded at the first call
+sr_kernels.window_attention(x, x, x, window=1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 20_000_000, used + 20_000_000))
+calls = {
+    "output": lambda: sr_kernels.shift_conv2d(x.expand(1, 5, 4096, 4096), torch.zeros(1, 5, 1, 1)),
+    "scratch": lambda: sr_kernels.window_attention(q, q, q, window=64),
+    "weight": lambda: sr_kernels.shift_conv2d(
+        x.expand(1, 5, 1, 1), torch.zeros(1, 1, 1, 1).expand(10_000_000, 5, 1, 1)
+    ),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except RuntimeError as error:
+        assert "not enough memory" in str(error) and _is_out_of_memory(error), (name, error)
+    else:
+        raise SystemExit(f"{name}: there was memory enough")
+"""
+
+
+def test_running_out_of_memory_inside_an_operator_says_so():
+    """The tiled upscaler recognises it by these words and goes on with smaller tiles."""
+    result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

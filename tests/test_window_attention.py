@@ -696,3 +696,29 @@ GROUPED_BACKWARD = torch.ops.sr_kernels.grouped_window_attention_backward
 def test_the_operator_itself_checks_too(operator, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         operator(*arguments)
+
+
+def test_scores_of_the_reference_follow_the_choice_of_backend():
+    """They hold no log-sum-exp: free to choose, the reference applies them; by name, an error."""
+    qv, v = make_tensor((1, 12, 8, 8)), make_tensor((1, 6, 8, 8), seed=1)
+    _, scores = sr_kernels.grouped_window_attention(
+        qv, windows=(4, 8), return_scores=True, backend="reference"
+    )
+    assert scores.lse is None
+    free = sr_kernels.apply_window_scores(scores, v)
+    assert torch.equal(sr_kernels.apply_window_scores(scores, v, backend="auto"), free)
+    with pytest.raises(RuntimeError, match="hold no log-sum-exp"):
+        sr_kernels.apply_window_scores(scores, v, backend="cpu")
+    with (
+        sr_kernels.use_backend("cpu"),
+        pytest.raises(RuntimeError, match="hold no log-sum-exp"),
+    ):
+        sr_kernels.apply_window_scores(scores, v)
+
+
+def test_no_pixels_give_a_zero_bias_gradient():
+    q = torch.zeros(1, 4, 0, 8, requires_grad=True)
+    bias = make_tensor((49, 2)).requires_grad_()
+    out = sr_kernels.window_attention(q, q, q, window=4, num_heads=2, bias=bias, backend="cpu")
+    (gradient,) = torch.autograd.grad(out.sum(), bias)
+    assert torch.equal(gradient, torch.zeros_like(bias))

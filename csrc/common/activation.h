@@ -1,4 +1,4 @@
-// Activations and their derivatives, one definition for CPU and CUDA.
+// Activations and their derivatives. The CPU kernels have the same formulas on vectors.
 //
 //   relu        max(z, 0)                      leaky_relu  z > 0 ? z : slope * z
 //   gelu        z * Phi(z), the exact erf form  silu        z * sigmoid(z)

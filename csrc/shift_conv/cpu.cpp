@@ -24,31 +24,35 @@ namespace SR_KERNELS_ISA {
 namespace {
 
 // ------------------------------------------------------------------ activation of whole vectors
+// The formulas of common/activation.h on vectors: exp and erf of the standard library are scalar.
 
+// values[i] <- function(values[i], other[i]) for whole vectors; count is a multiple of the width.
 template <typename T, typename Function>
-SR_INLINE void transform(T* z, int64_t count, const Function& function) {
-  for (int64_t i = 0; i < count; ++i) z[i] = function(z[i]);
+SR_INLINE void transform(T* values, const T* other, int64_t count, const Function& function) {
+  for (int64_t i = 0; i < count; i += Simd<T>::width)
+    store<T>(values + i, function(load(values + i), load(other + i)));
 }
 
-// z <- act(z), in place. count is a multiple of the vector width.
+template <typename T>
+SR_INLINE Vec<T> gaussian_cdf(Vec<T> v) {
+  return T(0.5) * (T(1) + erf(v * T(0.70710678118654752440)));
+}
+
+// z <- act(z), in place.
 template <typename T>
 void activate_row(Activation activation, T slope, T* z, int64_t count) {
+  using V = Vec<T>;
   switch (activation) {
     case Activation::kNone:
       return;
-    case Activation::kSilu:
-      for (int64_t i = 0; i < count; i += Simd<T>::width) {
-        const Vec<T> v = load(z + i);
-        store<T>(z + i, v * sigmoid(v));
-      }
-      return;
     case Activation::kRelu:
-      return transform(z, count, [](T v) { return activate(Activation::kRelu, v, T(0)); });
+      return transform(z, z, count, [](V v, V) { return v < 0 ? V{} : v; });
     case Activation::kLeakyRelu:
-      return transform(z, count,
-                       [slope](T v) { return activate(Activation::kLeakyRelu, v, slope); });
+      return transform(z, z, count, [slope](V v, V) { return v > 0 ? v : v * slope; });
     case Activation::kGelu:
-      return transform(z, count, [](T v) { return activate(Activation::kGelu, v, T(0)); });
+      return transform(z, z, count, [](V v, V) { return v * gaussian_cdf<T>(v); });
+    case Activation::kSilu:
+      return transform(z, z, count, [](V v, V) { return v * sigmoid(v); });
   }
 }
 
@@ -56,27 +60,24 @@ void activate_row(Activation activation, T slope, T* z, int64_t count) {
 template <typename T>
 void multiply_by_derivative(Activation activation, T slope, const T* z, T* gradient,
                             int64_t count) {
+  using V = Vec<T>;
   switch (activation) {
     case Activation::kNone:
       return;
     case Activation::kRelu:
-      for (int64_t i = 0; i < count; ++i)
-        gradient[i] *= activation_derivative(Activation::kRelu, z[i], slope);
-      return;
+      return transform(gradient, z, count, [](V g, V v) { return v > 0 ? g : V{}; });
     case Activation::kLeakyRelu:
-      for (int64_t i = 0; i < count; ++i)
-        gradient[i] *= activation_derivative(Activation::kLeakyRelu, z[i], slope);
-      return;
-    case Activation::kSilu:
-      for (int64_t i = 0; i < count; i += Simd<T>::width) {
-        const Vec<T> v = load(z + i), s = sigmoid(v);
-        store<T>(gradient + i, load(gradient + i) * s * (1 + v * (1 - s)));
-      }
-      return;
+      return transform(gradient, z, count, [slope](V g, V v) { return v > 0 ? g : g * slope; });
     case Activation::kGelu:
-      for (int64_t i = 0; i < count; ++i)
-        gradient[i] *= activation_derivative(Activation::kGelu, z[i], slope);
-      return;
+      return transform(gradient, z, count, [](V g, V v) {
+        const V density = exp(v * v * T(-0.5)) * T(0.39894228040143267794);
+        return g * (gaussian_cdf<T>(v) + v * density);
+      });
+    case Activation::kSilu:
+      return transform(gradient, z, count, [](V g, V v) {
+        const V s = sigmoid(v);
+        return g * s * (1 + v * (1 - s));
+      });
   }
 }
 

@@ -72,7 +72,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
   if (need_k) p.dk = feature_map(dk);
   if (need_v) p.dv = feature_map(dv);
   if (need_bias) p.dbias = dbias.data_ptr();
-  SR_KERNELS_CALL_CPU(window_attention_backward, &p, 1, torch_parallel);
+  if (grad.numel() > 0)
+    SR_KERNELS_CALL_CPU(window_attention_backward, &p, 1, torch_parallel);
+  else if (need_bias)
+    torch::stable::zero_(dbias);
   return {dq, dk, dv, dbias};
 }
 
