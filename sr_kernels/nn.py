@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 from sr_kernels import reference
+from sr_kernels.backends import current_backend
 from sr_kernels.reference.shift_conv import SHIFT_OFFSETS
 from sr_kernels.reference.window_attention import relative_position_index
 from sr_kernels.scores import WindowScores
@@ -230,11 +231,15 @@ class GMSA(_Layer):
         self.project_out = nn.Conv2d(channels, channels, 1)
 
     def _project(self, x: Tensor) -> Tensor:
-        """``project_inp(x)``; in eval mode BatchNorm's running statistics go into the weights."""
+        """``project_inp(x)``; in eval mode BatchNorm's running statistics go into the weights.
+
+        Not on the reference backend, which is the stock layers as they stand.
+        """
         convolution, norm = self.project_inp
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        if self.training or self.backend == "reference" or norm.running_var is None:
+        stock = (self.backend or current_backend()) == "reference"
+        if self.training or stock or norm.running_var is None:
             return self.project_inp(x)
         assert norm.running_mean is not None
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)

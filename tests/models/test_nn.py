@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sr_kernels import nn as K
 from sr_kernels import reference as R
+from sr_kernels.backends import use_backend
 from sr_kernels.reference.window_attention import relative_position_index
 
 NAMES: list[tuple[nn.Module, dict[str, tuple[int, ...]]]] = [
@@ -107,6 +108,17 @@ def test_folding_batch_norm_changes_rounding_alone() -> None:
     x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(module._project(x), module.project_inp(x))
+
+
+@pytest.mark.parametrize("own", [None, "reference", "auto"])
+@pytest.mark.parametrize("everywhere", [None, "reference"])
+def test_reference_runs_the_stock_layers(own: str | None, everywhere: str | None) -> None:
+    module = K.GMSA(12, 0, (2, 4, 8), backend=own).eval()
+    calls: list[Any] = []
+    module.project_inp.register_forward_hook(lambda *arguments: calls.append(arguments))
+    with use_backend(everywhere), torch.no_grad():
+        module(torch.randn(1, 12, 8, 8))
+    assert len(calls) == ((own or everywhere) == "reference")
 
 
 def test_swins_index_buffer_is_checked_and_not_kept() -> None:
