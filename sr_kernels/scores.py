@@ -13,10 +13,11 @@ class WindowScores:
     """What determines a windowed attention matrix A, so that ``A v'`` can be formed again.
 
     A itself is never stored: its tiles are recomputed from q, k and the row log-sum-exp,
-    ``A[i, j] = exp(s[i, j] - lse[i])``, which costs less than reading A back. Made by
-    ``window_attention(..., return_scores=True)`` and ``grouped_window_attention(...,
-    return_scores=True)``; used by ``apply_window_scores``. Gradients flow to ``q``, ``k`` and
-    ``bias`` through every use.
+    ``A[i, j] = exp(s[i, j] - lse[i])``, which costs less than reading A back; the CPU kernels
+    repeat a row's maximum and sum instead, since that difference loses digits where ``|lse|`` is
+    large. Made by ``window_attention(..., return_scores=True)`` and
+    ``grouped_window_attention(..., return_scores=True)``; used by ``apply_window_scores``.
+    Gradients flow to ``q``, ``k`` and ``bias`` through every use.
 
     Attributes:
         kind: "window" (one window size, heads) or "grouped" (ELAN's channel groups).
