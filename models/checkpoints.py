@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -45,8 +45,8 @@ class CheckpointError(ValueError):
 
 def load_checkpoint(
     path: str | PathLike[str],
-    *,
     backend: str | None = None,
+    *,
     map_location: str | torch.device = "cpu",
     window_sizes: Sequence[int] = (4, 8, 16),
 ) -> ELAN | MAFDN:
@@ -71,16 +71,21 @@ def load_checkpoint(
             values that are not finite.
     """
     path = Path(path)
-    state = _plain_names(_unwrap(_read(path), path), path)
+    content = _read(path)
     try:
+        state = _plain_names(_unwrap(content, path), path)
+        # Without memory first: a few small tensors can ask for a network that fits no machine.
+        with torch.device("meta"):
+            _check_fit(_build(state, path, window_sizes), state, path)
         model = _build(state, path, window_sizes)
-    except (ValueError, IndexError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: the weights' shapes fit no network: {error}") from error
-    _load_strictly(model, state, path)
-    if isinstance(model, MAFDN):
-        model.fold()
+        _load_strictly(model, state, path)
+        if isinstance(model, MAFDN):
+            model.fold()
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: the weights' shapes fit no network: {reason}") from error
     model.eval()
     model.backend = backend
     return model.to(map_location)
@@ -156,18 +161,43 @@ def _unwrap(content: Any, path: Path) -> State:
             raise CheckpointError(
                 f"{path}: {name!r} is a {type(value).__name__}; expected names and tensors only"
             )
-        if value.is_complex() or value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(
-                f"{path}: {name} is {value.dtype}, {value.layout}; expected plain real tensors"
-            )
-        if value.is_floating_point():
-            value = value.float()
-            if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"{path}: {name} contains NaN or infinite values")
-        state[name] = value
+        state[name] = _checked(value.detach(), name, path)
     while any(all(name.startswith(prefix) for name in state) for prefix in _PREFIXES):
         state = {name.partition(".")[2]: value for name, value in state.items()}
     return state
+
+
+# What networks count or look up with, the only integers among their tensors.
+_INTEGERS = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index\w*)$")
+
+
+def _checked(value: Tensor, name: str, path: Path) -> Tensor:
+    """A weight as plain, finite float32; an integer that a network keeps, as it is."""
+    if value.is_complex() or value.layout != torch.strided or value.is_quantized:
+        raise CheckpointError(
+            f"{path}: {name} is {value.dtype}, {value.layout}; expected plain real tensors"
+        )
+    if value.device.type != "cpu":
+        raise CheckpointError(
+            f"{path}: {name} is a {value.device.type} tensor; expected one whose values are stored"
+        )
+    if value.numel() == 0:
+        raise CheckpointError(f"{path}: {name} is empty, of shape {tuple(value.shape)}")
+    # Strides of 0 let a small file hold a tensor that fills the memory once it is computed with.
+    size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if size > stored:
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(value.shape)}, {size} bytes, of which {stored} are "
+            "stored; expected a tensor stored in full"
+        )
+    if not value.is_floating_point():
+        if _INTEGERS.search(name):
+            return value
+        raise CheckpointError(f"{path}: {name} is {value.dtype}; expected floating-point weights")
+    value = value.float()
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{path}: {name} contains NaN or infinite values")
+    return value
 
 
 # --------------------------------------------------------------------------------------- names
@@ -233,10 +263,23 @@ def _shape(state: State, name: str, path: Path, rank: int = 4) -> tuple[int, ...
     return shape
 
 
-def _count(state: State, pattern: str) -> int:
-    """1 + the largest number in the names' place, 0 if there is none."""
-    found = (re.match(pattern, name) for name in state)
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+def _count(state: State, prefix: str, path: Path) -> int:
+    """How many numbers follow ``prefix`` in the names: they must be 0, 1 ... without a gap."""
+    matches = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in state)
+    found = {int(match.group(1)) for match in matches if match}
+    missing = next(i for i in range(len(found) + 1) if i not in found)
+    if missing < len(found):
+        raise CheckpointError(
+            f"{path}: {prefix}{missing} is missing, though there is a {prefix}{max(found)}"
+        )
+    return len(found)
+
+
+def _require(state: State, names: Iterable[str], path: Path) -> None:
+    """What two counts multiply to must be in the file before a network of that size is built."""
+    for name in names:
+        if name not in state:
+            raise CheckpointError(f"{path}: {name} is missing")
 
 
 def _scale(state: State, name: str, colors: int, path: Path) -> int:
@@ -252,7 +295,15 @@ def _scale(state: State, name: str, colors: int, path: Path) -> int:
 def _build_elan(state: State, path: Path, window_sizes: Sequence[int]) -> ELAN:
     channels, colors = _shape(state, "head.0.weight", path)[:2]
     first = "body.0.modules_lfe.lfe_0.conv0.shift_conv.conv1x1.weight"
-    n_share = _count(state, r"body\.0\.modules_lfe\.lfe_(\d+)\.") - 1
+    blocks = _count(state, "body.", path)
+    pairs = _count(state, "body.0.modules_lfe.lfe_", path)
+    _count(state, "body.0.modules_gmsa.gmsa_", path)
+    inside = first.removeprefix("body.0.modules_lfe.lfe_0.")
+    _require(
+        state,
+        (f"body.{i}.modules_lfe.lfe_{j}.{inside}" for i in range(blocks) for j in range(pairs)),
+        path,
+    )
     norm = any(name.startswith(("sub_mean.", "add_mean.")) for name in state)
     rgb_range = 1.0
     if norm:  # the shift in the file says what white is: 255 unless someone trained in 0..1
@@ -260,9 +311,9 @@ def _build_elan(state: State, path: Path, window_sizes: Sequence[int]) -> ELAN:
         rgb_range = 255.0 if shift is None or float(shift.abs().max()) > 1 else 1.0
     return ELAN(
         _scale(state, "tail.0.weight", colors, path),
-        m_elan=_count(state, r"body\.(\d+)\.") * (1 + n_share),
+        m_elan=blocks * pairs,
         c_elan=channels,
-        n_share=n_share,
+        n_share=pairs - 1,
         r_expand=_shape(state, first, path)[0] // channels,
         window_sizes=window_sizes,
         colors=colors,
@@ -273,7 +324,13 @@ def _build_elan(state: State, path: Path, window_sizes: Sequence[int]) -> ELAN:
 
 def _build_mafdn(state: State, path: Path) -> MAFDN:
     channels, colors = _shape(state, "head.weight", path)[:2]
-    branches = _count(state, r"blocks\.0\.distill\.(\d+)\.")
+    blocks = _count(state, "blocks.", path)
+    branches = _count(state, "blocks.0.distill.", path)
+    _require(
+        state,
+        (f"blocks.{i}.distill.{j}.weight" for i in range(blocks) for j in range(branches)),
+        path,
+    )
     attention: Attention = "branch"
     hidden = "blocks.0.channel.conv_du.0.weight"
     if "blocks.0.channel.0.conv_du.0.weight" in state:
@@ -284,7 +341,7 @@ def _build_mafdn(state: State, path: Path) -> MAFDN:
     model = MAFDN(
         _scale(state, "tail.weight", colors, path),
         channels=channels,
-        num_blocks=_count(state, r"blocks\.(\d+)\."),
+        num_blocks=blocks,
         branches=branches,
         attention=attention,
         reduction=_reduction(wide, narrow),
@@ -303,9 +360,9 @@ def _reduction(wide: int, narrow: int) -> int:
     raise ValueError(f"a channel attention of {wide} channels cannot have {narrow} hidden ones")
 
 
-def _load_strictly(model: nn.Module, state: State, path: Path) -> None:
+def _check_fit(model: nn.Module, state: State, path: Path) -> None:
+    """Names and shapes of the file are exactly those of the network."""
     expected = model.state_dict()
-    kind = f"{type(model).__name__} x{model.scale}"
     problems: list[tuple[str, Literal["missing", "unexpected", "of another shape"]]] = []
     problems += [(name, "missing") for name in expected if name not in state]
     problems += [(name, "unexpected") for name in state if name not in expected]
@@ -317,9 +374,16 @@ def _load_strictly(model: nn.Module, state: State, path: Path) -> None:
     if problems:
         shown = ", ".join(f"{name} is {what}" for name, what in problems[:3])
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path}: does not fit {kind}: {shown}{more}")
+        raise CheckpointError(f"{path}: does not fit {_kind(model)}: {shown}{more}")
+
+
+def _kind(model: nn.Module) -> str:
+    return f"{type(model).__name__} x{model.scale}"
+
+
+def _load_strictly(model: nn.Module, state: State, path: Path) -> None:
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path}: does not fit {kind}: {reason}") from error
+        raise CheckpointError(f"{path}: does not fit {_kind(model)}: {reason}") from error

@@ -16,7 +16,7 @@ PRETRAINED: dict[str, Path] = {"mafdn_x4": _FOLDER / "mafdn_x4.safetensors"}
 """Name -> file of weights; ``weights/README.md`` says how each was made and what it measures."""
 
 
-def load_pretrained(name: str, *, backend: str | None = None) -> ELAN | MAFDN:
+def load_pretrained(name: str, backend: str | None = None) -> ELAN | MAFDN:
     """The network with weights that come with the package, in eval mode.
 
     Args:

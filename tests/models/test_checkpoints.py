@@ -194,12 +194,31 @@ def test_pretrained_names() -> None:
         load_pretrained("mafdn_x7")
 
 
+def test_backend_may_be_given_by_position(save: Callable[[Any], Path]) -> None:
+    assert load_checkpoint(save(small_mafdn().state_dict()), "reference").backend == "reference"
+    assert load_pretrained("mafdn_x4", "reference").backend == "reference"
+
+
+def test_pretrained_files_are_there_and_described() -> None:
+    readme = Path(__file__).resolve().parents[2] / "models" / "weights" / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, path in PRETRAINED.items():
+        assert path.is_file(), f"{name}: {path} is absent"
+        assert f"`{path.name}`" in text
+    assert re.findall(r"@[A-Z]+@", text) == []
+
+
 # ------------------------------------------------------------------------- files to be refused
 
 
 class RunsCode:
+    """Unpickling this without a guard creates ``marker``."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/sr_kernels_was_here",)
+        return os.system, (f"touch '{self.marker}'",)
 
 
 def refused(path: Path, *words: str) -> None:
@@ -239,13 +258,15 @@ def test_no_checkpoint_at_all(content: bytes, words: list[str], tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickle_that_would_run_code(legacy: bool, tmp_path: Path) -> None:
-    marker, path = Path("/tmp/sr_kernels_was_here"), tmp_path / "weights.pth"
-    marker.unlink(missing_ok=True)
-    torch.save({"head.weight": RunsCode()}, path, _use_new_zipfile_serialization=not legacy)
+    marker, path = tmp_path / "was_here", tmp_path / "weights.pth"
+    code = RunsCode(marker)
+    torch.save({"head.weight": code}, path, _use_new_zipfile_serialization=not legacy)
     refused(path, "run code", "system")
-    path.write_bytes(pickle.dumps(RunsCode()))
+    path.write_bytes(pickle.dumps(code))
     refused(path)
     assert not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists()  # the file is one that must not be unpickled
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
@@ -272,10 +293,26 @@ CHANGES: list[tuple[Callable[[State], Any], list[str]]] = [
     (lambda s: s.update({"tail.weight": torch.zeros(13, 8, 3, 3)}), ["13 output channels"]),
     (lambda s: s.update({"head.weight": torch.zeros(8)}), ["head.weight has shape (8,)"]),
     (lambda s: s.update({"head.weight": torch.zeros(9, 3, 3, 3)}), ["channels is 9"]),
-    (lambda s: s.update({"head.weight": torch.zeros(0, 3, 3, 3)}), ["head.weight has shape"]),
+    (lambda s: s.update({"head.weight": torch.zeros(0, 3, 3, 3)}), ["head.weight is empty"]),
     (lambda s: s.update({"head.bias": "text"}), ["'head.bias' is a str"]),
     (lambda s: s.update({"head.bias": s["head.bias"].to(torch.complex64)}), ["complex64"]),
     (lambda s: s.update({"head.bias": s["head.bias"].to_sparse()}), ["sparse"]),
+    (lambda s: s.update({"head.bias": torch.zeros(8, dtype=torch.bool)}), ["head.bias", "bool"]),
+    (lambda s: s.update({"head.bias": torch.zeros(8, dtype=torch.int32)}), ["head.bias", "int32"]),
+    (lambda s: s.update({"head.bias": torch.zeros(8, device="meta")}), ["head.bias", "meta"]),
+    (lambda s: s.update({"head.bias": torch.zeros(0)}), ["head.bias", "empty"]),
+    (lambda s: s.update({"head.bias": torch.zeros(1).expand(1 << 22)}), ["head.bias", "stored"]),
+    (lambda s: s.update({"blocks.999999999.x": torch.zeros(1)}),
+     ["blocks.2 is missing", "blocks.999999999"]),
+    (lambda s: s.update({"blocks.0.distill.99999999.x": torch.zeros(1)}),
+     ["blocks.0.distill.4 is missing"]),
+    (lambda s: s.update({f"blocks.{'9' * 5000}.x": torch.zeros(1)}), ["digits"]),
+    # Many blocks by name times many branches by name: neither number alone says what is there.
+    (lambda s: s.update({f"blocks.{i}.x": torch.zeros(1) for i in range(400)}
+                        | {f"blocks.0.distill.{i}.x": torch.zeros(1) for i in range(400)}),
+     ["blocks.0.distill.4.weight is missing"]),
+    # 1.7 MB that would make a network of 100 GB.
+    (lambda s: s.update({"head.weight": torch.zeros(1 << 14, 3, 3, 3)}), ["of another shape"]),
     (lambda s: {"params": {}}, ["no named weights"]),
     (lambda s: {"conv1.weight": torch.zeros(3), "conv2.weight": torch.zeros(3)},
      ["another network", "conv1.weight"]),
@@ -305,6 +342,19 @@ ELAN_CHANGES: list[tuple[Callable[[State], Any], list[str]]] = [
     (lambda s: s.update({"head.0.weight": torch.zeros(16, 3, 3, 3)}), ["fit no network"]),
     (lambda s: s["body.0.modules_gmsa.gmsa_0.project_inp.1.running_var"].fill_(float("nan")),
      ["running_var", "NaN"]),
+    (lambda s: s.update({"add_mean.bias": torch.zeros(0)}), ["add_mean.bias", "empty"]),
+    (lambda s: s.update({"add_mean.bias": torch.zeros(3, dtype=torch.bool)}),
+     ["add_mean.bias", "bool"]),
+    (lambda s: s.update({"add_mean.bias": torch.zeros(3, device="meta")}),
+     ["add_mean.bias", "meta"]),
+    (lambda s: s.update({"body.999999999.x": torch.zeros(1)}), ["body.2 is missing"]),
+    (lambda s: s.update({"body.0.modules_lfe.lfe_99999999.x": torch.zeros(1)}),
+     ["body.0.modules_lfe.lfe_2 is missing"]),
+    (lambda s: s.update({"body.0.modules_gmsa.gmsa_99999999.x": torch.zeros(1)}),
+     ["body.0.modules_gmsa.gmsa_2 is missing"]),
+    (lambda s: s.update({f"body.{i}.x": torch.zeros(1) for i in range(400)}
+                        | {f"body.0.modules_lfe.lfe_{i}.x": torch.zeros(1) for i in range(400)}),
+     ["lfe_2.conv0.shift_conv.conv1x1.weight is missing"]),
 ]  # fmt: skip
 
 
@@ -320,6 +370,14 @@ def test_masked_3x3_that_is_no_shift(save: Callable[[Any], Path]) -> None:
     state = masked_3x3(small_elan().state_dict())
     state["body.0.modules_lfe.lfe_0.conv0.shift_conv.m"][1].zero_()
     refused(save(state), "shift_conv.m", "differs")
+
+
+@pytest.mark.parametrize("shape", [(0, 15, 3, 3), (0,), (15, 0, 3, 3)])
+def test_masked_3x3_without_values(shape: tuple[int, ...], save: Callable[[Any], Path]) -> None:
+    state = masked_3x3(small_elan().state_dict())
+    for name in ("m", "w"):
+        state["body.0.modules_lfe.lfe_0.conv0.shift_conv." + name] = torch.zeros(shape)
+    refused(save(state), "shift_conv.", "empty")
 
 
 @pytest.mark.parametrize("name", ["imdn_x4.pth", "pan_x4.pth", "dctlsa_x4.pt"])
