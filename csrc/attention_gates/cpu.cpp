@@ -644,20 +644,24 @@ struct Moments {
 template <typename T>
 Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast) {
   constexpr int W = Simd<T>::width;
-  const int64_t whole = count / (2 * W) * (2 * W);
+  const int64_t whole = count / (4 * W) * (4 * W);
   Moments m{static_cast<double>(count), 0, 0, 0, true};
-  Vec<T> sum0{}, sum1{}, dot0{}, dot1{};
-  for (int64_t i = 0; i < whole; i += 2 * W) {
-    const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
-    sum0 += v0;
-    sum1 += v1;
-    if (grad != nullptr) {
-      dot0 += v0 * load(grad + i);
-      dot1 += v1 * load(grad + i + W);
-    }
+  Vec<T> sums[4] = {}, dots[4] = {};  // four, so that none waits for its own last addition
+  if (grad == nullptr) {
+    for (int64_t i = 0; i < whole; i += 4 * W)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * W);
+  } else {
+    for (int64_t i = 0; i < whole; i += 4 * W)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec<T> v = load(x + i + j * W);
+        sums[j] += v;
+        dots[j] += v * load(grad + i + j * W);
+      }
+    m.dot = wide_sum<T>((dots[0] + dots[1]) + (dots[2] + dots[3]));
   }
-  m.sum = wide_sum<T>(sum0) + wide_sum<T>(sum1);
-  m.dot = wide_sum<T>(dot0) + wide_sum<T>(dot1);
+  m.sum = wide_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (int64_t i = whole; i < count; ++i) {
     m.sum += static_cast<double>(x[i]);
     if (grad != nullptr) m.dot += static_cast<double>(x[i]) * static_cast<double>(grad[i]);
@@ -695,35 +699,173 @@ struct ChannelStatistic {
   double dot;              // sum over the pixels of gradient * x
 };
 
+// How a pass over a map can read it where it lies: a plane per channel, or pixels one after the
+// other with their channels side by side. Maps that are neither go through a tile in scratch.
+enum class Walk { kPlanes, kPixels, kTiles };
+
+template <typename S>
+Walk walk_of(std::initializer_list<FeatureMap> maps, int64_t channels) {
+  bool planes = true, pixels = channels > 1;
+  for (const FeatureMap& map : maps) {
+    if (map.data == nullptr) continue;
+    planes = planes && map.stride_w == 1;
+    pixels = pixels && map.stride_c == 1 && map.stride_w == channels;
+  }
+  if (!std::is_same_v<S, typename Compute<S>::type>) return Walk::kTiles;
+  return planes ? Walk::kPlanes : pixels ? Walk::kPixels : Walk::kTiles;
+}
+
+// Pixels whose channels lie side by side are taken a vector's width of pixels at a time: that many
+// elements are channels vectors, and a table of one value a channel, repeated, lines up with them.
+template <typename T>
+int64_t table_size(int64_t channels) {
+  return channels * Simd<T>::width;
+}
+// Fills a table with value(c).
+template <typename T, typename Value>
+void fill_table(T* table, int64_t channels, const Value& value) {
+  for (int64_t c = 0; c < channels; ++c) table[c] = value(c);
+  for (int64_t i = channels; i < table_size<T>(channels); ++i) table[i] = table[i - channels];
+}
+// Calls function(element, table index, V{}) over `elements` elements.
+template <typename T, typename Function>
+SR_INLINE void sweep_tables(int64_t elements, int64_t size, const Function& function) {
+  for (int64_t begin = 0; begin < elements; begin += size)
+    sweep<T>(min64(size, elements - begin),
+             [&](int64_t i, auto tag) { function(begin + i, i, tag); });
+}
+// The sum of a table's entries for channel c, in float64.
+template <typename T>
+double table_sum(const T* table, int64_t channels, int64_t c) {
+  double sum = 0;
+  for (int64_t i = c; i < table_size<T>(channels); i += channels)
+    sum += static_cast<double>(table[i]);
+  return sum;
+}
+
+// run_moments for all channels of `count` pixels that lie one after the other. first: a table of
+// the channels' first pixels. tables: kMomentTables more.
+constexpr int64_t kMomentTables = 6;
+template <typename T>
+void pixel_moments(const T* x, const T* grad, int64_t count, int64_t channels, const T* first,
+                   bool contrast, T* tables, Moments* moments) {
+  const int64_t size = table_size<T>(channels), elements = count * channels;
+  T *sums = tables, *dots = sums + size, *means = dots + size, *rests = means + size;
+  T *squares = rests + size, *differing = squares + size;
+  for (int64_t i = 0; i < kMomentTables * size; ++i) tables[i] = T(0);
+
+  // Four tables of pixels at a time: sums stay in registers for longer.
+  int64_t begin = 0;
+  for (; begin + 4 * size <= elements; begin += 4 * size) {
+    const T *x0 = x + begin, *x1 = x0 + size, *x2 = x1 + size, *x3 = x2 + size;
+    for (int64_t i = 0; i < size; i += Simd<T>::width)
+      store<T>(sums + i,
+               load(sums + i) + ((load(x0 + i) + load(x1 + i)) + (load(x2 + i) + load(x3 + i))));
+    if (grad == nullptr) continue;
+    const T *g0 = grad + begin, *g1 = g0 + size, *g2 = g1 + size, *g3 = g2 + size;
+    for (int64_t i = 0; i < size; i += Simd<T>::width)
+      store<T>(dots + i,
+               load(dots + i) + ((load(x0 + i) * load(g0 + i) + load(x1 + i) * load(g1 + i)) +
+                                 (load(x2 + i) * load(g2 + i) + load(x3 + i) * load(g3 + i))));
+  }
+  sweep_tables<T>(elements - begin, size, [&](int64_t element, int64_t i, auto tag) {
+    using V = decltype(tag);
+    const V v = get<V>(x + begin + element);
+    put(sums + i, get<V>(sums + i) + v);
+    if (grad != nullptr) put(dots + i, get<V>(dots + i) + v * get<V>(grad + begin + element));
+  });
+  for (int64_t c = 0; c < channels; ++c)
+    moments[c] = {static_cast<double>(count), table_sum(sums, channels, c), 0,
+                  grad != nullptr ? table_sum(dots, channels, c) : 0, true};
+  if (!contrast) return;
+
+  fill_table(means, channels,
+             [&](int64_t c) { return static_cast<T>(moments[c].sum / moments[c].count); });
+  sweep_tables<T>(elements, size, [&](int64_t element, int64_t i, auto tag) {
+    using V = decltype(tag);
+    const V zero = V{}, one = zero + T(1), v = get<V>(x + element), d = v - get<V>(means + i);
+    put(rests + i, get<V>(rests + i) + d);
+    put(squares + i, get<V>(squares + i) + d * d);
+    put(differing + i, get<V>(differing + i) + (v == get<V>(first + i) ? zero : one));
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    Moments& m = moments[c];
+    const double rest = table_sum(rests, channels, c);
+    if (std::isfinite(rest)) m.sum = m.count * static_cast<double>(means[c]) + rest;
+    m.squares = table_sum(squares, channels, c) - rest * rest / m.count;
+    m.constant = table_sum(differing, channels, c) == 0;
+  }
+}
+
+// Pixels in a run of channel statistics. Tiles are short; what is read in place need not be, but
+// deviations want a run that the second-level cache still holds.
+template <typename T>
+int64_t statistics_run(Walk walk, int64_t channels, bool contrast) {
+  if (walk == Walk::kPlanes) return 2048;
+  return walk == Walk::kPixels && !contrast ? 1024 : run_length<T>(channels);
+}
+
 // statistics (N, C). With grad.data nullptr dot is 0.
 template <typename S>
 void channel_statistics_of(const ChannelAttentionParams& p, const FeatureMap& grad,
                            const PixelRows& image, ChannelStatistic* statistics,
                            ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
+  // A PixelRows image of height above 1 is one whose pixels lie at no single distance.
+  const Walk walk = walk_of<S>({p.x, grad}, p.channels);
+  const Tiling tiling(p.batch, image.height, image.width, 1,
+                      statistics_run<T>(walk, p.channels, p.contrast));
+  const int64_t stride = spread_stride<T>(tiling.columns);
+  const int64_t size = p.channels * stride, table = table_size<T>(p.channels);
   const int64_t runs = tiling.tiles_h * tiling.tiles_w;  // of one image
   Scratch sums(Scratch::bytes_for<Moments>(p.batch * runs * p.channels));
   Moments* moments = sums.take<Moments>(p.batch * runs * p.channels);  // (N, runs, C)
+  const auto first_pixel = [&](int64_t n, int64_t c) {
+    return to_compute(*at<S>(p.x, n, c, 0, 0));
+  };
 
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * Scratch::bytes_for<T>(size));
-    T* x_tile = scratch.take<T>(size);
-    T* grad_tile = scratch.take<T>(size);
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
-      const StridedRows<T> x =
-          view_run<S>(p.x, t, p.channels, image.height, image.width, x_tile, stride);
-      StridedRows<T> g{nullptr, 0};
-      if (grad.data != nullptr)
-        g = view_run<S>(grad, t, p.channels, image.height, image.width, grad_tile, stride);
-      for (int64_t c = 0; c < p.channels; ++c)
-        moments[index * p.channels + c] =
-            run_moments(x[c], g.data != nullptr ? g[c] : nullptr, t.columns,
-                        to_compute(*at<S>(p.x, t.n, c, 0, 0)), p.contrast);
-    }
-  });
+  if (walk == Walk::kPlanes) {
+    parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t n = plane / p.channels, c = plane % p.channels;
+        for (int64_t index = n * runs; index < (n + 1) * runs; ++index) {
+          const Tile t = tiling[index];
+          const void* x = at<S>(p.x, n, c, t.h, t.w);
+          const void* g = grad.data != nullptr ? at<S>(grad, n, c, t.h, t.w) : nullptr;
+          moments[index * p.channels + c] =
+              run_moments(static_cast<const T*>(x), static_cast<const T*>(g), t.columns,
+                          first_pixel(n, c), p.contrast);
+        }
+      }
+    });
+  } else {
+    parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+      Scratch scratch(walk == Walk::kPixels ? Scratch::bytes_for<T>((1 + kMomentTables) * table)
+                                            : 2 * Scratch::bytes_for<T>(size));
+      T* first = walk == Walk::kPixels ? scratch.take<T>((1 + kMomentTables) * table) : nullptr;
+      T* x_tile = walk == Walk::kTiles ? scratch.take<T>(size) : nullptr;
+      T* grad_tile = walk == Walk::kTiles ? scratch.take<T>(size) : nullptr;
+      for (int64_t index = begin; index < end; ++index) {
+        const Tile t = tiling[index];
+        if (walk == Walk::kPixels) {
+          fill_table(first, p.channels, [&](int64_t c) { return first_pixel(t.n, c); });
+          const void* x = at<S>(p.x, t.n, 0, t.h, t.w);
+          const void* g = grad.data != nullptr ? at<S>(grad, t.n, 0, t.h, t.w) : nullptr;
+          pixel_moments(static_cast<const T*>(x), static_cast<const T*>(g), t.columns, p.channels,
+                        first, p.contrast, first + table, moments + index * p.channels);
+          continue;
+        }
+        const StridedRows<T> x =
+            view_run<S>(p.x, t, p.channels, image.height, image.width, x_tile, stride);
+        StridedRows<T> g{nullptr, 0};
+        if (grad.data != nullptr)
+          g = view_run<S>(grad, t, p.channels, image.height, image.width, grad_tile, stride);
+        for (int64_t c = 0; c < p.channels; ++c)
+          moments[index * p.channels + c] = run_moments(x[c], g.data != nullptr ? g[c] : nullptr,
+                                                        t.columns, first_pixel(t.n, c), p.contrast);
+      }
+    });
+  }
   parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
     const double pixels = static_cast<double>(image.height) * static_cast<double>(image.width);
     for (int64_t index = begin; index < end; ++index) {
@@ -826,7 +968,46 @@ template <typename S>
 void multiply_by_channel_gate(const ChannelAttentionParams& p, const PixelRows& image,
                               const typename Compute<S>::type* gates, ParallelFor parallel) {
   using T = typename Compute<S>::type;
+  const Walk walk = walk_of<S>({p.x, p.y}, p.channels);
+  if (walk == Walk::kPlanes) {
+    parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane)
+        for (int64_t h = 0; h < image.height; ++h) {
+          const int64_t n = plane / p.channels, c = plane % p.channels;
+          const void* source = at<S>(p.x, n, c, h, 0);
+          const T *x = static_cast<const T*>(source), g = gates[plane];
+          T* y = static_cast<T*>(static_cast<void*>(at<S>(p.y, n, c, h, 0)));
+          sweep<T>(image.width, [&](int64_t i, auto tag) {
+            using V = decltype(tag);
+            put(y + i, get<V>(x + i) * g);
+          });
+        }
+    });
+    return;
+  }
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  if (walk == Walk::kPixels) {
+    parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+      const int64_t size = table_size<T>(p.channels);
+      Scratch scratch(Scratch::bytes_for<T>(size));
+      T* table = scratch.take<T>(size);
+      int64_t filled_for = -1;  // the image whose gate the table holds
+      for (int64_t index = begin; index < end; ++index) {
+        const Tile t = tiling[index];
+        if (t.n != filled_for)
+          fill_table(table, p.channels, [&](int64_t c) { return gates[t.n * p.channels + c]; });
+        filled_for = t.n;
+        const void* source = at<S>(p.x, t.n, 0, t.h, t.w);
+        const T* x = static_cast<const T*>(source);
+        T* y = static_cast<T*>(static_cast<void*>(at<S>(p.y, t.n, 0, t.h, t.w)));
+        sweep_tables<T>(t.columns * p.channels, size, [&](int64_t element, int64_t i, auto tag) {
+          using V = decltype(tag);
+          put(y + element, get<V>(x + element) * get<V>(table + i));
+        });
+      }
+    });
+    return;
+  }
   const bool pixel_by_pixel = p.x.stride_c == 1 && p.y.stride_c == 1 && p.channels > 1;
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -947,6 +1128,61 @@ void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor 
   if (b.dx.data == nullptr) return;
 
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  // x is read for its deviations alone.
+  const Walk walk = walk_of<S>({p.contrast ? p.x : FeatureMap{}, grad, b.dx}, p.channels);
+  if (walk == Walk::kPlanes) {
+    parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane)
+        for (int64_t h = 0; h < image.height; ++h) {
+          const int64_t n = plane / p.channels, c = plane % p.channels;
+          const Affine a = affine[plane];
+          const void* x_row = at<S>(p.x, n, c, h, 0);
+          const void* g_row = grad.data != nullptr ? at<S>(grad, n, c, h, 0) : nullptr;
+          const T *x = static_cast<const T*>(x_row), *g = static_cast<const T*>(g_row);
+          T* dx = static_cast<T*>(static_cast<void*>(at<S>(b.dx, n, c, h, 0)));
+          sweep<T>(image.width, [&](int64_t i, auto tag) {
+            using V = decltype(tag);
+            V value = V{} + a.offset;
+            if (p.contrast) value += a.slope * (get<V>(x + i) - a.mean);
+            if (g != nullptr) value += get<V>(g + i) * a.gate;
+            put(dx + i, value);
+          });
+        }
+    });
+    return;
+  }
+  if (walk == Walk::kPixels) {
+    parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+      const int64_t size = table_size<T>(p.channels);
+      Scratch scratch(4 * Scratch::bytes_for<T>(size));
+      T *gates = scratch.take<T>(size), *offsets = scratch.take<T>(size);
+      T *slopes = scratch.take<T>(size), *means = scratch.take<T>(size);
+      int64_t filled_for = -1;  // the image that the tables hold
+      for (int64_t index = begin; index < end; ++index) {
+        const Tile t = tiling[index];
+        if (t.n != filled_for) {
+          const Affine* a = affine + t.n * p.channels;
+          fill_table(gates, p.channels, [&](int64_t c) { return a[c].gate; });
+          fill_table(offsets, p.channels, [&](int64_t c) { return a[c].offset; });
+          fill_table(slopes, p.channels, [&](int64_t c) { return a[c].slope; });
+          fill_table(means, p.channels, [&](int64_t c) { return a[c].mean; });
+          filled_for = t.n;
+        }
+        const void* x_run = at<S>(p.x, t.n, 0, t.h, t.w);
+        const void* g_run = grad.data != nullptr ? at<S>(grad, t.n, 0, t.h, t.w) : nullptr;
+        const T *x = static_cast<const T*>(x_run), *g = static_cast<const T*>(g_run);
+        T* dx = static_cast<T*>(static_cast<void*>(at<S>(b.dx, t.n, 0, t.h, t.w)));
+        sweep_tables<T>(t.columns * p.channels, size, [&](int64_t element, int64_t i, auto tag) {
+          using V = decltype(tag);
+          V value = get<V>(offsets + i);
+          if (p.contrast) value += get<V>(slopes + i) * (get<V>(x + element) - get<V>(means + i));
+          if (g != nullptr) value += get<V>(g + element) * get<V>(gates + i);
+          put(dx + element, value);
+        });
+      }
+    });
+    return;
+  }
   const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * Scratch::bytes_for<T>(size));
@@ -981,11 +1217,103 @@ void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor 
 
 // ------------------------------------------------------------------ gated convolution
 
+// y[i, o] = bias[o] + sum_c x[i, c] weight[c, o] for M pixels and V vectors of output channels.
+template <typename T, int M, int V>
+SR_INLINE void pixel_product_tile(const T* x, int64_t x_stride, int64_t c_in, const T* weight,
+                                  int64_t ld, const T* bias, T* y) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> sums[M][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) sums[i][j] = load(bias + j * W);
+  for (int64_t c = 0; c < c_in; ++c) {
+    Vec<T> row[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) row[j] = load(weight + c * ld + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> value = broadcast(x[i * x_stride + c]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) sums[i][j] += value * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store(y + i * ld + j * W, sums[i][j]);
+}
+template <typename T, int M>
+void pixel_product(const T* x, int64_t x_stride, int64_t c_in, const T* weight, int64_t ld,
+                   const T* bias, T* y) {
+  constexpr int W = Simd<T>::width;
+  int64_t o = 0;
+  for (; o + kTileVectors * W <= ld; o += kTileVectors * W)
+    pixel_product_tile<T, M, kTileVectors>(x, x_stride, c_in, weight + o, ld, bias + o, y + o);
+  for (; o < ld; o += W)
+    pixel_product_tile<T, M, 1>(x, x_stride, c_in, weight + o, ld, bias + o, y + o);
+}
+
+// gated_forward where the channels of a pixel lie side by side: vectors run over the output
+// channels, and no tile is transposed. image: as gated_forward sees it.
+template <typename T>
+void gated_forward_by_pixel(const GatedConvParams& p, const PixelRows& image,
+                            ParallelFor parallel) {
+  const int64_t ld = padded<T>(p.c_out);
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(p.c_in * ld) + Scratch::bytes_for<T>(ld) +
+                    Scratch::bytes_for<T>(kTileRows * ld));
+    T* weight = scratch.take<T>(p.c_in * ld);  // (c_in, ld), times the gate; zero past c_out
+    T* bias = scratch.take<T>(ld);
+    T* sums = scratch.take<T>(kTileRows * ld);
+    if (p.bias != nullptr) load_vector<T>(p.bias, p.c_out, bias);
+    int64_t filled_for = -1;  // the image whose gate the weight holds
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      if (t.n != filled_for) {
+        const T* gate = static_cast<const T*>(p.gate) + t.n * p.c_in;
+        const T* source = static_cast<const T*>(p.weight);
+        for (int64_t o = 0; o < p.c_out; ++o)
+          for (int64_t c = 0; c < p.c_in; ++c)
+            weight[c * ld + o] = source[o * p.c_in + c] * gate[c];
+        filled_for = t.n;
+      }
+      for (int64_t i = 0; i < t.columns;) {
+        const T* x = at<T>(p.x, t.n, 0, t.h, t.w + i);
+        const int64_t count = t.columns - i < kTileRows ? 1 : kTileRows;
+        if (count == 1)
+          pixel_product<T, 1>(x, p.x.stride_w, p.c_in, weight, ld, bias, sums);
+        else
+          pixel_product<T, kTileRows>(x, p.x.stride_w, p.c_in, weight, ld, bias, sums);
+        for (int64_t k = 0; k < count; ++k) {
+          const T* row = sums + k * ld;
+          T* y = at<T>(p.y, t.n, 0, t.h, t.w + i + k);
+          const T* skip =
+              p.residual.data != nullptr ? at<T>(p.residual, t.n, 0, t.h, t.w + i + k) : nullptr;
+          sweep<T>(p.c_out, [&](int64_t o, auto tag) {
+            using V = decltype(tag);
+            V value = get<V>(row + o);
+            if (skip != nullptr) value += get<V>(skip + o);
+            put(y + o, value);
+          });
+        }
+        i += count;
+      }
+    }
+  });
+}
+
 template <typename S>
 void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   GatedConvParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.residual, &p.y});
+  if constexpr (std::is_same_v<S, T>) {
+    if (p.x.stride_c == 1 && p.x.stride_w != 1 && p.y.stride_c == 1 && p.c_out > 1 &&
+        (p.residual.data == nullptr || p.residual.stride_c == 1))
+      return gated_forward_by_pixel<T>(p, image, parallel);
+  }
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
   const int64_t stride = spread_stride<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
   Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
