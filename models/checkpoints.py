@@ -74,10 +74,11 @@ def load_checkpoint(
     content = _read(path)
     try:
         state = _plain_names(_unwrap(content, path), path)
-        # Without memory first: a few small tensors can ask for a network that fits no machine.
-        with torch.device("meta"):
-            _check_fit(_build(state, path, window_sizes), state, path)
+        if _asks_for_much(state):
+            with torch.device("meta"):  # costs no memory, but seconds of imports inside PyTorch
+                _check_fit(_build(state, path, window_sizes), state, path)
         model = _build(state, path, window_sizes)
+        _check_fit(model, state, path)
         _load_strictly(model, state, path)
         if isinstance(model, MAFDN):
             model.fold()
@@ -273,6 +274,15 @@ def _count(state: State, prefix: str, path: Path) -> int:
             f"{path}: {prefix}{missing} is missing, though there is a {prefix}{max(found)}"
         )
     return len(found)
+
+
+def _asks_for_much(state: State) -> bool:
+    """Whether the network could be far larger than the file: a few small tensors can ask for one
+    that fits no machine. In a file that fits, channels**2 per tensor is about 3 times its values.
+    """
+    head = state.get("head.0.weight", state.get("head.weight"))
+    channels = 0 if head is None else head.shape[0] if head.ndim else 0
+    return channels**2 * len(state) > 16 * sum(value.numel() for value in state.values())
 
 
 def _require(state: State, names: Iterable[str], path: Path) -> None:
