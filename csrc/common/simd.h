@@ -368,16 +368,19 @@ void parallel_for(ParallelFor run, int64_t count, const Body& body) {
 
 // ---------------------------------------------------------------- functions of vectors
 
-// exp(x), float32: range reduction by ln 2 in two parts, degree-6 polynomial, about 1 ulp; 0 below
-// -87.3 (where the result would be subnormal), inf above 88.7, NaN passes.
-SR_INLINE Vec<float> exp(Vec<float> x) {
-  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
-  const Vec<float> low = broadcast(-87.33654f), high = broadcast(88.72283f);
-  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+
+// exp(x) = mantissa * 2^exponent for |x| < 89: range reduction by ln 2 in two parts, degree-6
+// polynomial, about 1 ulp. A NaN makes the mantissa NaN.
+struct ReducedExp {
+  Vec<float> mantissa;
+  IntVec exponent;
+};
+SR_INLINE ReducedExp reduced_exp(Vec<float> x) {
   const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Vec<float> shifted = x * 1.44269504088896341f + magic;
   const Vec<float> n = shifted - magic;
-  Vec<float> r = clamped - n * 0.693359375f;
+  Vec<float> r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Vec<float> p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -385,17 +388,25 @@ SR_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^n in two factors: n can be 128, whose exponent does not fit in one.
   IntVec bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = bits - 0x4b400000;  // the magic number's own bits: what is left is the integer n
-  const IntVec half = bits >> 1;
-  const IntVec factor1 = (half + 127) << 23, factor2 = (bits - half + 127) << 23;
-  Vec<float> scale1, scale2;
-  std::memcpy(&scale1, &factor1, sizeof(scale1));
-  std::memcpy(&scale2, &factor2, sizeof(scale2));
-  p = p * scale1 * scale2;
+  return {p * (r * r) + r + 1.0f, bits - 0x4b400000};  // less the magic number's own bits
+}
+// 2^n for -127 < n < 128.
+SR_INLINE Vec<float> power_of_two(IntVec n) {
+  const IntVec bits = (n + 127) << 23;
+  Vec<float> power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power;
+}
+
+// exp(x), float32: 0 below -87.3 (where the result would be subnormal), inf above 88.7, NaN passes.
+SR_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> low = broadcast(-87.33654f), high = broadcast(88.72283f);
+  const ReducedExp e = reduced_exp(x < low ? low : (x > high ? high : x));
+  // 2^n in two factors: n can be 128, whose exponent does not fit in one.
+  const IntVec half = e.exponent >> 1;
+  Vec<float> p = e.mantissa * power_of_two(half) * power_of_two(e.exponent - half);
   p = x < low ? Vec<float>{} : p;
   p = x > high ? broadcast(__builtin_inff()) : p;
   return x != x ? x : p;

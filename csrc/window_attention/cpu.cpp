@@ -199,24 +199,8 @@ struct BiasBands {
 
 // exp(x) for x <= 0 or NaN: what is left of exp() of simd.h when x cannot overflow.
 SR_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
-  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds
-  const Vec<float> n = shifted - 12582912.0f;
-  Vec<float> r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec<float> p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  IntVec bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits - (0x4b400000 - 127)) << 23;
-  Vec<float> scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return x < broadcast(-87.33654f) ? Vec<float>{} : p * scale;
+  const ReducedExp e = reduced_exp(x);
+  return x < broadcast(-87.33654f) ? Vec<float>{} : e.mantissa * power_of_two(e.exponent);
 }
 SR_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
 
