@@ -801,7 +801,7 @@ void pixel_moments(const T* x, const T* grad, int64_t count, int64_t channels, c
 // deviations want a run that the second-level cache still holds.
 template <typename T>
 int64_t statistics_run(Walk walk, int64_t channels, bool contrast) {
-  if (walk == Walk::kPlanes) return 2048;
+  if (walk == Walk::kPlanes) return contrast ? 2048 : 8192;
   return walk == Walk::kPixels && !contrast ? 1024 : run_length<T>(channels);
 }
 
