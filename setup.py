@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest torch the libraries load in
 PY_LIMITED_API = "0x030a0000"  # Python 3.10
+INSTALLED_INSIDE = ("models", "benchmarks")  # top-level folders, as sr_kernels.models and so on
 
 # One translation unit per instruction set from the same source; the library chooses at run time.
 X86_ISA_FLAGS = {
@@ -489,9 +490,13 @@ def extensions() -> list[Extension]:
 
 
 def packages() -> list[str]:
-    """`sr_kernels`, and the top-level folder `models`, which is installed inside it."""
-    models = ["sr_kernels.models"] + [f"sr_kernels.models.{n}" for n in find_packages("models")]
-    return find_packages(include=["sr_kernels", "sr_kernels.*"]) + models
+    """`sr_kernels`, and the top-level folders that are installed inside it."""
+    inside = [
+        f"sr_kernels.{name}"
+        for folder in INSTALLED_INSIDE
+        for name in (folder, *(f"{folder}.{n}" for n in find_packages(folder)))
+    ]
+    return find_packages(include=["sr_kernels", "sr_kernels.*"]) + inside
 
 
 if __name__ == "__main__":
@@ -503,7 +508,7 @@ if __name__ == "__main__":
         )
     setup(
         packages=packages(),
-        package_dir={"sr_kernels.models": "models"},
+        package_dir={f"sr_kernels.{folder}": folder for folder in INSTALLED_INSIDE},
         ext_modules=extensions(),
         cmdclass={"build": FreshBuild, "build_ext": NinjaBuildExt},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,0 +1,81 @@
+"""What the machine can do: copy, multiply, exponentiate. Measured in the run that uses them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .measure import Clock
+
+MEGABYTE = 1 << 20
+# Sizes of the copied tensor: a map that fits into a cache moves faster than memory does.
+COPIES = (MEGABYTE // 2, 2 * MEGABYTE, 8 * MEGABYTE, 32 * MEGABYTE, 128 * MEGABYTE)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """copy: (bytes read and written, bytes per second), rising in size.  flops: per second, by
+    dtype.  exps: exponentials per second, float32, in the cache."""
+
+    copy: tuple[tuple[int, float], ...]
+    flops: dict[str, float]
+    exps: float
+
+    def bytes_per_s(self, count: float) -> float:
+        """Of a copy that moves `count` bytes: the rate of the smallest copy not smaller, or of the
+        largest. Memory's rate for anything larger than the caches."""
+        for size, rate in self.copy:
+            if count <= size:
+                return rate
+        return self.copy[-1][1]
+
+
+def measure(device: str, dtypes: tuple[str, ...], *, toy: bool = False) -> Ceilings:
+    """Takes a few seconds, with the number of threads that torch has now."""
+    clock = Clock(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def best(function: Callable[[], object], repeats: int) -> float:
+        function()
+        return min(clock.time(function) for _ in range(repeats))
+
+    copy = []
+    for size in COPIES[:1] if toy else COPIES:
+        source = torch.zeros(size, dtype=torch.uint8, device=device).view(torch.float32)
+        target = torch.empty_like(source).zero_()
+        inner = max(1, 16 * MEGABYTE // size)
+
+        def run(source: Tensor = source, target: Tensor = target, n: int = inner) -> None:
+            for _ in range(n):
+                target.copy_(source)
+
+        copy.append((2 * size, 2 * size * inner / best(run, 5)))
+    # Larger copies never count as faster than smaller ones: that would be noise.
+    for i in range(len(copy) - 2, -1, -1):
+        copy[i] = (copy[i][0], max(copy[i][1], copy[i + 1][1]))
+    flops = {}
+    for dtype in sorted({"float32", *dtypes}):
+        n = 128 if toy else (4096 if device != "cpu" or dtype == "float32" else 1024)
+        a, b = (
+            torch.rand(n, n, generator=generator).to(device, getattr(torch, dtype))
+            for _ in range(2)
+        )
+        start = time.perf_counter()
+        seconds = best(lambda a=a, b=b: torch.mm(a, b), 1)  # type: ignore[misc]
+        repeats = 0 if time.perf_counter() - start > 4 else 4
+        for _ in range(repeats):
+            seconds = min(seconds, clock.time(lambda a=a, b=b: torch.mm(a, b)))  # type: ignore[misc]
+        flops[dtype] = 2.0 * n**3 / seconds
+    count = (1 << 12) if toy else (1 << 17 if device == "cpu" else 1 << 24)
+    x = torch.rand(count, generator=generator).to(device)
+    y = torch.empty_like(x)
+
+    def exponentials() -> None:
+        for _ in range(16):
+            torch.exp(x, out=y)
+
+    return Ceilings(tuple(copy), flops, 16 * count / best(exponentials, 10))

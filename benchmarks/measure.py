@@ -1,0 +1,206 @@
+"""Time and memory of callables that were verified before.
+
+Samples of all candidates are taken in turn, in an order that rotates from round to round, so that
+whatever the machine does meanwhile (other programs, a changing clock) meets all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+# A sample lasts at least this long: shorter ones would measure the clock and the scheduler.
+SAMPLE_SECONDS = 0.02
+MIN_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of the samples, and their 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Linear between the two nearest ranks, as numpy's."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summarize(values: list[float]) -> Timing:
+    return Timing(
+        percentile(values, 0.5), percentile(values, 0.2), percentile(values, 0.8), len(values)
+    )
+
+
+class Clock:
+    """Seconds that a call takes on a device: wall time on the CPU, events on a GPU.
+
+    cold: on a GPU, overwrite its second-level cache before each call.
+    """
+
+    def __init__(self, device: str, *, cold: bool = False) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self._flush: torch.Tensor | None = None
+        if self.cuda and cold:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def time(self, call: Call, repeats: int = 1) -> float:
+        """Mean over `repeats` calls in a row."""
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+        pairs = []
+        # Waiting until the queue is empty would add the launch of the first call to it.
+        groups = repeats if self._flush is not None else 1
+        for _ in range(groups):
+            if self._flush is not None:
+                self._flush.zero_()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(repeats // groups):
+                call()
+            last.record()
+            pairs.append((first, last))
+        torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) for a, b in pairs) / 1e3 / repeats
+
+
+def graphed(call: Call) -> Call:
+    """The call as one replay of a CUDA graph: what is left when no launch costs anything."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    clock: Clock,
+    *,
+    seconds: float,
+    pause: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Times all calls in turn for about `seconds` each, at least MIN_ROUNDS rounds.
+
+    pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
+    while after a call and would slow the next one down.
+    """
+    repeats, estimate = {}, {}
+    with quiet():
+        for name, call in calls.items():
+            call()
+            once = max(clock.time(call), 1e-7)
+            repeats[name] = max(1, round(SAMPLE_SECONDS / once))
+            estimate[name] = once * repeats[name]
+        slowest = max(estimate.values())
+        rounds = max(MIN_ROUNDS, min(60, round(seconds / slowest)))
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        names = list(calls)
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                if pause:
+                    time.sleep(pause)
+                # Once outside the sample: the caches hold what this call needs, not its
+                # predecessor's data. Not for calls that are longer than that can matter.
+                if estimate[name] < 2 * SAMPLE_SECONDS:
+                    calls[name]()
+                samples[name].append(clock.time(calls[name], repeats[name]))
+            if progress is not None:
+                progress(turn + 1, rounds)
+    return {name: summarize(values) for name, values in samples.items()}
+
+
+class OtherLoad:
+    """How many cores other programs keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), self._busy(), time.process_time())
+
+    @staticmethod
+    def _busy() -> float | None:
+        """CPU seconds that the machine has spent on anything, or None where that is not known."""
+        try:
+            numbers = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        except (OSError, ValueError, IndexError):
+            return None
+        user, nice, system, _, _, irq, softirq, steal = numbers[:8]
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> float | None:
+        """Their mean number since the beginning."""
+        wall, busy, own = self._start
+        now = self._busy()
+        if now is None or busy is None:
+            return None
+        elapsed = max(time.perf_counter() - wall, 1e-9)
+        return max(0.0, (now - busy - (time.process_time() - own)) / elapsed)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux only")
+    return int(found[1]) * 1024
+
+
+def resident() -> int:
+    """Bytes of this process in memory, after what was freed has been given back."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps what it keeps
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Starts the peak of this process anew, from what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most bytes that this process had in memory since the last `reset_peak`."""
+    return _status("VmHWM")

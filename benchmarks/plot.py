@@ -1,0 +1,292 @@
+"""Charts of the table, and the figures in the README: drawn from `results.csv`, never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import table
+from .cases import MissingExtra
+from .run import fastest_other, is_ours
+from .table import Row
+
+__all__ = ["MARKERS", "draw", "latest", "readme_section"]
+
+OURS = ("cuda", "triton", "cpu")
+MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+
+# Told apart without colour: shade, hatching, marker and dash differ. Shades are of one hue.
+_SHADES = ("#111111", "#888888", "#cccccc", "#444444", "#aaaaaa", "#666666", "#e0e0e0")
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+_SIGNS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that measure the same thing on the same device, those of the last run."""
+    newest: dict[tuple[str, ...], tuple[str, str]] = {}
+    everything = list(rows)
+    for row in everything:  # the file is in the order of measuring
+        newest[_same(row)] = (row.date, row.commit)
+    return [row for row in everything if newest[_same(row)] == (row.date, row.commit)]
+
+
+def _same(row: Row) -> tuple[str, ...]:
+    names = ("op", "mode", "shape", "dtype", "cache", "threads", "device")
+    return tuple(str(getattr(row, name)) for name in names)
+
+
+def _cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows by case, in the file's order."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case, []).append(row)
+    return list(groups.values())
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """The fastest of our rows of one case."""
+    ours = [row for row in rows if row.median_ms is not None and is_ours(row.provider)]
+    return min(ours, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draws speedup, roofline and sizes, each as PNG and SVG, for each device in the table.
+
+    In a checkout whose README holds the markers, renews what is between them. Returns the files.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib") from error
+    matplotlib.use("agg")
+    # The same numbers give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "sr_kernels"
+    matplotlib.rcParams["font.size"] = 9
+    rows = [row for row in latest(table.read(folder)) if row.median_ms is not None]
+    if not rows:
+        raise ValueError(f"{folder / table.FILE_NAME} holds no timed row: measure first")
+    written: list[Path] = []
+    devices = list(dict.fromkeys(row.device for row in rows))
+    for device in devices:
+        own = [row for row in rows if row.device == device]
+        name = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
+        while "--" in name:
+            name = name.replace("--", "-")
+        for title, chart in (("speedup", _speedup), ("roofline", _roofline), ("sizes", _sizes)):
+            figure = chart(own, device)
+            if figure is None:
+                continue
+            for suffix in ("png", "svg"):
+                file = folder / f"{title}-{name}.{suffix}"
+                metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+                partial = file.with_suffix(f".{suffix}.partial")
+                figure.savefig(
+                    partial, format=suffix, dpi=110, bbox_inches="tight", metadata=metadata
+                )
+                partial.replace(file)
+                written.append(file)
+            _close(figure)
+    readme = folder.resolve().parents[1] / "README.md"
+    if readme.is_file():
+        text = readme.read_text()
+        renewed = _replaced(text, readme_section(folder, readme.parent))
+        if renewed != text:
+            partial = readme.with_suffix(".md.partial")
+            partial.write_text(renewed)
+            partial.replace(readme)
+            written.append(readme)
+    return written
+
+
+def _close(figure: Any) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+
+
+def _label(row: Row) -> str:
+    mode = "" if row.mode == "forward" else f" {row.mode}"
+    dtype = "" if row.dtype == "float32" else f" {row.dtype}"
+    cache = "" if row.cache in ("warm", "hot") else f" {row.cache}"
+    return f"{row.op} {row.shape}{mode}{dtype}{cache}"
+
+
+def _threads(rows: Sequence[Row]) -> int:
+    return max(row.threads for row in rows)
+
+
+def _speedup(rows: Sequence[Row], device: str) -> Any:
+    import matplotlib.pyplot as plt
+
+    threads = _threads(rows)
+    bars = []
+    for group in _cases(row for row in rows if row.threads == threads):
+        best, other = _best(group), fastest_other(group, OURS)
+        if best is None or other is None or not best.median_ms or not other.median_ms:
+            continue
+        bars.append((_label(best), other.median_ms / best.median_ms, other.provider))
+    if not bars:
+        return None
+    bars.reverse()
+    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(bars)))
+    positions = range(len(bars))
+    axes.barh(positions, [bar[1] for bar in bars], color="#bbbbbb", edgecolor="black")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(positions, [bar[0] for bar in bars], fontsize=7)
+    for position, (_, ratio, provider) in zip(positions, bars, strict=True):
+        axes.text(ratio, position, f" {ratio:.2f}x {provider}", va="center", fontsize=6.5)
+    axes.set_xlim(0, 1.45 * max(bar[1] for bar in bars))
+    axes.set_xlabel("times the speed of the fastest other provider (named)")
+    axes.set_title(f"{device}, {threads} threads", fontsize=9)
+    return figure
+
+
+def _roofline(rows: Sequence[Row], device: str) -> Any:
+    import matplotlib.pyplot as plt
+
+    threads = _threads(rows)
+    chosen = [r for r in rows if r.threads == threads and r.dtype == "float32"]
+    points = [best for group in _cases(chosen) if (best := _best(group)) is not None]
+    points = [row for row in points if row.flops and row.bytes]
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 4.6))
+    flops = max(row.matmul_gflops or 0 for row in points)
+    # Memory's rate: that of the largest case.
+    copy = max(points, key=lambda row: row.bytes or 0).copy_gbs or 1.0
+    intensities = [(row.flops or 0) / (row.bytes or 1) for row in points]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    ridge = flops / copy
+    axes.plot([low, ridge, max(high, ridge)], [low * copy, flops, flops], color="black")
+    axes.annotate(f"{copy:.0f} GB/s (copy)", (low * 1.1, low * 1.25 * copy), fontsize=7)
+    axes.annotate(f"{flops:.0f} GFLOP/s (matrix product)", (ridge, flops * 1.08), fontsize=7)
+    ops = list(dict.fromkeys(row.op for row in points))
+    for index, op in enumerate(ops):
+        own = [row for row in points if row.op == op]
+        axes.scatter(
+            [(row.flops or 0) / (row.bytes or 1) for row in own],
+            [(row.flops or 0) / (row.median_ms or 1) / 1e6 for row in own],
+            marker=_SIGNS[index % len(_SIGNS)],
+            facecolor=_SHADES[(index // 2) % len(_SHADES)] if index % 2 else "white",
+            edgecolor="black",
+            label=op,
+            zorder=3,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("floating-point operations per byte that must be moved")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(
+        f"{device}, {threads} threads, float32; softmax and sigmoid come on top", fontsize=9
+    )
+    axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _sizes(rows: Sequence[Row], device: str) -> Any:
+    """Latency and memory of networks against the size of the image."""
+    import matplotlib.pyplot as plt
+
+    threads = _threads(rows)
+    chosen = [
+        row
+        for row in rows
+        if row.threads == threads
+        and row.mode == "forward"
+        and row.dtype == "float32"
+        and row.cache in ("warm", "hot")
+        and row.size[1] == 3
+    ]
+    ops = list(dict.fromkeys(row.op for row in chosen))
+    if not ops:
+        return None
+    figure, grid = plt.subplots(
+        2, len(ops), figsize=(4.2 * len(ops), 6.4), squeeze=False, sharex="col"
+    )
+    columns: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
+        ("milliseconds", lambda row: row.median_ms),
+        ("peak memory growth, MB", lambda row: row.memory_mb),
+    )
+    providers = list(dict.fromkeys(row.provider for row in chosen))
+    for column, op in enumerate(ops):
+        for line, (unit, value) in enumerate(columns):
+            axes = grid[line][column]
+            for index, provider in enumerate(providers):
+                own = [r for r in chosen if r.op == op and r.provider == provider]
+                points = sorted(
+                    (r.size[0] * r.size[2] * r.size[3], v) for r in own if (v := value(r))
+                )
+                if not points:
+                    continue
+                axes.plot(
+                    [p[0] for p in points],
+                    [p[1] for p in points],
+                    color="black" if is_ours(provider) else "#777777",
+                    linewidth=1.8 if is_ours(provider) else 1,
+                    linestyle=_DASHES[index % len(_DASHES)],
+                    marker=_SIGNS[index % len(_SIGNS)],
+                    markersize=4,
+                    label=provider,
+                )
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_ylabel(unit)
+            if line == 0:
+                axes.set_title(op, fontsize=9)
+                axes.legend(fontsize=6)
+            else:
+                axes.set_xlabel("pixels of the input")
+    figure.suptitle(f"{device}, {threads} threads, float32", fontsize=9)
+    return figure
+
+
+# ------------------------------------------------------------------------------ README
+
+
+def _replaced(text: str, section: str) -> str:
+    """The text with what is between the markers replaced; unchanged where there are none."""
+    begin, end = (text.find(marker) for marker in MARKERS)
+    if begin < 0 or end < begin:
+        return text
+    return text[: begin + len(MARKERS[0])] + "\n" + section + text[end:]
+
+
+def readme_section(folder: Path, root: Path) -> str:
+    """Markdown: a table of ours against the fastest other provider, and the charts there are."""
+    rows = [row for row in latest(table.read(folder)) if row.median_ms is not None]
+    lines = []
+    place = folder.resolve().relative_to(root.resolve())
+    for device in dict.fromkeys(row.device for row in rows):
+        own = [row for row in rows if row.device == device]
+        threads = _threads(own)
+        groups = _cases(row for row in own if row.threads == threads)
+        runs = sorted({(group[0].date, group[0].commit) for group in groups})
+        versions = sorted({row.versions.split(",")[0] for row in own})
+        lines += [
+            f"{device}, {threads} threads, {', '.join(versions)}; measured "
+            + ", ".join(f"{date} at {commit}" for date, commit in runs)
+            + ":",
+            "",
+            "| case | ours, ms (20 % .. 80 %) | fastest other, ms | speed-up | of the floor "
+            "| memory, MB: ours / other |",
+            "|---|---|---|---|---|---|",
+        ]
+        for group in groups:
+            best, other = _best(group), fastest_other(group, OURS)
+            if best is None or other is None or not best.median_ms or not other.median_ms:
+                continue
+            memory = (
+                "" if best.memory_mb is None else f"{best.memory_mb:.0f} / {other.memory_mb:.0f}"
+            )
+            lines.append(
+                f"| {_label(best)} | {best.median_ms:.4g} ({best.p20_ms:.4g} .. {best.p80_ms:.4g}) "
+                f"| {other.median_ms:.4g} {other.provider} "
+                f"| {other.median_ms / best.median_ms:.2f} | {best.fraction:.0%} {best.bound} "
+                f"| {memory} |"
+            )
+        lines.append("")
+    charts = sorted(path.name for path in folder.glob("*.png"))
+    lines += [f"![{name.partition('-')[0]}]({place.as_posix()}/{name})" for name in charts]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,321 @@
+"""Who computes a case: stock PyTorch, torch.compile, libraries, other runtimes, and us."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sr_kernels import backends
+from sr_kernels.testing import make_tensor
+
+from . import networks, operators
+from .cases import Case, MissingExtra
+from .operators import Problem, Unavailable
+from .work import Work
+
+__all__ = ["Provider", "Running", "Subject", "Unavailable"]
+
+OURS = ("cuda", "triton", "cpu")
+CHANNELS_LAST = "_channels_last"
+
+
+@dataclass
+class Running:
+    """A provider, ready to run one case.
+
+    forward: one call, with inputs as they were prepared.
+    leaves: by name, what backward computes gradients of; empty for a forward case.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    _retained: tuple[Tensor, Tensor] | None = None
+
+    def _gradient_for(self, out: Tensor) -> Tensor:
+        # The same rounded numbers for every dtype.
+        g = make_tensor(out.shape, torch.bfloat16, seed=99, device=out.device)
+        last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+        format_ = torch.channels_last if last else torch.contiguous_format
+        return g.to(out.dtype).contiguous(memory_format=format_)
+
+    def call(self, mode: str) -> Callable[[], object]:
+        """What is timed."""
+        if mode == "forward":
+            return self._no_grad
+        leaves = list(self.leaves.values())
+        if mode == "both":
+            with torch.enable_grad():
+                g = self._gradient_for(self.forward())
+
+            def both() -> object:
+                return torch.autograd.grad(self.forward(), leaves, g)
+
+            return both
+        out = self.forward()
+        g = self._gradient_for(out)
+
+        def backward() -> object:
+            return torch.autograd.grad(out, leaves, g, retain_graph=True)
+
+        return backward
+
+    def _no_grad(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward()
+
+    def results(self, mode: str) -> dict[str, Tensor]:
+        """What is verified."""
+        if mode == "forward":
+            return {"output": self._no_grad()}
+        out = self.forward()
+        gradients = torch.autograd.grad(
+            out, list(self.leaves.values()), self._gradient_for(out), retain_graph=mode != "both"
+        )
+        named = {f"gradient {n}": g for n, g in zip(self.leaves, gradients, strict=True)}
+        return {"output": out.detach(), **named}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """name: as in the table.  build: makes it ready; raises Unavailable where it cannot run.
+
+    ours: of this package.  foreign: a runtime with threads of its own.
+    compiles: the first call compiles.  trusted: stock itself, from which the allowance comes.
+    """
+
+    name: str
+    build: Callable[[], Running]
+    ours: bool = False
+    foreign: bool = False
+    compiles: bool = False
+
+
+@dataclass
+class Subject:
+    """A case with its providers. `choose_format` must be called before `torch.compile` is built.
+
+    stock: builds the definition in another dtype, the oracle.
+    """
+
+    case: Case
+    providers: list[Provider]
+    work: dict[str, Work]
+    stock: Callable[[torch.dtype], Running]
+    weights: str = ""
+    best_format: str = ""
+
+    def choose_format(self, suffix: str) -> None:
+        """ "" or "_channels_last": the format that stock runs faster in; compile gets it."""
+        self.best_format = suffix
+
+
+def subject(case: Case, *, weights: Path | None, image: Path, folder: Path) -> Subject:
+    """Every provider that there might be for the case.
+
+    folder: for exported networks; a second call for the same case finds them there.
+    """
+    if case.is_network:
+        return _network_subject(case, weights, image, folder)
+    return _operator_subject(case)
+
+
+def our_backends(device: str, op: str, like: Tensor) -> Iterator[tuple[str, str]]:
+    """(name, why it cannot run or ""), of those that are for the device."""
+    for name in OURS:
+        if (name == "cpu") != (device == "cpu"):
+            continue
+        able, reason = backends.can_run(name, op, [like])
+        yield name, "" if able else reason
+
+
+def _memory_format(suffix: str) -> torch.memory_format:
+    return torch.channels_last if suffix == CHANNELS_LAST else torch.contiguous_format
+
+
+# ------------------------------------------------------------------------------ operators
+
+
+def _operator_subject(case: Case) -> Subject:
+    if case.op not in operators.OPERATORS:
+        raise ValueError(f"op is {case.op!r}; it has no definition in operators.py")
+    problem: Problem = operators.OPERATORS[case.op](case)
+    differentiate = case.mode != "forward"
+
+    def run(builder: operators.Builder, suffix: str, dtype: torch.dtype | None = None) -> Running:
+        inputs = {}
+        for name, value in problem.inputs.items():
+            tensor = value.detach().to(dtype) if dtype is not None else value.detach().clone()
+            if name in problem.maps:
+                tensor = tensor.contiguous(memory_format=_memory_format(suffix))
+            wanted = differentiate and name in problem.gradients
+            inputs[name] = tensor.requires_grad_(wanted)
+        leaves = {n: t for n, t in inputs.items() if t.requires_grad}
+        return Running(partial(builder(inputs), **inputs), leaves)
+
+    result = Subject(
+        case, [], problem.work, lambda dtype: run(problem.stock, "", dtype), weights=""
+    )
+
+    def compiled() -> Running:
+        def builder(inputs: operators.Inputs) -> operators.Function:
+            return torch.compile(problem.stock(inputs), dynamic=False)
+
+        return run(builder, result.best_format)
+
+    for suffix in ("", CHANNELS_LAST):
+        result.providers.append(Provider(f"eager{suffix}", partial(run, problem.stock, suffix)))
+    result.providers.append(Provider("compile", compiled, compiles=True))
+    for name, builder in problem.alternatives.items():
+        for suffix in ("", CHANNELS_LAST):
+            if name == "flex" and suffix:
+                continue  # it copies into a layout of its own
+            result.providers.append(
+                Provider(f"{name}{suffix}", partial(run, builder, suffix), compiles=name == "flex")
+            )
+    like = problem.inputs[problem.maps[0]]
+    public = {"grouped_window_reuse": "apply_window_scores"}.get(case.op, case.op)
+    for backend, reason in our_backends(case.device, public, like):
+        for suffix in ("", CHANNELS_LAST):
+
+            def build(name: str = backend, reason: str = reason, suffix: str = suffix) -> Running:
+                if reason:
+                    raise Unavailable(reason)
+                return run(lambda inputs: problem.ours(inputs, name), suffix)
+
+            result.providers.append(Provider(f"{backend}{suffix}", build, ours=True))
+    return result
+
+
+# ------------------------------------------------------------------------------ networks
+
+
+def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path) -> Subject:
+    network, description = networks.load(case, weights, image)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    network.backend = "reference"
+    white = network.rgb_range
+    picture = networks.photograph(image, case.batch, case.height, case.width, white)
+    training = case.mode != "forward"
+
+    def prepare(
+        suffix: str,
+        backend: str = "reference",
+        to: torch.dtype = dtype,
+        wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
+    ) -> Running:
+        format_ = _memory_format(suffix)
+        model: Any = copy.deepcopy(network).to(case.device, to)
+        model = model.to(memory_format=format_).train(training)
+        model.backend = backend
+        x = picture.to(case.device, to).contiguous(memory_format=format_)
+        leaves = {}
+        if training:
+            leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return Running(partial(model if wrap is None else wrap(model), x), leaves)
+
+    work = networks.work(case, network)
+    result = Subject(case, [], work, lambda to: prepare("", to=to), weights=description)
+
+    def compiled() -> Running:
+        return prepare(result.best_format, wrap=lambda m: torch.compile(m, dynamic=False))
+
+    for suffix in ("", CHANNELS_LAST):
+        result.providers.append(Provider(f"eager{suffix}", partial(prepare, suffix)))
+    result.providers.append(Provider("compile", compiled, compiles=True))
+    if case.device == "cpu" and case.mode == "forward" and case.dtype == "float32":
+        file = folder / f"{case.op}-{case.shape}.onnx"
+
+        def runtime(session: Callable[[Path, Tensor], Callable[[], Tensor]]) -> Running:
+            if not file.exists():
+                _export(copy.deepcopy(network).float().eval(), picture, file)
+            return Running(session(file, picture))
+
+        for name, session in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+            result.providers.append(Provider(name, partial(runtime, session), foreign=True))
+    like = picture.to(case.device, dtype)
+    for backend, reason in our_backends(case.device, "shift_conv2d", like):
+        for suffix in ("", CHANNELS_LAST):
+
+            def build(name: str = backend, reason: str = reason, suffix: str = suffix) -> Running:
+                if reason:
+                    raise Unavailable(reason)
+                return prepare(suffix, name)
+
+            result.providers.append(Provider(f"{backend}{suffix}", build, ours=True))
+    return result
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Exporters talk much; what matters comes as an exception."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _export(model: nn.Module, x: Tensor, file: Path) -> None:
+    """One file for both runtimes, of the network on stock operators, at this very size.
+
+    By tracing: its graph is the faster one in both, and takes seconds instead of minutes to make.
+    """
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(str(MissingExtra("onnx"))) from error
+    partial_file = file.with_suffix(".partial")
+    with _silent(), torch.no_grad():
+        torch.onnx.export(model, (x,), str(partial_file), dynamo=False, opset_version=18)
+    partial_file.replace(file)
+
+
+def _onnxruntime(file: Path, x: Tensor) -> Callable[[], Tensor]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Unavailable(str(MissingExtra("onnxruntime"))) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    array = x.numpy()
+    return lambda: torch.from_numpy(session.run(None, {name: array})[0])
+
+
+def _openvino(file: Path, x: Tensor) -> Callable[[], Tensor]:
+    try:
+        import openvino
+    except ImportError as error:
+        raise Unavailable(str(MissingExtra("openvino"))) from error
+    # float32 by name: on processors with bfloat16 units it would otherwise compute in those.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    request = openvino.Core().compile_model(str(file), "CPU", settings).create_infer_request()
+    array = x.numpy()
+
+    def run() -> Tensor:
+        found = request.infer({0: array}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(found[0])
+
+    return run

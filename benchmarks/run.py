@@ -1,0 +1,338 @@
+"""A run: every case verified, timed, and written before the next one begins."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sr_kernels.cli.demo import PHOTOGRAPH
+
+from . import ceilings, measure, probe, table
+from .cases import Case
+from .providers import CHANNELS_LAST, Provider, Running, Subject, Unavailable, subject
+from .table import Row
+from .verify import Truth
+from .work import bound
+
+__all__ = ["PHOTOGRAPH", "Settings", "measure_case", "run"]
+
+# The definition in float64 writes out whole attention matrices: beyond this many pixels of a
+# network's input, results are held against stock in the dtype under test.
+ORACLE_PIXELS = 400 * 640
+
+# Cores that other programs may use during a measurement before the report warns.
+BUSY = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
+
+    weights: by network.  image: the photograph.
+    """
+
+    threads: int
+    seconds: float = 3.0
+    memory: bool = True
+    providers: tuple[str, ...] = ()
+    weights: dict[str, Path] | None = None
+    image: Path = PHOTOGRAPH
+
+    def wants(self, provider: str) -> bool:
+        stem = provider.removesuffix(CHANNELS_LAST)
+        return not self.providers or provider in self.providers or stem in self.providers
+
+
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[str], Callable[[int, int], None]],
+    toy: bool = False,
+) -> list[Row]:
+    """Measures all cases and adds their rows to the table in `out`, case by case.
+
+    progress: given a label, returns what is called with (done, total).
+    """
+    torch.set_num_threads(settings.threads)
+    devices = sorted({case.device for case in cases})
+    limits = {}
+    for device in devices:
+        dtypes = tuple(sorted({case.dtype for case in cases if case.device == device}))
+        limits[device] = ceilings.measure(device, dtypes, toy=toy)
+        say(_describe(device, limits[device], settings.threads))
+    everything: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:
+        for index, case in enumerate(cases):
+            label = f"{index + 1}/{len(cases)} {case}"
+            rows = measure_case(
+                case, settings, limits[case.device], Path(folder), progress=progress(label)
+            )
+            table.add(out, rows)
+            everything.extend(rows)
+            say("\n".join(report(rows)))
+            gc.collect()
+            torch.compiler.reset()  # what was compiled for this case
+    return everything
+
+
+def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
+    products = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in limits.flops.items()
+    )
+    return (
+        f"{table.device_name(device)}, {threads} threads, torch {torch.__version__}: "
+        f"copy {limits.copy[-1][1] / 1e9:.1f} GB/s, matrix product {products}, "
+        f"{limits.exps / 1e9:.2f} G exponentials/s"
+    )
+
+
+def measure_case(
+    case: Case,
+    settings: Settings,
+    limits: ceilings.Ceilings,
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """The rows of one case, one per provider (and state of the cache, on a GPU)."""
+    weights = (settings.weights or {}).get(case.op)
+    this = subject(case, weights=weights, image=settings.image, folder=folder)
+    chosen = [p for p in this.providers if settings.wants(p.name)]
+    blank = Row(
+        op=case.op,
+        mode=case.mode,
+        shape=case.shape,
+        dtype=case.dtype,
+        provider="",
+        cache="hot" if case.device != "cpu" else "warm",
+        threads=settings.threads,
+        device=table.device_name(case.device),
+        versions="",
+        commit=table.commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        weights=this.weights,
+    )
+    truth = truth_of(this)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Running] = {}
+    memory: dict[str, float] = {}
+    for provider in chosen:
+        row = replace(blank, provider=provider.name, versions=_versions(provider.name))
+        try:
+            if settings.memory and case.device == "cpu":
+                grown = probe.growth(
+                    case,
+                    provider.name,
+                    threads=settings.threads,
+                    weights=weights,
+                    image=settings.image,
+                    folder=folder,
+                    best_format=this.best_format,
+                )
+                memory[provider.name] = grown / 1e6
+            running, error = _verified(provider, case, truth)
+        except Unavailable as problem:
+            rows[provider.name] = replace(row, status="unavailable", reason=_line(problem))
+            continue
+        except AssertionError as problem:
+            rows[provider.name] = replace(row, status="wrong", reason=_line(problem))
+            continue
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {_line(problem)}"
+            rows[provider.name] = replace(row, status="failed", reason=reason)
+            continue
+        ready[provider.name] = running
+        rows[provider.name] = replace(row, error=error, memory_mb=memory.get(provider.name))
+        if provider.name == f"eager{CHANNELS_LAST}" and "eager" in ready:
+            this.choose_format(_faster_format(ready, case))
+    del truth
+    foreign = any(p.foreign for p in chosen if p.name in ready)
+    result = [row for row in rows.values() if row.status != "ok"]
+    for cache, calls in _variants(ready, case).items():
+        clock = measure.Clock(case.device, cold=cache == "cold")
+        others = measure.OtherLoad()
+        timings = measure.interleaved(
+            calls,
+            clock,
+            seconds=settings.seconds,
+            pause=0.05 if foreign else 0.0,
+            progress=progress,
+        )
+        busy = others.cores()
+        for name, timing in timings.items():
+            row = replace(rows[name], cache=cache, other_load=busy)
+            result.append(_timed(row, timing, this, limits))
+    if case.device != "cpu" and settings.memory:
+        result = [_with_gpu_memory(row, ready, case) for row in result]
+    order = {p.name: i for i, p in enumerate(chosen)}
+    return sorted(result, key=lambda row: (row.cache, order[row.provider]))
+
+
+def _line(problem: BaseException) -> str:
+    """The first two lines of a message, as one, and not endless."""
+    lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
+    return "; ".join(lines[:2])[:300]
+
+
+def truth_of(this: Subject) -> Truth:
+    """What the results of every provider of a case are held against."""
+    case = this.case
+    dtype = getattr(torch, case.dtype)
+    stock = _on_cpu(this.stock(dtype).results(case.mode))
+    oracle = None
+    if not case.is_network or (case.pixels <= ORACLE_PIXELS and case.mode == "forward"):
+        oracle = _on_cpu(this.stock(torch.float64).results(case.mode))
+    return Truth(stock, oracle, case.dtype)
+
+
+def _on_cpu(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu") for name, value in results.items()}
+
+
+def _verified(provider: Provider, case: Case, truth: Truth) -> tuple[Running, float]:
+    running = provider.build()
+    return running, truth.check(running.results(case.mode))
+
+
+def _faster_format(ready: dict[str, Running], case: Case) -> str:
+    """Which of stock's two formats torch.compile gets: a short race."""
+    clock = measure.Clock(case.device)
+    times = {}
+    for suffix in ("", CHANNELS_LAST):
+        call = ready[f"eager{suffix}"].call(case.mode)
+        call()
+        times[suffix] = min(clock.time(call) for _ in range(2))
+    return min(times, key=lambda suffix: times[suffix])
+
+
+def _variants(ready: dict[str, Running], case: Case) -> dict[str, dict[str, Callable[[], object]]]:
+    """By state of the cache, what is timed."""
+    calls = {name: running.call(case.mode) for name, running in ready.items()}
+    if not calls:
+        return {}
+    if case.device == "cpu":
+        return {"warm": calls}
+    variants = {"hot": calls, "cold": calls}
+    if case.mode == "forward":
+        graphs = {}
+        for name, call in calls.items():
+            try:
+                graphs[name] = measure.graphed(call)
+            except Exception:
+                # It has its rows without a graph; one that cannot be captured has none with.
+                torch.cuda.synchronize()
+        if graphs:
+            variants["graph"] = graphs
+    return variants
+
+
+def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Ceilings) -> Row:
+    case = this.case
+    work = this.work[case.mode]
+    rate = limits.bytes_per_s(work.bytes)
+    flops = limits.flops[case.dtype]
+    least = bound(work, bytes_per_s=rate, flops_per_s=flops, exps_per_s=limits.exps)
+    return replace(
+        row,
+        median_ms=1e3 * timing.median,
+        p20_ms=1e3 * timing.p20,
+        p80_ms=1e3 * timing.p80,
+        samples=timing.samples,
+        bytes=work.bytes,
+        flops=work.flops,
+        exponentials=work.exponentials,
+        bound=least.name,
+        floor_ms=1e3 * least.seconds,
+        fraction=least.seconds / timing.median,
+        copy_gbs=rate / 1e9,
+        matmul_gflops=flops / 1e9,
+        exp_gs=limits.exps / 1e9,
+    )
+
+
+def _with_gpu_memory(row: Row, ready: dict[str, Running], case: Case) -> Row:
+    """Peak of torch's allocator during one call, over what was allocated before it."""
+    if row.provider not in ready:
+        return row
+    call = ready[row.provider].call(case.mode)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return replace(row, memory_mb=(torch.cuda.max_memory_allocated() - before) / 1e6)
+
+
+def _versions(provider: str) -> str:
+    """ "torch 2.13.0+cpu", and the runtime's that did the work."""
+    found = f"torch {torch.__version__}"
+    if provider in ("openvino", "onnxruntime"):
+        try:
+            found += f", {provider} {importlib.metadata.version(provider)}"
+        except importlib.metadata.PackageNotFoundError:
+            found += f", no {provider}"
+    return found
+
+
+# ------------------------------------------------------------------------------ for people
+
+
+def fastest_other(rows: Sequence[Row], ours: Sequence[str]) -> Row | None:
+    """The fastest of one case's timed rows that is not of this package."""
+    timed = [r for r in rows if r.median_ms is not None and not is_ours(r.provider, ours)]
+    return min(timed, key=lambda r: r.median_ms or 0.0, default=None)
+
+
+def is_ours(provider: str, ours: Sequence[str] = ("cuda", "triton", "cpu")) -> bool:
+    return provider.removesuffix(CHANNELS_LAST) in ours
+
+
+def report(rows: Sequence[Row]) -> list[str]:
+    """A table of one case for the terminal."""
+    if not rows:
+        return []
+    first = rows[0]
+    weights = f", weights: {first.weights}" if first.weights else ""
+    lines = [f"\n{first.op} {first.shape} {first.dtype} {first.mode}{weights}"]
+    for cache in dict.fromkeys(row.cache for row in rows):
+        group = [row for row in rows if row.cache == cache]
+        other = fastest_other(group, ("cuda", "triton", "cpu"))
+        timed = [row for row in group if row.median_ms is not None]
+        if timed:
+            floor = timed[0]
+            if floor.other_load is not None and floor.other_load > BUSY:
+                lines.append(
+                    f"  not to be trusted: other programs kept {floor.other_load:.1f} cores busy"
+                )
+            lines.append(
+                f"  {cache + ' cache: ' if cache != 'warm' else ''}floor {floor.floor_ms:.4g} ms "
+                f"(bound by {floor.bound})"
+            )
+            lines.append(
+                f"  {'provider':<30}{'median ms':>10}{'p20':>9}{'p80':>9}"
+                f"{'of floor':>10}{'speed-up':>10}{'memory MB':>11}{'error':>10}"
+            )
+        for row in sorted(group, key=lambda r: r.median_ms or float("inf")):
+            if row.median_ms is None:
+                lines.append(f"  {row.provider:<30}{row.status}: {row.reason}")
+                continue
+            ratio = ""
+            if other is not None and other.median_ms is not None and is_ours(row.provider):
+                ratio = f"{other.median_ms / row.median_ms:.2f}x"
+            memory = "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
+            lines.append(
+                f"  {row.provider:<30}{row.median_ms:>10.4g}{row.p20_ms:>9.4g}{row.p80_ms:>9.4g}"
+                f"{row.fraction:>10.0%}{ratio:>10}{memory:>11}{row.error:>10.1e}"
+            )
+    return lines

@@ -1,0 +1,207 @@
+"""`sr-kernels bench`: measures the kernels and networks against everything else that can run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from sr_kernels.cli import console
+from sr_kernels.cli.errors import Failure, UsageError
+
+NAME = "bench"
+SUMMARY = "measure operators and networks against stock PyTorch and other runtimes"
+DESCRIPTION = """\
+Measure operators and networks against stock PyTorch, torch.compile, library kernels, ONNX Runtime
+and OpenVINO. A provider is verified against the definition in float64 before it gets a time; all
+are timed in turn; every case's rows are in OUT/results.csv before the next case begins, so an
+interrupted run loses nothing that was finished. Run it on an idle machine.
+
+Needs the extra packages of sr_kernels[bench].
+"""
+EPILOG = """\
+examples:
+  sr-kernels bench --quick                                 a few minutes: what `make bench` runs
+  sr-kernels bench --op elan_light_x4 --size 180x320       one network, all providers
+  sr-kernels bench --op shift_conv_block --channels 60 --mode both --size 4x64x64
+  sr-kernels bench --op elan_light_x4 --weights elan_light_x4=ELAN_light_x4.pth
+  sr-kernels bench --list                                  what there is to measure
+  sr-kernels bench --plot                                  charts of OUT/results.csv, no measuring
+
+A row's speed-up is the time of the fastest provider that is not ours over the row's own. "of
+floor" is the least time that the machine needs for the bytes, products or exponentials of the
+case, whichever is slowest, by ceilings measured in the same run, over the row's time.
+"""
+DEFAULT_OUT = Path("benchmarks") / "results"
+QUICK_SECONDS, FULL_SECONDS = 1.0, 3.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured (default: everything that is listed)")
+    what.add_argument("--op", nargs="+", default=[], metavar="NAME", help="operators, networks")
+    what.add_argument(
+        "--size",
+        "--shape",
+        nargs="+",
+        default=[],
+        metavar="HxW",
+        help="sizes of the feature maps, or of a network's input: 180x320, or 4x64x64 for a batch",
+    )
+    what.add_argument(
+        "--channels", nargs="+", type=int, default=[], metavar="C", help="channels of the maps"
+    )
+    what.add_argument(
+        "--mode",
+        nargs="+",
+        choices=("forward", "backward", "both"),
+        default=[],
+        help="forward without gradients, backward alone, or both",
+    )
+    what.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        default=["float32"],
+        help="(default: float32)",
+    )
+    what.add_argument(
+        "--provider",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these: eager, compile, sdpa, flex, conv2d, conv2d_depthwise, onnxruntime, "
+        "openvino, cpu, cuda, triton; the form NAME_channels_last is meant too",
+    )
+    what.add_argument("--quick", action="store_true", help="few cases, short samples")
+    what.add_argument("--list", action="store_true", help="list the cases, and measure nothing")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    how.add_argument(
+        "--threads", type=int, metavar="N", help="threads of every provider (default: all cores)"
+    )
+    how.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"of samples per provider (default: {FULL_SECONDS:g}, with --quick "
+        f"{QUICK_SECONDS:g}); never fewer than 7 samples",
+    )
+    how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    how.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="NETWORK=FILE",
+        help="weights of a network, such as elan_light_x4=ELAN_light_x4.pth",
+    )
+    how.add_argument("--image", type=Path, metavar="FILE", help="the photograph for networks")
+    where = parser.add_argument_group("results")
+    where.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        metavar="FOLDER",
+        help=f"where results.csv and charts are (default: {DEFAULT_OUT})",
+    )
+    where.add_argument(
+        "--plot",
+        action="store_true",
+        help="draw the charts of OUT/results.csv (after measuring, if anything above is given); in "
+        "a checkout, also renew the figures in README.md",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sr_kernels.benchmarks import cases
+
+    try:
+        return _run(arguments)
+    except cases.MissingExtra as error:
+        raise Failure(str(error)) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from sr_kernels.benchmarks import cases, plot
+
+    asked = arguments.op or arguments.size or arguments.quick or arguments.mode
+    measures = bool(asked or arguments.channels or arguments.provider or not arguments.plot)
+    if measures:
+        for size in arguments.size:
+            try:
+                cases.parse_size(size)
+            except ValueError as error:
+                raise UsageError(f"--size: {error}") from error
+        try:
+            chosen = cases.select(
+                ops=arguments.op,
+                sizes=arguments.size,
+                channels=arguments.channels,
+                modes=arguments.mode,
+                dtypes=arguments.dtype,
+                device=arguments.device,
+                quick=arguments.quick,
+            )
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+        if arguments.list:
+            for case in chosen:
+                console.say(str(case))
+            return 0
+        if not chosen:
+            raise UsageError("no case is left by these filters; see: sr-kernels bench --list")
+        _measure(arguments, chosen)
+    if arguments.plot:
+        for file in plot.draw(arguments.out):
+            console.say(f"wrote {file}")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
+    import torch
+
+    from sr_kernels.benchmarks import run as runs
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: torch finds no CUDA GPU; `sr-kernels env` tells more")
+    threads = os.cpu_count() or 1 if arguments.threads is None else arguments.threads
+    if threads < 1:
+        raise UsageError(f"--threads is {threads}; expected at least 1")
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = QUICK_SECONDS if arguments.quick else FULL_SECONDS
+    image = arguments.image or runs.PHOTOGRAPH
+    if not image.is_file():
+        raise Failure(f"--image: {image} is not a file")
+    settings = runs.Settings(
+        threads=threads,
+        seconds=seconds,
+        memory=not arguments.no_memory,
+        providers=tuple(arguments.provider),
+        weights=_weights(arguments.weights),
+        image=image,
+    )
+    runs.run(
+        chosen,
+        settings,
+        arguments.out,
+        say=console.say,
+        progress=console.Progress,
+    )
+    console.say(f"\nthe rows are in {arguments.out / 'results.csv'}")
+
+
+def _weights(texts: list[str]) -> dict[str, Path]:
+    from sr_kernels.benchmarks.networks import NETWORKS
+
+    found = {}
+    for text in texts:
+        name, separator, file = text.partition("=")
+        if not separator or name not in NETWORKS:
+            raise UsageError(
+                f"--weights: {text!r} is not NETWORK=FILE with a network of {', '.join(NETWORKS)}"
+            )
+        if not Path(file).is_file():
+            raise Failure(f"--weights: {file} does not exist")
+        found[name] = Path(file)
+    return found
