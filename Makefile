@@ -5,6 +5,7 @@
 #
 #   TORCH_INSTALL   what `pip install` is given where no torch is importable
 #                   (default: the CPU build of torch 2.13.0)
+#   BENCH_ARGS      more arguments for the benchmarks, as in: make bench BENCH_ARGS="--threads 1"
 #   PYTEST_ARGS     more arguments for pytest, as in: make test PYTEST_ARGS="-k shift -x"
 #   MAX_JOBS, SR_KERNELS_*   see setup.py
 
@@ -19,6 +20,7 @@ ENV := $(abspath $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv))
 PYTHON := $(ENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 TORCH_VERSION := 2.13.0
 # The plain version first: it is found where pip's own index or wheel folder has the CPU build. PyTorch's
 # index has it for everyone else (PyPI's Linux wheel is a CUDA build of gigabytes).
@@ -29,10 +31,10 @@ TRITON_VERSION := 3.6.0
 STAMPS := build/stamps/$(subst /,_,$(ENV))
 SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
 	$(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-PYTHON_FILES := setup.py sr_kernels_cli.py sr_kernels models tests $(wildcard tools benchmarks)
+PYTHON_FILES := setup.py sr_kernels_cli.py sr_kernels models benchmarks tests tools
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-abi test-asan lint format wheel setup setup-dev clean distclean
+.PHONY: help bench demo test test-abi test-asan lint format wheel setup setup-dev clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -40,13 +42,16 @@ help:  ## this list
 demo: setup  ## upscale the photograph that the package ships
 	@$(ENV)/bin/sr-kernels demo
 
+bench: $(STAMPS)/bench setup  ## the quick set of benchmarks; rows and charts in benchmarks/results
+	@$(ENV)/bin/sr-kernels bench --quick --plot $(BENCH_ARGS)
+
 test: setup-dev  ## all tests that this machine can run
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
 lint: setup-dev  ## ruff, mypy, clang-format: changes nothing
 	$(PYTHON) -m ruff check $(PYTHON_FILES)
 	$(PYTHON) -m ruff format --check $(PYTHON_FILES)
-	$(PYTHON) -m mypy sr_kernels_cli.py sr_kernels models
+	$(PYTHON) -m mypy sr_kernels_cli.py sr_kernels models benchmarks
 	$(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: setup-dev  ## what lint can repair, repaired
@@ -86,7 +91,11 @@ $(STAMPS)/build: requirements-build.txt | $(ENV)/pyvenv.cfg
 	fi
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/dev: requirements-dev.txt $(STAMPS)/build
+$(STAMPS)/bench: requirements-bench.txt $(STAMPS)/build
+	$(PIP) install -q -r requirements-bench.txt
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/dev: requirements-dev.txt requirements-bench.txt $(STAMPS)/build
 	$(PIP) install -q -r requirements-dev.txt
 	@$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) install -q triton==$(TRITON_VERSION)
 	@mkdir -p $(@D) && touch $@
@@ -105,7 +114,7 @@ ASAN_SITE := build/asan-site
 ASAN_TESTS ?= tests/test_shift_conv.py tests/test_window_attention.py tests/test_attention_gates.py
 ASAN_SELECT ?= -m "not slow and not gpu and not large" -k "not compile and not export and not opcheck"
 
-$(ASAN_SITE)/.stamp: $(SOURCES) $(STAMPS)/dev $(shell find sr_kernels models -name '*.py')
+$(ASAN_SITE)/.stamp: $(SOURCES) $(STAMPS)/dev $(shell find sr_kernels models benchmarks -name '*.py')
 	rm -rf $(ASAN_SITE)
 	SR_KERNELS_SANITIZE=$(SANITIZE) $(PIP) install -q --no-build-isolation --no-deps \
 		--target $(ASAN_SITE) .

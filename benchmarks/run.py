@@ -26,7 +26,7 @@ __all__ = ["PHOTOGRAPH", "Settings", "measure_case", "run"]
 
 # The definition in float64 writes out whole attention matrices: beyond this many pixels of a
 # network's input, results are held against stock in the dtype under test.
-ORACLE_PIXELS = 400 * 640
+ORACLE_PIXELS = {"forward": 400 * 640, "backward": 8 * 64 * 64, "both": 8 * 64 * 64}
 
 # Cores that other programs may use during a measurement before the report warns.
 BUSY = 0.2
@@ -191,7 +191,7 @@ def truth_of(this: Subject) -> Truth:
     dtype = getattr(torch, case.dtype)
     stock = _on_cpu(this.stock(dtype).results(case.mode))
     oracle = None
-    if not case.is_network or (case.pixels <= ORACLE_PIXELS and case.mode == "forward"):
+    if not case.is_network or case.pixels <= ORACLE_PIXELS[case.mode]:
         oracle = _on_cpu(this.stock(torch.float64).results(case.mode))
     return Truth(stock, oracle, case.dtype)
 

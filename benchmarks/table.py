@@ -109,9 +109,11 @@ def read(folder: Path) -> list[Row]:
     with file.open(newline="") as stream:
         reader = csv.DictReader(stream)
         if reader.fieldnames != names:
+            found = set(reader.fieldnames or ())
             raise ValueError(
-                f"{file} has the columns {reader.fieldnames}; expected {names}: move it away, it "
-                "is from another version"
+                f"{file} is of another version: it lacks the columns {sorted(set(names) - found)} "
+                f"and has {sorted(found - set(names))} besides; move it away or choose another "
+                "folder with --out"
             )
         for record in reader:
             values: dict[str, object] = dict(record)

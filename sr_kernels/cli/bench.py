@@ -152,7 +152,11 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UsageError("no case is left by these filters; see: sr-kernels bench --list")
         _measure(arguments, chosen)
     if arguments.plot:
-        for file in plot.draw(arguments.out):
+        try:
+            files = plot.draw(arguments.out)
+        except ValueError as error:
+            raise Failure(str(error)) from error
+        for file in files:
             console.say(f"wrote {file}")
     return 0
 
@@ -161,6 +165,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     import torch
 
     from sr_kernels.benchmarks import run as runs
+    from sr_kernels.benchmarks import table
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise Failure("--device cuda: torch finds no CUDA GPU; `sr-kernels env` tells more")
@@ -173,6 +178,10 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     image = arguments.image or runs.PHOTOGRAPH
     if not image.is_file():
         raise Failure(f"--image: {image} is not a file")
+    try:
+        table.read(arguments.out)  # before anything is measured that could not be added to it
+    except (OSError, ValueError) as error:
+        raise Failure(str(error)) from error
     settings = runs.Settings(
         threads=threads,
         seconds=seconds,

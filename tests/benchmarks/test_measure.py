@@ -1,0 +1,69 @@
+"""Clock, order of samples, memory, and the ceilings."""
+
+import time
+
+import pytest
+import torch
+from sr_kernels.benchmarks import ceilings, measure
+from sr_kernels.benchmarks.ceilings import Ceilings
+
+
+def test_percentiles_are_numpys():
+    timing = measure.summarize([5.0, 1.0, 4.0, 2.0, 3.0])
+    assert (timing.median, timing.samples) == (3.0, 5)
+    assert timing.p20 == pytest.approx(1.8)
+    assert timing.p80 == pytest.approx(4.2)
+
+
+def test_the_order_rotates(monkeypatch):
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    clock = measure.Clock("cpu")
+    monkeypatch.setattr(clock, "time", lambda call, repeats=1: call() or 0.1)
+    timings = measure.interleaved(calls, clock, seconds=0.7)
+    assert {t.samples for t in timings.values()} == {7}
+    rounds = ["".join(order[-21:][i : i + 3]) for i in range(0, 21, 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab", "abc"]
+
+
+def test_times_are_seconds_per_call():
+    timings = measure.interleaved(
+        {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)},
+        measure.Clock("cpu"),
+        seconds=0.1,
+    )
+    assert 0.004 <= timings["slow"].median < 0.02
+    assert 0.001 <= timings["fast"].median < timings["slow"].median
+
+
+def test_peak_memory_is_measured_anew():
+    megabyte = 1 << 20
+    before = measure.resident()
+    measure.reset_peak()
+    torch.ones(64 * megabyte, dtype=torch.uint8)
+    assert 60 * megabyte < measure.peak() - before < 90 * megabyte
+    measure.reset_peak()
+    assert measure.peak() - before < 20 * megabyte
+
+
+def test_other_load_does_not_count_ourselves():
+    load = measure.OtherLoad()
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        pass
+    busy = load.cores()
+    assert busy is not None
+    others = measure.OtherLoad()
+    time.sleep(0.5)
+    # What the machine does besides, and not the half second that we have burnt.
+    assert busy < (others.cores() or 0.0) + 0.6
+
+
+def test_ceilings_are_plausible_and_choose_the_rate_of_the_size():
+    measured = ceilings.measure("cpu", ("bfloat16",), toy=True)
+    assert set(measured.flops) == {"float32", "bfloat16"}
+    assert all(rate > 1e6 for rate in measured.flops.values())
+    assert measured.exps > 1e5
+    assert measured.copy[0][1] > 1e8
+    some = Ceilings(((100, 50.0), (1000, 20.0)), {"float32": 1.0}, 1.0)
+    assert [some.bytes_per_s(n) for n in (1, 100, 101, 5000)] == [50.0, 50.0, 20.0, 20.0]

@@ -1,0 +1,305 @@
+"""Runs at toy size: every case, every provider, wrong results, and a run that is cut off."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from sr_kernels.benchmarks import cases, ceilings, operators, probe, providers, run, table
+from sr_kernels.benchmarks.cases import Case
+
+from sr_kernels.cli import main
+
+OPERATORS = list(operators.OPERATORS)
+NETWORKS = ["elan_light_x4", "elan_x4", "mafdn_x4"]
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return ceilings.measure("cpu", ("float32",), toy=True)
+
+
+def _measure(case, settings, limits, folder):
+    return {row.provider: row for row in run.measure_case(case, settings, limits, folder)}
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_at_toy_size(op, mode, toy_settings, limits, tmp_path):
+    names = ["eager", "cpu", *OTHERS.get(op, ())]
+    if mode == "forward":  # compiling takes seconds
+        names += ["compile", *COMPILED.get(op, ())]
+    settings = replace(toy_settings, providers=tuple(names))
+    rows = _measure(Case(op, 1, 24, 16, 32, mode), settings, limits, tmp_path)
+    expected = set(names) | {
+        f"{name}_channels_last" for name in names if name not in ("compile", "flex")
+    }
+    assert set(rows) == expected
+    for row in rows.values():
+        assert row.status == "ok", row
+        assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
+        assert row.samples >= 7
+        assert row.bound in ("bytes", "flops", "exponentials")
+        assert row.fraction == pytest.approx(row.floor_ms / row.median_ms)
+        assert 0 <= row.error < 1e-2
+
+
+OTHERS = {
+    "shift_conv2d": ("conv2d", "conv2d_depthwise"),
+    "shift_conv_block": ("conv2d", "conv2d_depthwise"),
+    "grouped_window_attention": ("sdpa",),
+    "window_attention": ("sdpa",),
+}
+COMPILED = {"window_attention": ("flex",)}
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", NETWORKS)
+def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
+    # Exporting ELAN's 36 attentions takes a minute, and is what exporting ELAN-light's 24 is.
+    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", "onnxruntime", "openvino")
+    settings = replace(toy_settings, providers=names)
+    rows = _measure(Case(op, 1, 0, 16, 16), settings, limits, tmp_path)
+    assert set(rows) == {*names, "eager_channels_last", "cpu_channels_last"}
+    for row in rows.values():
+        assert (row.status, row.reason) == ("ok", "")
+    if "openvino" in names:
+        assert "openvino 2" in rows["openvino"].versions
+    assert rows["cpu"].weights == ("mafdn_x4" if op == "mafdn_x4" else "random, seed 0")
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", ["elan_light_x4", "mafdn_x4"])
+def test_a_training_step_at_toy_size(op, toy_settings, limits, tmp_path):
+    settings = replace(toy_settings, providers=("eager", "cpu"))
+    rows = _measure(Case(op, 2, 0, 16, 16, "both"), settings, limits, tmp_path)
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+def test_a_broken_kernel_gets_no_time(toy_settings, limits, tmp_path, monkeypatch):
+    make = operators.OPERATORS["pixel_attention"]
+
+    def broken(case):
+        problem = make(case)
+        honest = problem.ours
+
+        def ours(inputs, backend):
+            function = honest(inputs, backend)
+
+            def call(**arguments):
+                y = function(**arguments).clone()
+                y[0, 3, 5, 7] += 1e-4  # one element of twelve thousand
+                return y
+
+            return call
+
+        return replace(problem, ours=ours)
+
+    monkeypatch.setitem(operators.OPERATORS, "pixel_attention", broken)
+    settings = replace(toy_settings, providers=("eager", "cpu"))
+    rows = _measure(Case("pixel_attention", 1, 24, 16, 32), settings, limits, tmp_path)
+    for name in ("cpu", "cpu_channels_last"):
+        assert rows[name].status == "wrong"
+        assert "error too large" in rows[name].reason
+        assert rows[name].median_ms is None
+        assert rows[name].fraction is None
+    assert rows["eager"].status == "ok"
+    text = "\n".join(run.report(list(rows.values())))
+    assert "wrong: output: error too large" in text
+
+
+def test_a_wrong_gradient_gets_no_time_either(toy_settings, limits, tmp_path, monkeypatch):
+    make = operators.OPERATORS["gated_conv1x1"]
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 1.01
+
+    def broken(case):
+        problem = make(case)
+        honest = problem.ours
+        return replace(
+            problem,
+            ours=lambda inputs, backend: lambda **a: Wrong.apply(honest(inputs, backend)(**a)),
+        )
+
+    monkeypatch.setitem(operators.OPERATORS, "gated_conv1x1", broken)
+    settings = replace(toy_settings, providers=("cpu",))
+    rows = _measure(Case("gated_conv1x1", 1, 8, 8, 8, "both"), settings, limits, tmp_path)
+    assert rows["cpu"].status == "wrong"
+    assert rows["cpu"].reason.startswith("gradient")
+
+
+def test_what_cannot_run_says_why(toy_settings, limits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(
+        providers, "our_backends", lambda *_: iter([("cpu", "its library did not load")])
+    )
+    settings = replace(toy_settings, providers=("eager", "openvino", "cpu"))
+    (tmp_path / "mafdn_x4-1x3x8x8.onnx").write_bytes(b"")  # as if exported before
+    rows = _measure(Case("mafdn_x4", 1, 0, 8, 8), settings, limits, tmp_path)
+    assert rows["openvino"].status == "unavailable"
+    assert "pip install" in rows["openvino"].reason
+    assert (rows["cpu"].status, rows["cpu"].reason) == ("unavailable", "its library did not load")
+
+
+def test_a_crash_of_one_provider_is_not_the_runs(toy_settings, limits, tmp_path, monkeypatch):
+    make = operators.OPERATORS["pixel_attention"]
+
+    def crashing(case):
+        def ours(inputs, backend):
+            raise MemoryError("not enough memory")
+
+        return replace(make(case), ours=ours)
+
+    monkeypatch.setitem(operators.OPERATORS, "pixel_attention", crashing)
+    settings = replace(toy_settings, providers=("eager", "cpu"))
+    rows = _measure(Case("pixel_attention", 1, 8, 8, 8), settings, limits, tmp_path)
+    assert rows["cpu"].status == "failed"
+    assert rows["cpu"].reason == "MemoryError: not enough memory"
+    assert rows["eager"].median_ms > 0
+
+
+@pytest.mark.unpoisoned
+def test_memory_is_that_of_the_call(tmp_path):
+    """Stock's attention matrices of 64 KiB pixels: 4 (16 + 64 + 256) bytes a pixel, twice (before
+    and after softmax); ours stays near the output."""
+    case = Case("grouped_window_attention", 1, 24, 256, 256)
+    arguments = {
+        "threads": 1,
+        "weights": None,
+        "image": run.PHOTOGRAPH,
+        "folder": tmp_path,
+        "best_format": "",
+    }
+    stock = probe.growth(case, "eager", **arguments) / case.pixels
+    ours = probe.growth(case, "cpu", **arguments) / case.pixels
+    # All four windows' matrices are not alive at once; the largest pair is.
+    assert 2 * 4 * 256 < stock < 3 * 4 * (16 + 64 + 256)
+    assert 4 * 24 <= ours < 600
+
+
+@pytest.mark.unpoisoned
+def test_a_provider_that_dies_is_reported(tmp_path, monkeypatch):
+    arguments = {
+        "threads": 1,
+        "weights": None,
+        "image": run.PHOTOGRAPH,
+        "folder": tmp_path,
+        "best_format": "",
+    }
+    with pytest.raises(providers.Unavailable, match="no provider 'abacus'"):
+        probe.growth(Case("channel_gate", 1, 8, 8, 8), "abacus", **arguments)
+    with pytest.raises(probe.ProbeFailed, match="no result within 0 s"):
+        probe.growth(Case("channel_gate", 1, 8, 8, 8), "cpu", seconds=0.0, **arguments)
+
+
+def test_rows_are_written_case_by_case(toy_settings, tmp_path, monkeypatch):
+    chosen = [Case("channel_gate", 1, 8, 8, 8), Case("channel_gate", 1, 8, 16, 16)]
+    measure_case = run.measure_case
+
+    def interrupted(case, *arguments, **options):
+        if case.height == 16:
+            raise KeyboardInterrupt
+        return measure_case(case, *arguments, **options)
+
+    monkeypatch.setattr(run, "measure_case", interrupted)
+    settings = replace(toy_settings, providers=("cpu",))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(
+            chosen,
+            settings,
+            tmp_path,
+            say=lambda text: None,
+            progress=lambda label: lambda done, total: None,
+            toy=True,
+        )
+    assert [row.shape for row in table.read(tmp_path)] == ["1x8x8x8", "1x8x8x8"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_what_was_measured(tmp_path):
+    command = [sys.executable, "-m", "sr_kernels", "bench", "--op", "channel_gate", "--no-memory"]
+    command += ["--provider", "cpu", "--seconds", "0.1", "--channels", "8"]
+    command += ["--out", str(tmp_path), "--threads", "1", "--size"]
+    command += ["8x8", *(f"{n}x512" for n in range(512, 900))]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while len(table.read(tmp_path)) < 4 and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert process.poll() is None, "it ended by itself"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    rows = table.read(tmp_path)
+    assert len(rows) >= 4
+    assert all(row.status == "ok" for row in rows)
+    assert rows[0].shape == "1x8x8x8"
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def test_list_needs_nothing_but_the_names(capsys):
+    assert main(["bench", "--list", "--op", "elan_light_x4", "--size", "180x320"]) == 0
+    assert capsys.readouterr().out == "elan_light_x4 1x3x180x320 float32 forward\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--op", "conv3d"], 2, "op is 'conv3d'; available are"),
+        (["--size", "tall"], 2, "--size: size is 'tall'"),
+        (["--threads", "0"], 2, "--threads is 0"),
+        (["--weights", "elan=x"], 2, "'elan=x' is not NETWORK=FILE"),
+        (["--weights", "elan_x4=missing.pth"], 1, "missing.pth does not exist"),
+        (["--image", "missing.png"], 1, "missing.png is not a file"),
+        (["--plot", "--out", "nowhere"], 1, "holds no timed row: measure first"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, status, message, capsys):
+    assert main(["bench", *arguments]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_cuda_without_a_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--device", "cuda", "--quick"]) == 1
+    assert "--device cuda: torch finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert main(["bench", "--quick"]) == 1
+    assert "the benchmarks need PyYAML: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.unpoisoned
+def test_a_whole_command(capsys, tmp_path):
+    arguments = ["bench", "--op", "channel_gate", "--channels", "8", "--size", "8x8"]
+    arguments += ["--provider", "eager", "cpu", "--seconds", "0", "--out", str(tmp_path), "--plot"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "GFLOP/s float32" in out
+    assert "cpu_channels_last" in out
+    assert (tmp_path / "results.csv").is_file()
+    assert len(list(tmp_path.glob("speedup-*.svg"))) == 1
+    rows = {row.provider: row for row in table.read(tmp_path)}
+    assert set(rows) == {"eager", "eager_channels_last", "cpu", "cpu_channels_last"}
+    assert all(row.memory_mb is not None for row in rows.values())
