@@ -94,7 +94,8 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "sr_kernels/py.typed" in names
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"sr_kernels", "sr_kernels_cli.py"}
-    for source in (*ROOT.glob("sr_kernels/**/*.py"), *ROOT.glob("models/**/*.py")):
+    folders = ("sr_kernels", "models", "benchmarks")
+    for source in (file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py")):
         relative = source.relative_to(ROOT)
         inside = relative if relative.parts[0] == "sr_kernels" else Path("sr_kernels") / relative
         assert inside.as_posix() in names
@@ -104,6 +105,8 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     ):
         for file in (ROOT / folder).glob("*"):
             assert f"sr_kernels/{inside}/{file.name}" in names
+    assert "sr_kernels/benchmarks/cases.yaml" in names
+    assert not [n for n in names if n.endswith(("results.csv", ".svg"))]
     assert not [n for n in names if "__pycache__" in n or n.endswith((".cpp", ".cu", ".o"))]
 
 
