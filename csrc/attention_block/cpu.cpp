@@ -72,8 +72,7 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
       for (int l = 1; l < W; ++l) total += square[l];
       store<T>(sum + j0 + part * W, load(sum + j0 + part * W) + total);
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l)
-        store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+      for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
     }
   }
 }
@@ -81,18 +80,17 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
 // Scratch of attend().
 template <typename T>
 struct Softmax {
-  static int64_t bytes(int64_t stride) {
-    return 2 * Scratch::bytes_for<T>(kBlock * kBlock) + 2 * Scratch::bytes_for<T>(stride) +
-           Scratch::bytes_for<T>(stride * strip());
-  }
-  static int64_t strip() { return 4 * Simd<T>::width; }
-  Softmax(Scratch& scratch, int64_t stride)
-      : e(scratch.take<T>(kBlock * kBlock)),
-        mirror(scratch.take<T>(kBlock * kBlock)),
-        sum(scratch.take<T>(stride)),
-        norm(scratch.take<T>(stride)),
-        column(scratch.take<T>(stride * strip())) {}
+  static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
   T *e, *mirror, *sum, *norm, *column;
+  static int64_t elements(int64_t stride) {
+    return 2 * kBlock * kBlock + 2 * stride + stride * kStrip;
+  }
+  Softmax(T* memory, int64_t stride)
+      : e(memory),
+        mirror(e + kBlock * kBlock),
+        sum(mirror + kBlock * kBlock),
+        norm(sum + stride),
+        column(norm + stride) {}
 };
 
 // Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
@@ -119,7 +117,8 @@ bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* shift) 
   return ordered && highest - lowest <= T(kMaxSpread);  // false where highest is infinite
 }
 
-// out = softmax(q q^T) v for one window of n tokens; q, v, out are d x ld, padded to kSquare tokens.
+// out = softmax(q q^T) v for one window of n tokens; q, v, out are d x ld, padded to kSquare
+// tokens.
 template <typename T>
 void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, int64_t ld, T* out) {
   constexpr int W = Simd<T>::width, kSide = kSquare<T>;
@@ -145,7 +144,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
       }
     }
   } else {
-    const int64_t strip = Softmax<T>::strip();
+    constexpr int64_t strip = Softmax<T>::kStrip;
     const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
     for (int64_t i0 = 0; i0 < stride; i0 += strip) {
       const int64_t columns = min64(strip, stride - i0);
@@ -157,8 +156,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
   }
   for (int64_t i = 0; i < stride; i += W) {
     const Vec<T> factor = 1 / load(s.sum + i);
-    for (int64_t c = 0; c < d; ++c)
-      store<T>(out + c * ld + i, load(out + c * ld + i) * factor);
+    for (int64_t c = 0; c < d; ++c) store<T>(out + c * ld + i, load(out + c * ld + i) * factor);
   }
 }
 
@@ -172,46 +170,95 @@ const T* view_or_copy(const void* source, int64_t count, Scratch& scratch) {
   }
 }
 
-// a of one group, into y's channels.
+// ------------------------------------------------------------------ tiles
+
+// Weights as compute elements.
 template <typename S>
-void attend_group(const AttentionBlockParams& p, int64_t group, ParallelFor parallel) {
+struct Weights {
   using T = typename Compute<S>::type;
+  int64_t rows;  // of W_in for one group
+  Scratch scratch;
+  const T *w_in, *b_in, *w_out, *b_out;
+
+  explicit Weights(const AttentionBlockParams& p)
+      : rows((p.reuse ? 1 : 2) * p.channels / p.groups),
+        scratch(Scratch::bytes_for<T>(rows * p.groups * p.channels) +
+                Scratch::bytes_for<T>(rows * p.groups) +
+                Scratch::bytes_for<T>(p.channels * p.channels) + Scratch::bytes_for<T>(p.channels)),
+        w_in(view_or_copy<S, T>(p.w_in, rows * p.groups * p.channels, scratch)),
+        b_in(view_or_copy<S, T>(p.b_in, rows * p.groups, scratch)),
+        w_out(view_or_copy<S, T>(p.w_out, p.channels * p.channels, scratch)),
+        b_out(view_or_copy<S, T>(p.b_out, p.channels, scratch)) {}
+};
+
+// A few windows of one group: x gathered in the order of their tokens, then q and v, then a. The
+// groups of a call take turns in the same memory.
+template <typename S>
+struct GroupTile {
+  using T = typename Compute<S>::type;
+  int64_t d, n, stride, ld;  // channels, tokens of a window, the same padded, a row of the tile
+  T *x, *q, *v, *out;
+  Softmax<T> softmax;
+
+  static int64_t padded_tokens(int64_t n) { return ceil_div(n, kSquare<T>) * kSquare<T>; }
+  static int64_t row(int64_t n, int64_t windows) {
+    return spread_stride<T>(windows * padded_tokens(n));
+  }
+  // Elements that tiles need whose padded_tokens() and row() are at most these.
+  static int64_t elements(const AttentionBlockParams& p, int64_t stride, int64_t ld) {
+    return (p.channels + 3 * p.channels / p.groups) * ld + Softmax<T>::elements(stride);
+  }
+  GroupTile(const AttentionBlockParams& p, int64_t n_, int64_t windows, T* memory)
+      : d(p.channels / p.groups),
+        n(n_),
+        stride(padded_tokens(n_)),
+        ld(row(n_, windows)),
+        x(memory),
+        q(x + p.channels * ld),
+        v(q + d * ld),
+        out(v + d * ld),
+        softmax(out + d * ld, stride) {}
+
+  // The group's q and v of x, or v alone; then softmax(q q^T) v into out.
+  void run(const AttentionBlockParams& p, const Weights<S>& weights, int64_t group,
+           int64_t windows) const {
+    const T* bias = weights.b_in == nullptr ? nullptr : weights.b_in + group * weights.rows;
+    row_product<T>(bias, false, weights.rows, p.channels, windows * stride,
+                   weights.w_in + group * weights.rows * p.channels, p.channels, 1, x, ld,
+                   p.reuse ? v : q, ld);
+    for (int64_t w = 0; w < windows; ++w)
+      attend(softmax, q + w * stride, v + w * stride, d, n, ld, out + w * stride);
+  }
+};
+
+// a of one group, into y's channels. Any windows.
+template <typename S>
+void attend_group(const AttentionBlockParams& p, const Weights<S>& weights, int64_t group,
+                  ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  using Tile = GroupTile<S>;
   const WindowGeometry& geometry = p.geometry[group];
   const int64_t d = p.channels / p.groups, n = geometry.tokens();
-  const int64_t stride = ceil_div(n, kSquare<T>) * kSquare<T>;
   const int64_t count = p.batch * geometry.windows_h() * geometry.windows_w();
-  const int64_t at_once = max64(1, kTilePixels / stride);  // windows of a tile
-  const int64_t ld = spread_stride<T>(at_once * stride);
-  const int64_t rows = p.reuse ? d : 2 * d;  // of W_in
-  Scratch weights(Scratch::bytes_for<T>(rows * p.channels) + Scratch::bytes_for<T>(rows));
-  const S* w_in = static_cast<const S*>(p.w_in) + group * rows * p.channels;
-  const S* b_in = p.b_in == nullptr ? nullptr : static_cast<const S*>(p.b_in) + group * rows;
-  const T* weight = view_or_copy<S, T>(w_in, rows * p.channels, weights);
-  const T* bias = view_or_copy<S, T>(b_in, rows, weights);
+  const int64_t at_once = max64(1, kTilePixels / Tile::padded_tokens(n));
   parallel_for(parallel, ceil_div(count, at_once), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(p.channels * ld) + 3 * Scratch::bytes_for<T>(d * ld) +
-                    Softmax<T>::bytes(stride));
-    T* x = scratch.take<T>(p.channels * ld);
-    T* qv = scratch.take<T>(2 * d * ld);
-    T* out = scratch.take<T>(d * ld);
-    const Softmax<T> softmax(scratch, stride);
-    T *q = qv, *v = qv + d * ld;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * at_once, windows = min64(at_once, count - first);
+    const int64_t elements = Tile::elements(p, Tile::padded_tokens(n), Tile::row(n, at_once));
+    Scratch scratch(Scratch::bytes_for<T>(elements));
+    const Tile tile(p, n, at_once, scratch.take<T>(elements));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * at_once, windows = min64(at_once, count - first);
       for (int64_t w = 0; w < windows; ++w) {
         const WindowPosition window(geometry, first + w);
-        gather<S>(p.x, 0, p.channels, geometry, window, x + w * stride, ld, 1);
-        if (p.reuse) gather<S>(p.q, group * d, d, geometry, window, q + w * stride, ld, 1);
+        gather<S>(p.x, 0, p.channels, geometry, window, tile.x + w * tile.stride, tile.ld, 1);
+        if (p.reuse)
+          gather<S>(p.q, group * d, d, geometry, window, tile.q + w * tile.stride, tile.ld, 1);
       }
-      row_product<T>(bias, false, rows, p.channels, windows * stride, weight, p.channels, 1, x, ld,
-                     p.reuse ? v : q, ld);
-      for (int64_t w = 0; w < windows; ++w)
-        attend(softmax, q + w * stride, v + w * stride, d, n, ld, out + w * stride);
+      tile.run(p, weights, group, windows);
       for (int64_t w = 0; w < windows; ++w) {
         const WindowPosition window(geometry, first + w);
         if (!p.reuse && p.q.data != nullptr)
-          scatter<S>(q + w * stride, ld, p.q, group * d, d, geometry, window);
-        scatter<S>(out + w * stride, ld, p.y, group * d, d, geometry, window);
+          scatter<S>(tile.q + w * tile.stride, tile.ld, p.q, group * d, d, geometry, window);
+        scatter<S>(tile.out + w * tile.stride, tile.ld, p.y, group * d, d, geometry, window);
       }
     }
   });
@@ -219,15 +266,12 @@ void attend_group(const AttentionBlockParams& p, int64_t group, ParallelFor para
 
 // y = W_out y + b_out + x
 template <typename S>
-void project_out(const AttentionBlockParams& p, ParallelFor parallel) {
+void project_out(const AttentionBlockParams& p, const Weights<S>& weights, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   FeatureMap x = p.x, y = p.y;
   const PixelRows image(p.height, p.width, {&x, &y});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(2 * p.channels));
   const int64_t ld = spread_stride<T>(tiling.columns), c = p.channels;
-  Scratch weights(Scratch::bytes_for<T>(c * c) + Scratch::bytes_for<T>(c));
-  const T* weight = view_or_copy<S, T>(p.w_out, c * c, weights);
-  const T* bias = view_or_copy<S, T>(p.b_out, c, weights);
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(2 * Scratch::bytes_for<T>(c * ld));
     T* a = scratch.take<T>(c * ld);
@@ -236,7 +280,8 @@ void project_out(const AttentionBlockParams& p, ParallelFor parallel) {
       const Tile tile = tiling[index];
       load_tile<S>(y, tile.n, 0, c, tile.h, 1, tile.w, tile.columns, image.height, image.width, a,
                    ld, ld);
-      row_product<T>(bias, false, c, c, padded<T>(tile.columns), weight, c, 1, a, ld, out, ld);
+      row_product<T>(weights.b_out, false, c, c, padded<T>(tile.columns), weights.w_out, c, 1, a,
+                     ld, out, ld);
       load_tile<S>(x, tile.n, 0, c, tile.h, 1, tile.w, tile.columns, image.height, image.width, a,
                    ld, ld);
       for (int64_t i = 0; i < c * ld; i += Simd<T>::width)
@@ -247,14 +292,152 @@ void project_out(const AttentionBlockParams& p, ParallelFor parallel) {
   });
 }
 
+// ------------------------------------------------------------------ squares
+
+// Where a side that every window divides is not too long, all groups take their windows from one
+// square of that side: x is read once for all of them. Shifted windows of different sides do not
+// nest; each group's square then lies a little elsewhere, and x is read for all that they cover.
+struct Squares {
+  int64_t side = 0;    // 0: there is none
+  int64_t origin = 0;  // pixels from a square's place in the unshifted grid to the first row read
+  int64_t reach = 0;   // rows and columns read
+  int64_t last = 0;    // the largest shift
+
+  explicit Squares(const AttentionBlockParams& p) {
+    int64_t multiple = 1;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const int64_t window = p.geometry[g].window_h;
+      int64_t a = multiple, b = window;
+      while (b != 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+      }
+      multiple *= window / a;
+      if (multiple > kMaxSide) return;
+      last = max64(last, p.geometry[g].shift_h);
+    }
+    if (multiple < kMinSide) return;
+    side = multiple;
+    origin = last;
+    for (int64_t g = 0; g < p.groups; ++g) origin = min64(origin, offset(p.geometry[g]));
+    reach = last - origin + side;
+  }
+  // The group's first window lies so many pixels from the square's place: the largest number up to
+  // `last` at which one of its windows begins.
+  int64_t offset(const WindowGeometry& geometry) const {
+    return last - (last - geometry.shift_h) % geometry.window_h;
+  }
+
+  static constexpr int64_t kMinSide = 8, kMaxSide = 32;
+};
+
+// Rows [h0, h0 + reach) and columns [w0, w0 + reach) of x, which go around the image.
+template <typename S, typename T>
+void load_around(const AttentionBlockParams& p, int64_t n, int64_t h0, int64_t w0, int64_t reach,
+                 T* destination, int64_t channel_stride, int64_t row_stride) {
+  for (int64_t r = 0; r < reach; ++r)
+    for (int64_t column = 0; column < reach;) {
+      const int64_t h = (h0 + r) % p.height, w = (w0 + column) % p.width;
+      const int64_t count = min64(reach - column, p.width - w);
+      load_tile<S>(p.x, n, 0, p.channels, h, 1, w, count, p.height, p.width,
+                   destination + r * row_stride + column, channel_stride, count);
+      column += count;
+    }
+}
+
+// The whole block where no window is shifted, else a into y.
+template <typename S>
+void attend_squares(const AttentionBlockParams& p, const Weights<S>& weights,
+                    const Squares& squares, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  using Tile = GroupTile<S>;
+  constexpr int64_t kOutRows = 4;  // of a square, that the way out takes at a time
+  const int64_t side = squares.side, reach = squares.reach, c = p.channels, d = c / p.groups;
+  const int64_t squares_h = p.height / side, squares_w = p.width / side;
+  const bool shifted = squares.last > 0;
+  const int64_t row = ceil_div(reach, 4) * 4, ld = spread_stride<T>(reach * row);
+  const int64_t out_ld = spread_stride<T>(kOutRows * row);
+  int64_t stride = 0, tile_ld = 0;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t n = p.geometry[g].tokens();
+    stride = max64(stride, Tile::padded_tokens(n));
+    tile_ld = max64(tile_ld, Tile::row(n, side * side / n));
+  }
+  const int64_t elements = Tile::elements(p, stride, tile_ld);
+  parallel_for(parallel, p.batch * squares_h * squares_w, [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(elements) + 2 * Scratch::bytes_for<T>(c * ld) +
+                    Scratch::bytes_for<T>(c * out_ld));
+    T* memory = scratch.take<T>(elements);
+    T* x = scratch.take<T>(c * ld);
+    T* a = scratch.take<T>(c * ld);
+    T* out = scratch.take<T>(c * out_ld);
+    const FeatureMap x_map{x, 0, ld, row, 1}, a_map{a, 0, ld, row, 1};
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t w0 = index % squares_w * side, h0 = index / squares_w % squares_h * side;
+      const int64_t n = index / (squares_h * squares_w);
+      load_around<S>(p, n, h0 + squares.origin, w0 + squares.origin, reach, x, ld, row);
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const WindowGeometry& image = p.geometry[g];
+        const int window = image.window_h;
+        const int64_t a_side = side / window, windows = a_side * a_side;
+        const int64_t offset = squares.offset(image);
+        const int64_t first_a = (h0 + offset - image.shift_h) / window;
+        const int64_t first_b = (w0 + offset - image.shift_h) / window;
+        // The same windows in x and a, which are wide enough that nothing goes around them.
+        const int64_t within = offset - squares.origin;
+        const WindowGeometry local{2 * reach, 2 * reach, window, window, within, within};
+        const Tile tile(p, image.tokens(), windows, memory);
+        const auto for_each_window = [&](const auto& visit) {
+          for (int64_t w = 0; w < windows; ++w) {
+            const int64_t i = w / a_side, j = w % a_side;
+            visit(WindowPosition(local, 0, i, j),
+                  WindowPosition(image, n, (first_a + i) % image.windows_h(),
+                                 (first_b + j) % image.windows_w()),
+                  w * tile.stride);
+          }
+        };
+        for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
+          gather<T>(x_map, 0, c, local, here, tile.x + at, tile.ld, 1);
+          if (p.reuse) gather<S>(p.q, g * d, d, image, there, tile.q + at, tile.ld, 1);
+        });
+        tile.run(p, weights, g, windows);
+        for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
+          if (!p.reuse && p.q.data != nullptr)
+            scatter<S>(tile.q + at, tile.ld, p.q, g * d, d, image, there);
+          if (shifted)
+            scatter<S>(tile.out + at, tile.ld, p.y, g * d, d, image, there);
+          else
+            scatter<T>(tile.out + at, tile.ld, a_map, g * d, d, local, here);
+        });
+      }
+      if (shifted) continue;
+      for (int64_t r = 0; r < side; r += kOutRows) {
+        const int64_t rows = min64(kOutRows, side - r), first = r * row;
+        row_product<T>(weights.b_out, false, c, c, padded<T>(rows * row), weights.w_out, c, 1,
+                       a + first, ld, out, out_ld);
+        for (int64_t k = 0; k < c; ++k)
+          for (int64_t i = 0; i < rows * row; ++i) out[k * out_ld + i] += x[k * ld + first + i];
+        store_tile<S>(out, out_ld, row, p.y, n, 0, c, h0 + r, rows, w0, side, p.height, p.width);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void attention_block(const AttentionBlockParams& params, ParallelFor parallel) {
   dispatch_scalar(params.kind, [&](auto element) {
     using S = decltype(element);
-    for (int64_t group = 0; group < params.groups; ++group)
-      attend_group<S>(params, group, parallel);
-    project_out<S>(params, parallel);
+    const Weights<S> weights(params);
+    const Squares squares(params);
+    if (squares.side > 0) {
+      attend_squares<S>(params, weights, squares, parallel);
+    } else {
+      for (int64_t group = 0; group < params.groups; ++group)
+        attend_group<S>(params, weights, group, parallel);
+    }
+    if (squares.side == 0 || squares.last > 0) project_out<S>(params, weights, parallel);
   });
 }
 

@@ -6,10 +6,12 @@
 namespace sr_kernels {
 namespace {
 
-std::tuple<Tensor, Tensor> grouped_attention_block_cpu(
-    const Tensor& x, const Tensor& w_in_, const std::optional<Tensor>& b_in_, const Tensor& w_out_,
-    const std::optional<Tensor>& b_out_, std::vector<int64_t> windows, bool shifted,
-    bool return_q) {
+std::tuple<Tensor, Tensor> grouped_attention_block_cpu(const Tensor& x, const Tensor& w_in_,
+                                                       const std::optional<Tensor>& b_in_,
+                                                       const Tensor& w_out_,
+                                                       const std::optional<Tensor>& b_out_,
+                                                       std::vector<int64_t> windows, bool shifted,
+                                                       bool return_q) {
   const Tensor w_in = dense(w_in_), w_out = dense(w_out_);
   const std::optional<Tensor> b_in = dense(b_in_), b_out = dense(b_out_);
   const AttentionBlockArguments arguments("grouped_attention_block", x, nullptr, w_in, b_in, w_out,

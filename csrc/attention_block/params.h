@@ -12,12 +12,12 @@ struct AttentionBlockParams {
   int64_t batch, channels, height, width;
   int64_t groups;  // of channels / groups channels, one geometry each
   const WindowGeometry* geometry;
-  // Dense, row-major. W_in is (2 channels, channels), its rows q0 v0 q1 v1 ...; (channels, channels)
-  // and v alone where q is given. Biases may be nullptr.
+  // Dense, row-major. W_in is (2 channels, channels), its rows q0 v0 q1 v1 ...; (channels,
+  // channels) and v alone where q is given. Biases may be nullptr.
   const void *w_in, *b_in, *w_out, *b_out;
   FeatureMap x;
-  FeatureMap q;  // (batch, channels, height, width), groups in order: read if reuse is set, else written
-                 // where data is not nullptr
+  FeatureMap q;  // (batch, channels, height, width), groups in order: read if reuse is set, else
+                 // written where data is not nullptr
   bool reuse;
   FeatureMap y;  // holds a meanwhile: must not overlap x
 };

@@ -9,8 +9,8 @@ namespace sr_kernels {
 namespace SR_KERNELS_ISA {
 namespace {
 
-// Rows of C at a time. Five divide the usual widths of a head and of a network (10, 20, 30, 60, 180);
-// with kTileVectors columns their accumulators still cover the latency of a multiplication.
+// Rows of C at a time. Five divide the usual widths of a head and of a network (10, 20, 30, 60,
+// 180); with kTileVectors columns their accumulators still cover the latency of a multiplication.
 constexpr int kRowsAtOnce = 5;
 
 template <typename T, int M, int V>
@@ -61,8 +61,8 @@ SR_INLINE void row_product_panel(const T* bias, bool accumulate, int64_t k_count
 }
 
 // C[m, p] = bias[m] (or 0) + C[m, p] (if accumulate) + sum_k A[m, k] B[k, p], for m < m_count and
-// p < p_count, a multiple of the vector width. A[m, k] = a[m * m_stride + k * k_stride]; B and C are
-// row by row. C overlaps neither.
+// p < p_count, a multiple of the vector width. A[m, k] = a[m * m_stride + k * k_stride]; B and C
+// are row by row. C overlaps neither.
 template <typename T>
 void row_product(const T* bias, bool accumulate, int64_t m_count, int64_t k_count, int64_t p_count,
                  const T* a, int64_t m_stride, int64_t k_stride, const T* b, int64_t ldb, T* c,

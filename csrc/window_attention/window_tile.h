@@ -24,10 +24,12 @@ struct WindowPosition {
   RowSegment segment[2];
   int segment_count;
 
-  WindowPosition(const WindowGeometry& geometry, int64_t index) {
-    b = index % geometry.windows_w();
-    a = index / geometry.windows_w() % geometry.windows_h();
-    n = index / (geometry.windows_w() * geometry.windows_h());
+  WindowPosition(const WindowGeometry& geometry, int64_t index)
+      : WindowPosition(geometry, index / (geometry.windows_w() * geometry.windows_h()),
+                       index / geometry.windows_w() % geometry.windows_h(),
+                       index % geometry.windows_w()) {}
+  WindowPosition(const WindowGeometry& geometry, int64_t n_, int64_t a_, int64_t b_)
+      : n(n_), a(a_), b(b_) {
     const int64_t w = geometry.source_column(b, 0);
     const int64_t first = min64(geometry.window_w, geometry.width - w);
     segment[0] = {w, first, 0};
@@ -83,6 +85,11 @@ void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeo
   const S* plane = at<S>(map, window.n, c0, 0, 0);
   if (is_channels_last(map)) {
     for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      if constexpr (std::is_same_v<S, T>) {
+        if (token_stride == 1)
+          return transpose_block(plane + pixel, map.stride_w, count, channels, destination + token,
+                                 channel_stride, true);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const S* source = plane + pixel + i * map.stride_w;
         T* target = destination + (token + i) * token_stride;
@@ -117,6 +124,9 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
   S* plane = at<S>(map, window.n, c0, 0, 0);
   if (is_channels_last(map)) {
     for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      if constexpr (std::is_same_v<S, T>)
+        return transpose_block(source + token, channel_stride, channels, count, plane + pixel,
+                               map.stride_w, false);
       for (int64_t i = 0; i < count; ++i) {
         S* target = plane + pixel + i * map.stride_w;
         for (int64_t c = 0; c < channels; ++c)
