@@ -46,7 +46,7 @@ class AttentionBlockArguments {
     params_.b_out = data_or_null(b_out);
     params_.x = feature_map(x);
     params_.reuse = q != nullptr;
-    if (q != nullptr) params_.q = feature_map(*q);
+    if (q != nullptr) params_.q = q->data_ptr();
   }
 
   // Everything but y, and q where it is to be written; valid as long as this object.

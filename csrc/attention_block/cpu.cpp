@@ -23,12 +23,59 @@ constexpr int kStrips = Simd<T>::width >= 8 ? 1 : 8 / Simd<T>::width;
 template <typename T>
 constexpr int kSquare = kStrips<T> * Simd<T>::width;
 
+// float32 scores are kept in bits: q is scaled by sqrt(log2 e), through its weights, so that the
+// softmax's exponential is a power of two, whose argument needs no reduction but to a whole number.
+template <typename T>
+constexpr T kQueryScale = T(1);
+template <>
+constexpr float kQueryScale<float> = 1.2011224087864498f;
+// What turns the product of two scaled queries back into a logit.
+template <typename T>
+constexpr T kLogit = T(1);
+template <>
+constexpr float kLogit<float> = 0.69314718055994531f;
+
 // One shift for all rows of a window serves while no row's maximum, which is at least |q_i|^2, lies
-// further below it: what exp then drops is below exp(50 - 87) of the row's sum.
-constexpr int kMaxSpread = 50;
+// farther below it: what is lost to the least power of two is then below 2^(72 - 125) of a row's
+// sum.
+constexpr int kMaxSpread = 72;
+
+// 2^x for float32, not below 2^-125, for x <= 1 that is no NaN: minimax polynomial of degree 6 on
+// [-1/2, 1/2], below 1 ulp.
+SR_INLINE Vec<float> numerator(Vec<float> x) {
+  const Vec<float> magic = broadcast(12582912.0f), low = broadcast(-125.0f);
+  x = x > low ? x : low;
+  const Vec<float> shifted = x + magic;  // its last bits are x rounded to an integer
+  const Vec<float> f = x - (shifted - magic);
+  Vec<float> p = broadcast(1.5461444698569e-4f);
+  p = p * f + 1.3400428177615838e-3f;
+  p = p * f + 9.618056678524637e-3f;
+  p = p * f + 5.550327226670302e-2f;
+  p = p * f + 2.4022650922288757e-1f;
+  p = p * f + 6.931472067028326e-1f;
+  p = p * f + 1.0f;
+  IntVec exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  std::memcpy(&bits, &p, sizeof(bits));
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+SR_INLINE Vec<double> numerator(Vec<double> x) { return exp_nonpositive(x); }
+
+// The sum of kCount vectors, in pairs.
+template <typename T, int kCount>
+SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    return pairwise_sum<T, kCount / 2>(vectors) +
+           pairwise_sum<T, kCount - kCount / 2>(vectors + kCount / 2);
+  }
+}
 
 // The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
-//   e[j][i] = exp(q_j . q_i - shift),  sum_i[i] += sum_j e[j][i]
+//   e[j][i] = numerator(q_j . q_i - shift),  sum_i[i] += sum_j e[j][i]
 // and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
 // sum_j[j] += sum_i e[j][i]. Tokens from n on count as zero. d x ld is q.
 template <typename T>
@@ -48,16 +95,13 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
       for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = exp_nonpositive(acc[r] - shift);
+    for (int r = 0; r < kRows; ++r) acc[r] = numerator(acc[r] - shift);
     if (j0 + kRows > n || i + W > n) {
       for (int r = 0; r < kRows; ++r)
         for (int l = 0; l < W; ++l)
           if (j0 + r >= n || i + l >= n) acc[r][l] = T(0);
     }
-    Vec<T> total = acc[0];
-#pragma GCC unroll 16
-    for (int r = 1; r < kRows; ++r) total += acc[r];
-    store<T>(sum + i, load(sum + i) + total);
+    store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
     if (mirror == nullptr) continue;
@@ -67,10 +111,8 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) square[l] = acc[part * W + l];
       transpose<T>(square);
-      total = square[0];
-#pragma GCC unroll 16
-      for (int l = 1; l < W; ++l) total += square[l];
-      store<T>(sum + j0 + part * W, load(sum + j0 + part * W) + total);
+      T* sum_j = sum + j0 + part * W;
+      store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
     }
@@ -145,7 +187,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
     }
   } else {
     constexpr int64_t strip = Softmax<T>::kStrip;
-    const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
+    const ScoreTerms<T> terms{kLogit<T>, nullptr, BiasBands(WindowGeometry{}), nullptr};
     for (int64_t i0 = 0; i0 < stride; i0 += strip) {
       const int64_t columns = min64(strip, stride - i0);
       score_block(terms, q, q, d, n, ld, i0, columns, s.column, strip, s.norm + i0, s.sum + i0);
@@ -160,19 +202,9 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
   }
 }
 
-// A dense matrix or vector as compute elements: where it lies, or else copied.
-template <typename S, typename T>
-const T* view_or_copy(const void* source, int64_t count, Scratch& scratch) {
-  if constexpr (std::is_same_v<S, T>) {
-    return static_cast<const S*>(source);
-  } else {
-    return load_vector<S>(source, count, scratch.take<T>(count));
-  }
-}
-
 // ------------------------------------------------------------------ tiles
 
-// Weights as compute elements.
+// Weights as compute elements, the rows of q scaled.
 template <typename S>
 struct Weights {
   using T = typename Compute<S>::type;
@@ -185,11 +217,46 @@ struct Weights {
         scratch(Scratch::bytes_for<T>(rows * p.groups * p.channels) +
                 Scratch::bytes_for<T>(rows * p.groups) +
                 Scratch::bytes_for<T>(p.channels * p.channels) + Scratch::bytes_for<T>(p.channels)),
-        w_in(view_or_copy<S, T>(p.w_in, rows * p.groups * p.channels, scratch)),
-        b_in(view_or_copy<S, T>(p.b_in, rows * p.groups, scratch)),
-        w_out(view_or_copy<S, T>(p.w_out, p.channels * p.channels, scratch)),
-        b_out(view_or_copy<S, T>(p.b_out, p.channels, scratch)) {}
+        w_in(copy(p.w_in, rows * p.groups, p.channels, !p.reuse)),
+        b_in(copy(p.b_in, rows * p.groups, 1, !p.reuse)),
+        w_out(copy(p.w_out, p.channels, p.channels, false)),
+        b_out(copy(p.b_out, p.channels, 1, false)) {}
+
+ private:
+  const T* copy(const void* source, int64_t count, int64_t columns, bool has_queries) {
+    T* destination = scratch.template take<T>(count * columns);
+    if (load_vector<S>(source, count * columns, destination) == nullptr) return nullptr;
+    for (int64_t m = 0; has_queries && m < count; ++m)
+      if (m % rows < rows / 2)
+        for (int64_t k = 0; k < columns; ++k) destination[m * columns + k] *= kQueryScale<T>;
+    return destination;
+  }
 };
+
+// The queries of one window between two calls: [group][window][channel][token], scaled.
+template <typename S>
+SR_INLINE S* saved_queries(const AttentionBlockParams& p, int64_t group,
+                           const WindowPosition& window) {
+  const WindowGeometry& geometry = p.geometry[group];
+  const int64_t index =
+      (window.n * geometry.windows_h() + window.a) * geometry.windows_w() + window.b;
+  const int64_t pixels = group * p.batch * p.height * p.width + index * geometry.tokens();
+  return static_cast<S*>(p.q) + p.channels / p.groups * pixels;
+}
+template <typename S, typename T>
+void save_queries(const AttentionBlockParams& p, int64_t group, const WindowPosition& window,
+                  const T* q, int64_t ld) {
+  const int64_t d = p.channels / p.groups, n = p.geometry[group].tokens();
+  S* saved = saved_queries<S>(p, group, window);
+  for (int64_t c = 0; c < d; ++c) store_elements(q + c * ld, n, saved + c * n, 1);
+}
+template <typename S, typename T>
+void load_queries(const AttentionBlockParams& p, int64_t group, const WindowPosition& window, T* q,
+                  int64_t ld) {
+  const int64_t d = p.channels / p.groups, n = p.geometry[group].tokens();
+  const S* saved = saved_queries<S>(p, group, window);
+  for (int64_t c = 0; c < d; ++c) load_elements(saved + c * n, 1, n, q + c * ld);
+}
 
 // A few windows of one group: x gathered in the order of their tokens, then q and v, then a. The
 // groups of a call take turns in the same memory.
@@ -250,14 +317,13 @@ void attend_group(const AttentionBlockParams& p, const Weights<S>& weights, int6
       for (int64_t w = 0; w < windows; ++w) {
         const WindowPosition window(geometry, first + w);
         gather<S>(p.x, 0, p.channels, geometry, window, tile.x + w * tile.stride, tile.ld, 1);
-        if (p.reuse)
-          gather<S>(p.q, group * d, d, geometry, window, tile.q + w * tile.stride, tile.ld, 1);
+        if (p.reuse) load_queries<S>(p, group, window, tile.q + w * tile.stride, tile.ld);
       }
       tile.run(p, weights, group, windows);
       for (int64_t w = 0; w < windows; ++w) {
         const WindowPosition window(geometry, first + w);
-        if (!p.reuse && p.q.data != nullptr)
-          scatter<S>(tile.q + w * tile.stride, tile.ld, p.q, group * d, d, geometry, window);
+        if (!p.reuse && p.q != nullptr)
+          save_queries<S>(p, group, window, tile.q + w * tile.stride, tile.ld);
         scatter<S>(tile.out + w * tile.stride, tile.ld, p.y, group * d, d, geometry, window);
       }
     }
@@ -399,12 +465,11 @@ void attend_squares(const AttentionBlockParams& p, const Weights<S>& weights,
         };
         for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
           gather<T>(x_map, 0, c, local, here, tile.x + at, tile.ld, 1);
-          if (p.reuse) gather<S>(p.q, g * d, d, image, there, tile.q + at, tile.ld, 1);
+          if (p.reuse) load_queries<S>(p, g, there, tile.q + at, tile.ld);
         });
         tile.run(p, weights, g, windows);
         for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
-          if (!p.reuse && p.q.data != nullptr)
-            scatter<S>(tile.q + at, tile.ld, p.q, g * d, d, image, there);
+          if (!p.reuse && p.q != nullptr) save_queries<S>(p, g, there, tile.q + at, tile.ld);
           if (shifted)
             scatter<S>(tile.out + at, tile.ld, p.y, g * d, d, image, there);
           else

@@ -18,18 +18,18 @@ std::tuple<Tensor, Tensor> grouped_attention_block_cpu(const Tensor& x, const Te
                                           b_out, windows, shifted);
   AttentionBlockParams p = arguments.params();
   Tensor y = new_feature_map(x, p.channels);
-  Tensor q = return_q ? new_feature_map(x, p.channels) : no_gradient(x);
+  Tensor q = return_q ? new_tensor(x, {p.batch, p.channels, p.height, p.width}) : no_gradient(x);
   p.y = feature_map(y);
-  if (return_q) p.q = feature_map(q);
+  if (return_q) p.q = q.data_ptr();
   if (y.numel() > 0) SR_KERNELS_CALL_CPU(attention_block, p, torch_parallel);
   return {y, q};
 }
 
-Tensor apply_grouped_attention_block_cpu(const Tensor& x, const Tensor& q, const Tensor& w_v_,
+Tensor apply_grouped_attention_block_cpu(const Tensor& x, const Tensor& q_, const Tensor& w_v_,
                                          const std::optional<Tensor>& b_v_, const Tensor& w_out_,
                                          const std::optional<Tensor>& b_out_,
                                          std::vector<int64_t> windows, bool shifted) {
-  const Tensor w_v = dense(w_v_), w_out = dense(w_out_);
+  const Tensor q = dense(q_), w_v = dense(w_v_), w_out = dense(w_out_);
   const std::optional<Tensor> b_v = dense(b_v_), b_out = dense(b_out_);
   const AttentionBlockArguments arguments("apply_grouped_attention_block", x, &q, w_v, b_v, w_out,
                                           b_out, windows, shifted);

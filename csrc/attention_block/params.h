@@ -16,8 +16,9 @@ struct AttentionBlockParams {
   // channels) and v alone where q is given. Biases may be nullptr.
   const void *w_in, *b_in, *w_out, *b_out;
   FeatureMap x;
-  FeatureMap q;  // (batch, channels, height, width), groups in order: read if reuse is set, else
-                 // written where data is not nullptr
+  // batch * channels * height * width elements in an order of the kernel's own, for a later call:
+  // read if reuse is set, else written unless nullptr.
+  void* q;
   bool reuse;
   FeatureMap y;  // holds a meanwhile: must not overlap x
 };
