@@ -23,45 +23,52 @@ constexpr int kStrips = Simd<T>::width >= 8 ? 1 : 8 / Simd<T>::width;
 template <typename T>
 constexpr int kSquare = kStrips<T> * Simd<T>::width;
 
-// float32 scores are kept in bits: q is scaled by sqrt(log2 e), through its weights, so that the
-// softmax's exponential is a power of two, whose argument needs no reduction but to a whole number.
-template <typename T>
-constexpr T kQueryScale = T(1);
-template <>
-constexpr float kQueryScale<float> = 1.2011224087864498f;
-// What turns the product of two scaled queries back into a logit.
-template <typename T>
-constexpr T kLogit = T(1);
-template <>
-constexpr float kLogit<float> = 0.69314718055994531f;
-
 // One shift for all rows of a window serves while no row's maximum, which is at least |q_i|^2, lies
-// farther below it: what is lost to the least power of two is then below 2^(72 - 125) of a row's
-// sum.
-constexpr int kMaxSpread = 72;
+// farther below it: what is lost to the least numerator is then below exp(50 - 86) of a row's sum.
+// The largest logit is limited by what numerators() can round to an integer.
+constexpr int kMaxSpread = 50, kMaxLogit = 1 << 20;
 
-// 2^x for float32, not below 2^-125, for x <= 1 that is no NaN: minimax polynomial of degree 6 on
-// [-1/2, 1/2], below 1 ulp.
-SR_INLINE Vec<float> numerator(Vec<float> x) {
-  const Vec<float> magic = broadcast(12582912.0f), low = broadcast(-125.0f);
-  x = x > low ? x : low;
-  const Vec<float> shifted = x + magic;  // its last bits are x rounded to an integer
-  const Vec<float> f = x - (shifted - magic);
-  Vec<float> p = broadcast(1.5461444698569e-4f);
-  p = p * f + 1.3400428177615838e-3f;
-  p = p * f + 9.618056678524637e-3f;
-  p = p * f + 5.550327226670302e-2f;
-  p = p * f + 2.4022650922288757e-1f;
-  p = p * f + 6.931472067028326e-1f;
-  p = p * f + 1.0f;
-  IntVec exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  std::memcpy(&bits, &p, sizeof(bits));
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof(p));
-  return p;
-}
-SR_INLINE Vec<double> numerator(Vec<double> x) { return exp_nonpositive(x); }
+// Numerators of the softmax, exp(x - shift) for x - shift <= 1 and no NaN. For float32 the shift is
+// a whole number of bits, and applied to the exponent alone: x far below the shift loses no digit.
+// 2^f is a minimax polynomial of degree 6 on [-1/2, 1/2], below 1 ulp; the least numerator is
+// 2^-125.
+template <typename T>
+struct Numerators;
+template <>
+struct Numerators<float> {
+  IntVec shift, lowest;
+  explicit Numerators(float largest) {
+    const int32_t bits = static_cast<int32_t>(largest * 1.44269504088896341f) + 1;
+    shift = (bits - IntVec{}) << 23;
+    lowest = (kMagicBits + bits - 125) - IntVec{};
+  }
+  SR_INLINE Vec<float> operator()(Vec<float> x) const {
+    const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> shifted = x * 1.44269504088896341f + magic;
+    const Vec<float> f = x * 1.44269504088896341f - (shifted - magic);
+    Vec<float> p = broadcast(1.5461444698569e-4f);
+    p = p * f + 1.3400428177615838e-3f;
+    p = p * f + 9.618056678524637e-3f;
+    p = p * f + 5.550327226670302e-2f;
+    p = p * f + 2.4022650922288757e-1f;
+    p = p * f + 6.931472067028326e-1f;
+    p = p * f + 1.0f;
+    IntVec exponent, bits;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&bits, &p, sizeof(bits));
+    exponent = exponent > lowest ? exponent : lowest;
+    bits += (exponent << 23) - shift;  // the magic number's own bits are shifted out
+    std::memcpy(&p, &bits, sizeof(p));
+    return p;
+  }
+  static constexpr int32_t kMagicBits = 0x4b400000;
+};
+template <>
+struct Numerators<double> {
+  double shift;
+  explicit Numerators(double largest) : shift(largest) {}
+  SR_INLINE Vec<double> operator()(Vec<double> x) const { return exp_nonpositive(x - shift); }
+};
 
 // The sum of kCount vectors, in pairs.
 template <typename T, int kCount>
@@ -75,12 +82,12 @@ SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
 }
 
 // The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
-//   e[j][i] = numerator(q_j . q_i - shift),  sum_i[i] += sum_j e[j][i]
+//   e[j][i] = numerators(q_j . q_i),  sum_i[i] += sum_j e[j][i]
 // and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
 // sum_j[j] += sum_i e[j][i]. Tokens from n on count as zero. d x ld is q.
 template <typename T>
 SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
-                            T shift, T* e, T* mirror, T* sum) {
+                            const Numerators<T>& numerators, T* e, T* mirror, T* sum) {
   constexpr int W = Simd<T>::width, kRows = kSquare<T>;
 #pragma GCC unroll 8
   for (int strip = 0; strip < kStrips<T>; ++strip) {
@@ -95,7 +102,7 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
       for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = numerator(acc[r] - shift);
+    for (int r = 0; r < kRows; ++r) acc[r] = numerators(acc[r]);
     if (j0 + kRows > n || i + W > n) {
       for (int r = 0; r < kRows; ++r)
         for (int l = 0; l < W; ++l)
@@ -138,7 +145,7 @@ struct Softmax {
 // Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
 // Cauchy and Schwarz is the largest |q_i|^2.
 template <typename T>
-bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* shift) {
+bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
   constexpr int W = Simd<T>::width;
   for (int64_t i = 0; i < n; i += W) {
     Vec<T> sum{};
@@ -155,8 +162,8 @@ bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* shift) 
     highest = norm[i] > highest ? norm[i] : highest;
     ordered &= norm[i] == norm[i];
   }
-  *shift = highest;
-  return ordered && highest - lowest <= T(kMaxSpread);  // false where highest is infinite
+  *largest = highest;
+  return ordered && highest <= T(kMaxLogit) && highest - lowest <= T(kMaxSpread);
 }
 
 // out = softmax(q q^T) v for one window of n tokens; q, v, out are d x ld, padded to kSquare
@@ -165,8 +172,9 @@ template <typename T>
 void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, int64_t ld, T* out) {
   constexpr int W = Simd<T>::width, kSide = kSquare<T>;
   const int64_t stride = ceil_div(n, kSide) * kSide;
-  T shift;
-  if (one_shift(q, ld, d, n, s.norm, &shift)) {
+  T largest;
+  if (one_shift(q, ld, d, n, s.norm, &largest)) {
+    const Numerators<T> numerators(largest);
     for (int64_t i = 0; i < stride; ++i) s.sum[i] = T(0);
     for (int64_t j0 = 0; j0 < stride; j0 += kBlock) {
       const int64_t rows = min64(kBlock, stride - j0);
@@ -176,7 +184,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
         T* mirror = diagonal ? s.e : s.mirror;
         for (int64_t j = 0; j < rows; j += kSide)
           for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
-            score_square<T>(q, ld, d, n, j0 + j, i0 + i, shift, s.e + j * kBlock + i,
+            score_square<T>(q, ld, d, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
                             diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
         row_product<T>(nullptr, j0 > 0, d, min64(rows, n - j0), columns, v + j0, ld, 1, s.e, kBlock,
                        out + i0, ld);
@@ -187,7 +195,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
     }
   } else {
     constexpr int64_t strip = Softmax<T>::kStrip;
-    const ScoreTerms<T> terms{kLogit<T>, nullptr, BiasBands(WindowGeometry{}), nullptr};
+    const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
     for (int64_t i0 = 0; i0 < stride; i0 += strip) {
       const int64_t columns = min64(strip, stride - i0);
       score_block(terms, q, q, d, n, ld, i0, columns, s.column, strip, s.norm + i0, s.sum + i0);
@@ -204,7 +212,7 @@ void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, i
 
 // ------------------------------------------------------------------ tiles
 
-// Weights as compute elements, the rows of q scaled.
+// Weights as compute elements.
 template <typename S>
 struct Weights {
   using T = typename Compute<S>::type;
@@ -217,23 +225,18 @@ struct Weights {
         scratch(Scratch::bytes_for<T>(rows * p.groups * p.channels) +
                 Scratch::bytes_for<T>(rows * p.groups) +
                 Scratch::bytes_for<T>(p.channels * p.channels) + Scratch::bytes_for<T>(p.channels)),
-        w_in(copy(p.w_in, rows * p.groups, p.channels, !p.reuse)),
-        b_in(copy(p.b_in, rows * p.groups, 1, !p.reuse)),
-        w_out(copy(p.w_out, p.channels, p.channels, false)),
-        b_out(copy(p.b_out, p.channels, 1, false)) {}
+        w_in(copy(p.w_in, rows * p.groups * p.channels)),
+        b_in(copy(p.b_in, rows * p.groups)),
+        w_out(copy(p.w_out, p.channels * p.channels)),
+        b_out(copy(p.b_out, p.channels)) {}
 
  private:
-  const T* copy(const void* source, int64_t count, int64_t columns, bool has_queries) {
-    T* destination = scratch.template take<T>(count * columns);
-    if (load_vector<S>(source, count * columns, destination) == nullptr) return nullptr;
-    for (int64_t m = 0; has_queries && m < count; ++m)
-      if (m % rows < rows / 2)
-        for (int64_t k = 0; k < columns; ++k) destination[m * columns + k] *= kQueryScale<T>;
-    return destination;
+  const T* copy(const void* source, int64_t count) {
+    return load_vector<S>(source, count, scratch.template take<T>(count));
   }
 };
 
-// The queries of one window between two calls: [group][window][channel][token], scaled.
+// The queries of one window between two calls: [group][window][channel][token].
 template <typename S>
 SR_INLINE S* saved_queries(const AttentionBlockParams& p, int64_t group,
                            const WindowPosition& window) {
