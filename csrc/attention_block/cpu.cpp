@@ -333,9 +333,10 @@ void attend_group(const AttentionBlockParams& p, const Weights<S>& weights, int6
   });
 }
 
-// y = W_out y + b_out + x
+// y = W_out y + b_out + x, channel by channel.
 template <typename S>
-void project_out(const AttentionBlockParams& p, const Weights<S>& weights, ParallelFor parallel) {
+void project_out_planes(const AttentionBlockParams& p, const Weights<S>& weights,
+                        ParallelFor parallel) {
   using T = typename Compute<S>::type;
   FeatureMap x = p.x, y = p.y;
   const PixelRows image(p.height, p.width, {&x, &y});
@@ -359,6 +360,48 @@ void project_out(const AttentionBlockParams& p, const Weights<S>& weights, Paral
                     image.width);
     }
   });
+}
+
+// The same pixel by pixel, where the channels of one lie side by side and need no conversion: a is
+// the left operand as it is in memory, and W_out, transposed, the right one.
+template <typename T>
+void project_out_pixels(const AttentionBlockParams& p, const Weights<T>& weights,
+                        ParallelFor parallel) {
+  FeatureMap x = p.x, y = p.y;
+  const PixelRows image(p.height, p.width, {&x, &y});
+  const int64_t c = p.channels, ld = padded<T>(c);
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(2 * ld));
+  Scratch shared(Scratch::bytes_for<T>(c * ld) + Scratch::bytes_for<T>(ld));
+  T* weight = shared.take<T>(c * ld);
+  T* bias = shared.take<T>(ld);
+  transpose_block(weights.w_out, c, c, c, weight, ld, true);
+  for (int64_t k = 0; weights.b_out != nullptr && k < c; ++k) bias[k] = weights.b_out[k];
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(tiling.columns * ld));
+    T* out = scratch.take<T>(tiling.columns * ld);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tiling[index];
+      const T* residual = at<T>(x, tile.n, 0, tile.h, tile.w);
+      T* target = at<T>(y, tile.n, 0, tile.h, tile.w);
+      row_product<T>(nullptr, false, tile.columns, c, ld, target, y.stride_w, 1, weight, ld, out,
+                     ld);
+      for (int64_t i = 0; i < tile.columns; ++i)
+        sweep<T>(c, [&](int64_t k, auto v) {
+          using V = decltype(v);
+          put<V>(target + i * y.stride_w + k, get<V>(out + i * ld + k) + get<V>(bias + k) +
+                                                  get<V>(residual + i * x.stride_w + k));
+        });
+    }
+  });
+}
+
+template <typename S>
+void project_out(const AttentionBlockParams& p, const Weights<S>& weights, ParallelFor parallel) {
+  if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
+    if (is_channels_last(p.x) && is_channels_last(p.y))
+      return project_out_pixels<S>(p, weights, parallel);
+  }
+  project_out_planes<S>(p, weights, parallel);
 }
 
 // ------------------------------------------------------------------ squares
@@ -401,16 +444,16 @@ struct Squares {
   static constexpr int64_t kMinSide = 8, kMaxSide = 32;
 };
 
-// Rows [h0, h0 + reach) and columns [w0, w0 + reach) of x, which go around the image.
-template <typename S, typename T>
-void load_around(const AttentionBlockParams& p, int64_t n, int64_t h0, int64_t w0, int64_t reach,
-                 T* destination, int64_t channel_stride, int64_t row_stride) {
-  for (int64_t r = 0; r < reach; ++r)
-    for (int64_t column = 0; column < reach;) {
-      const int64_t h = (h0 + r) % p.height, w = (w0 + column) % p.width;
-      const int64_t count = min64(reach - column, p.width - w);
-      load_tile<S>(p.x, n, 0, p.channels, h, 1, w, count, p.height, p.width,
-                   destination + r * row_stride + column, channel_stride, count);
+// Calls visit(h, w, count, offset) for every run of pixels in rows [h0, h0 + side) and columns [w0,
+// w0 + side), which go around the image; offset is the first one's in a tile whose rows are
+// row_stride apart.
+template <typename Visit>
+SR_INLINE void for_each_run_around(const AttentionBlockParams& p, int64_t h0, int64_t w0,
+                                   int64_t side, int64_t row_stride, const Visit& visit) {
+  for (int64_t r = 0; r < side; ++r)
+    for (int64_t column = 0; column < side;) {
+      const int64_t w = (w0 + column) % p.width, count = min64(side - column, p.width - w);
+      visit((h0 + r) % p.height, w, count, r * row_stride + column);
       column += count;
     }
 }
@@ -445,7 +488,11 @@ void attend_squares(const AttentionBlockParams& p, const Weights<S>& weights,
     for (int64_t index = begin; index < end; ++index) {
       const int64_t w0 = index % squares_w * side, h0 = index / squares_w % squares_h * side;
       const int64_t n = index / (squares_h * squares_w);
-      load_around<S>(p, n, h0 + squares.origin, w0 + squares.origin, reach, x, ld, row);
+      for_each_run_around(p, h0 + squares.origin, w0 + squares.origin, reach, row,
+                          [&](int64_t h, int64_t w, int64_t count, int64_t offset) {
+                            load_tile<S>(p.x, n, 0, c, h, 1, w, count, p.height, p.width,
+                                         x + offset, ld, count);
+                          });
       for (int64_t g = 0; g < p.groups; ++g) {
         const WindowGeometry& image = p.geometry[g];
         const int window = image.window_h;
@@ -456,7 +503,10 @@ void attend_squares(const AttentionBlockParams& p, const Weights<S>& weights,
         // The same windows in x and a, which are wide enough that nothing goes around them.
         const int64_t within = offset - squares.origin;
         const WindowGeometry local{2 * reach, 2 * reach, window, window, within, within};
-        const Tile tile(p, image.tokens(), windows, memory);
+        Tile tile(p, image.tokens(), windows, memory);
+        // One window as large as what was read lies there in the order of its tokens.
+        const bool in_order = window == reach && window == row && tile.ld == ld;
+        if (in_order) tile.x = x;
         const auto for_each_window = [&](const auto& visit) {
           for (int64_t w = 0; w < windows; ++w) {
             const int64_t i = w / a_side, j = w % a_side;
@@ -467,17 +517,20 @@ void attend_squares(const AttentionBlockParams& p, const Weights<S>& weights,
           }
         };
         for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
-          gather<T>(x_map, 0, c, local, here, tile.x + at, tile.ld, 1);
+          if (!in_order) gather<T>(x_map, 0, c, local, here, tile.x + at, tile.ld, 1);
           if (p.reuse) load_queries<S>(p, g, there, tile.q + at, tile.ld);
         });
         tile.run(p, weights, g, windows);
         for_each_window([&](const WindowPosition& here, const WindowPosition& there, int64_t at) {
           if (!p.reuse && p.q != nullptr) save_queries<S>(p, g, there, tile.q + at, tile.ld);
-          if (shifted)
-            scatter<S>(tile.out + at, tile.ld, p.y, g * d, d, image, there);
-          else
-            scatter<T>(tile.out + at, tile.ld, a_map, g * d, d, local, here);
+          scatter<T>(tile.out + at, tile.ld, a_map, g * d, d, local, here);
         });
+        if (shifted)
+          for_each_run_around(p, h0 + offset, w0 + offset, side, row,
+                              [&](int64_t h, int64_t w, int64_t count, int64_t at) {
+                                store_tile<S>(a + g * d * ld + within * (row + 1) + at, ld, count,
+                                              p.y, n, g * d, d, h, 1, w, count, p.height, p.width);
+                              });
       }
       if (shifted) continue;
       for (int64_t r = 0; r < side; r += kOutRows) {
