@@ -126,7 +126,8 @@ WINDOWS = [(1,), (4,), (2, 4), (8,), (2, 8, 16), (4, 3), (5, 5, 3), (6, 2), (11,
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 def test_windows(windows, dtype):
     side = math.lcm(*windows)
-    inputs = block_inputs((2, 3 * len(windows), side, 2 * side), dtype)
+    side *= max(1, 12 // side)  # on a handful of numbers stock's error is a matter of luck
+    inputs = block_inputs((2, 5 * len(windows), side, 2 * side), dtype)
     for shifted in (False, True):
         check_block(inputs, windows=windows, shifted=shifted)
 
