@@ -55,6 +55,15 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
       "apply_grouped_window_scores_backward(Tensor grad, Tensor qv, Tensor lse, Tensor v, "
       "int[] windows, bool shifted, bool need_qv, bool need_v) -> (Tensor, Tensor)");
 
+  // ------------------------------------------------------------ attention block
+  // Inference only. q is (N, C, H, W), the queries of all groups, or (0,) where return_q is false.
+  m.def(
+      "grouped_attention_block(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, "
+      "int[] windows, bool shifted, bool return_q) -> (Tensor, Tensor)");
+  m.def(
+      "apply_grouped_attention_block(Tensor x, Tensor q, Tensor w_v, Tensor? b_v, Tensor w_out, "
+      "Tensor? b_out, int[] windows, bool shifted) -> Tensor");
+
   // ------------------------------------------------------------ attention gates
   m.def("pixel_attention(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

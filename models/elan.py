@@ -79,6 +79,17 @@ def mirror_index(length: int, padded: int, device: torch.device | None = None) -
     return torch.minimum(position, period - position)
 
 
+def mirror_pad(x: Tensor, multiple: int) -> Tensor:
+    """Mirror on at the right and at the bottom to a multiple of ``multiple`` pixels."""
+    height, width = x.shape[-2:]
+    if height < 1 or width < 1:
+        raise ValueError(f"x is {height} x {width} pixels; expected at least 1 x 1")
+    # Without a branch on the size: a compiled network then serves all of them.
+    rows, columns = (-(-n // multiple) * multiple for n in (height, width))
+    x = x.index_select(2, mirror_index(height, rows, x.device))
+    return x.index_select(3, mirror_index(width, columns, x.device))
+
+
 class ELAN(nn.Module):
     """ELAN; the arguments are named as in the authors' configuration files.
 
@@ -163,19 +174,9 @@ class ELAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = self.head(self.sub_mean(self._pad(x)))
+        x = self.head(self.sub_mean(mirror_pad(x, self.tile_multiple)))
         x = self.tail(self.body(x) + x)
         return self.add_mean(x)[:, :, : height * self.scale, : width * self.scale]
-
-    def _pad(self, x: Tensor) -> Tensor:
-        """Mirror on at the right and at the bottom to a multiple of every window."""
-        height, width = x.shape[-2:]
-        if height < 1 or width < 1:
-            raise ValueError(f"x is {height} x {width} pixels; expected at least 1 x 1")
-        # Without a branch on the size: a compiled network then serves all of them.
-        rows, columns = (-(-n // self.tile_multiple) * self.tile_multiple for n in (height, width))
-        x = x.index_select(2, mirror_index(height, rows, x.device))
-        return x.index_select(3, mirror_index(width, columns, x.device))
 
 
 def elan(scale: int = 4, **options: Any) -> ELAN:

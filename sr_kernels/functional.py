@@ -2,8 +2,9 @@
 
 Every feature map is ``(N, C, H, W)``, contiguous or channels_last (or any strides), float32,
 float64, float16 or bfloat16; the result has the dtype and memory format of the first argument.
-float16 and bfloat16 are computed in float32 inside. Every function is differentiable with respect
-to every tensor it takes, once (for second derivatives use ``backend="reference"``), and takes
+float16 and bfloat16 are computed in float32 inside. Every function but the attention blocks, which
+are for inference, is differentiable with respect to every tensor it takes, once (for second
+derivatives use ``backend="reference"``). All take
 ``backend``: ``"auto"`` (or None), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see
 :mod:`sr_kernels.backends`.
 
@@ -25,10 +26,12 @@ from sr_kernels.scores import WindowScores
 
 __all__ = [
     "WindowScores",
+    "apply_grouped_attention_block",
     "apply_window_scores",
     "channel_attention",
     "channel_gate",
     "gated_conv1x1",
+    "grouped_attention_block",
     "grouped_window_attention",
     "pixel_attention",
     "pixel_spatial_attention",
@@ -437,6 +440,10 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
     """
     if not isinstance(scores, WindowScores):
         raise TypeError(f"scores must be WindowScores, got {type(scores).__name__}")
+    if scores.kind == "block":
+        raise ValueError(
+            "scores come from grouped_attention_block; use apply_grouped_attention_block"
+        )
     q = scores.q
     if scores.kind == "grouped":
         _checks.feature_map(v, "v")
@@ -473,6 +480,173 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
         scores.num_heads,
         scores.scale,
         scores.mask,
+    )
+
+
+def _block_weights(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    rows: int,
+    name: str,
+) -> None:
+    _checks.conv1x1_weight(w_in, x.shape[1], f"w_{name}", x, c_out=rows)
+    _checks.optional(b_in, (rows,), f"b_{name}", x)
+    _checks.conv1x1_weight(w_out, x.shape[1], "w_out", x, c_out=x.shape[1])
+    _checks.optional(b_out, (x.shape[1],), "b_out", x)
+
+
+def _require_inference(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op} is for inference and has no gradient, but an argument requires one: call it "
+            "under torch.inference_mode() or torch.no_grad(), train with grouped_window_attention "
+            'between two convolutions, or use backend="reference"'
+        )
+
+
+@overload
+def grouped_attention_block(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    windows: Sequence[int] = ...,
+    shifted: bool = ...,
+    return_scores: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def grouped_attention_block(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    windows: Sequence[int] = ...,
+    shifted: bool = ...,
+    return_scores: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, WindowScores]: ...
+def grouped_attention_block(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    windows: Sequence[int] = (4, 8, 16),
+    shifted: bool = False,
+    return_scores: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, WindowScores]:
+    """ELAN's attention with its projections and its residual, for inference::
+
+        q0 v0 q1 v1 ... = W_in x + b_in
+        a_g = softmax(q_g q_g^T) v_g        as grouped_window_attention
+        y = W_out a + b_out + x
+
+    ``W_in`` and ``b_in`` are those of a 1x1 convolution into which a BatchNorm behind it has been
+    folded. No gradient: a call that would need one raises ``RuntimeError`` (the reference backend
+    has one).
+
+    Args:
+        x: (N, C, H, W), C divisible by len(windows), H and W by every window.
+        w_in: (2C, C, 1, 1), rows in the order q0 v0 q1 v1 ..., each C / len(windows).
+        b_in: (2C,) or None.
+        w_out: (C, C, 1, 1).
+        b_out: (C,) or None.
+        windows, shifted: as in :func:`grouped_window_attention`.
+        return_scores: also return the :class:`WindowScores` for
+            :func:`apply_grouped_attention_block`.
+        backend: see :mod:`sr_kernels.backends`.
+
+    Returns:
+        (N, C, H, W), or that and the scores.
+
+    Source: ELAN, Zhang et al., ECCV 2022, arXiv 2203.06697.
+    """
+    _checks.feature_map(x, "x")
+    _checks.boolean(shifted, "shifted")
+    _checks.boolean(return_scores, "return_scores")
+    sizes = _grouped_windows(windows, x.shape[1], "x's channels", x)
+    _block_weights(x, w_in, b_in, w_out, b_out, 2 * x.shape[1], "in")
+    if backends.choose("grouped_attention_block", (x,), backend) == "reference":
+        return reference.grouped_attention_block(
+            x,
+            w_in,
+            b_in,
+            w_out,
+            b_out,
+            windows=sizes,
+            shifted=shifted,
+            return_scores=return_scores,
+        )
+    _require_inference("grouped_attention_block", x, w_in, b_in, w_out, b_out)
+    y, q = torch.ops.sr_kernels.grouped_attention_block(
+        x, w_in, b_in, w_out, b_out, list(sizes), shifted, return_scores
+    )
+    if not return_scores:
+        return y
+    return y, WindowScores(kind="block", q=q, windows=sizes, shifted=shifted)
+
+
+def apply_grouped_attention_block(
+    scores: WindowScores,
+    x: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`grouped_attention_block` with the scores of an earlier one: only v is projected.
+
+    Args:
+        scores: from :func:`grouped_attention_block`, on the same backend.
+        x: (N, C, H, W), shaped as the earlier one's.
+        w_v: (C, C, 1, 1), groups in order.
+        b_v: (C,) or None.
+        w_out, b_out: as in :func:`grouped_attention_block`.
+        backend: see :mod:`sr_kernels.backends`.
+
+    Returns:
+        (N, C, H, W).
+
+    Source: the shared attention of ELAN, Zhang et al., ECCV 2022, arXiv 2203.06697.
+    """
+    if not isinstance(scores, WindowScores):
+        raise TypeError(f"scores must be WindowScores, got {type(scores).__name__}")
+    if scores.kind == "window":
+        raise ValueError("scores come from window_attention; use apply_window_scores")
+    _checks.feature_map(x, "x")
+    q = scores.q
+    _checks.like(x, q, "x", "scores.q")
+    n, channels, h, w = q.shape
+    wanted = (n, channels if scores.kind == "block" else channels // 2, h, w)
+    if x.shape != wanted:
+        raise ValueError(
+            f"x must have shape {tuple(wanted)} to match the scores, got {tuple(x.shape)}"
+        )
+    _block_weights(x, w_v, b_v, w_out, b_out, x.shape[1], "v")
+    chosen = backends.choose("apply_grouped_attention_block", (x,), backend)
+    free_to_choose = (backend or backends.current_backend()) == "auto"
+    if scores.kind == "grouped" and (chosen == "reference" or free_to_choose):
+        return reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)
+    if scores.kind == "grouped" or chosen == "reference":
+        raise RuntimeError(
+            f"backend {chosen!r} cannot apply these scores: they come from another backend's "
+            "grouped_attention_block, or from grouped_window_attention"
+        )
+    _require_inference("apply_grouped_attention_block", x, w_v, b_v, w_out, b_out)
+    return torch.ops.sr_kernels.apply_grouped_attention_block(
+        x, q, w_v, b_v, w_out, b_out, list(scores.windows), scores.shifted
     )
 
 

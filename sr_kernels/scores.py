@@ -20,23 +20,25 @@ class WindowScores:
     Gradients flow to ``q``, ``k`` and ``bias`` through every use.
 
     Attributes:
-        kind: "window" (one window size, heads) or "grouped" (ELAN's channel groups).
+        kind: "window" (one window size, heads), "grouped" (ELAN's channel groups) or "block" (the
+            same, from ``grouped_attention_block`` for ``apply_grouped_attention_block`` alone).
         q: "window": queries (N, num_heads * d, H, W). "grouped": the whole qv (N, 2C, H, W).
+            "block": queries, as many elements as (N, C, H, W), in an order of the backend's own.
         k: keys, shaped as q; None where the keys are the queries.
         lse: log of the softmax denominator of every row, (N, num_heads or groups, H, W) at the
             pixel of the query; float32 (float64 for float64 input). None where A is to be
             recomputed in full (the reference).
         bias: relative position bias table ((2 wh - 1)(2 ww - 1), num_heads), or None.
         window: "window": (height, width) of a window in pixels.
-        windows: "grouped": side of each group's windows in pixels.
+        windows: "grouped", "block": side of each group's windows in pixels.
         shift: "window": (height, width) of the cyclic shift, pixels.
-        shifted: "grouped": whether the windows are shifted by half their side.
+        shifted: "grouped", "block": whether the windows are shifted by half their side.
         num_heads: "window": number of heads.
         scale: "window": factor of the logits.
         mask: "window": whether tokens that the cyclic shift brought together are kept apart.
     """
 
-    kind: Literal["window", "grouped"]
+    kind: Literal["window", "grouped", "block"]
     q: Tensor
     k: Tensor | None = None
     lse: Tensor | None = None

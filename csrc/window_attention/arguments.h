@@ -89,6 +89,9 @@ inline FeatureMap from_channel(FeatureMap map, const Tensor& tensor, int64_t cha
 
 // ------------------------------------------------------------------ channel groups
 
+// torch.roll(x, -window // 2), a floor division: half a window, rounded up.
+inline int64_t group_shift(int64_t window, bool shifted) { return shifted ? (window + 1) / 2 : 0; }
+
 // Params of every group. v nullptr: values are the odd slices of qv, else (N, C', H, W) in group
 // order. Out and lse are left open.
 inline std::vector<WindowAttentionParams> group_params(const char* op, const Tensor& qv,
@@ -113,8 +116,7 @@ inline std::vector<WindowAttentionParams> group_params(const char* op, const Ten
   std::vector<WindowAttentionParams> groups;
   for (int64_t g = 0; g < count; ++g) {
     const int64_t window = windows[static_cast<size_t>(g)];
-    // torch.roll(x, -window // 2), a floor division: half a window, rounded up
-    const int64_t shift = shifted ? (window + 1) / 2 : 0;
+    const int64_t shift = group_shift(window, shifted);
     WindowAttentionParams p{};
     p.kind = scalar_kind(qv, "qv");
     p.batch = qv.size(0);

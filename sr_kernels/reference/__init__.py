@@ -5,6 +5,7 @@ They run for any floating dtype on any device, are differentiable any number of 
 written to be read, not to be fast.
 """
 
+from .attention_block import apply_grouped_attention_block, grouped_attention_block
 from .attention_gates import (
     channel_attention,
     channel_gate,
@@ -21,10 +22,12 @@ from .window_attention import (
 )
 
 __all__ = [
+    "apply_grouped_attention_block",
     "apply_window_scores",
     "channel_attention",
     "channel_gate",
     "gated_conv1x1",
+    "grouped_attention_block",
     "grouped_window_attention",
     "pixel_attention",
     "pixel_spatial_attention",

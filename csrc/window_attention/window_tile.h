@@ -1,0 +1,297 @@
+// One window of a feature map as a tile of its own, and the softmax of its scores: what all kernels
+// of attention inside windows are made of. Include only from a kernel's cpu.cpp; internal linkage,
+// as simd.h.
+#pragma once
+
+#include "common/simd.h"
+#include "common/window_geometry.h"
+
+namespace sr_kernels {
+namespace SR_KERNELS_ISA {
+namespace {
+
+// ------------------------------------------------------------------ gather and scatter
+
+// The part of each of a window's rows that lies without a break in the image. A row that the roll
+// wraps around has two.
+struct RowSegment {
+  int64_t w, count;  // first column in the image, pixels
+  int64_t column;    // first column in the window
+};
+
+struct WindowPosition {
+  int64_t n, a, b;
+  RowSegment segment[2];
+  int segment_count;
+
+  WindowPosition(const WindowGeometry& geometry, int64_t index)
+      : WindowPosition(geometry, index / (geometry.windows_w() * geometry.windows_h()),
+                       index / geometry.windows_w() % geometry.windows_h(),
+                       index % geometry.windows_w()) {}
+  WindowPosition(const WindowGeometry& geometry, int64_t n_, int64_t a_, int64_t b_)
+      : n(n_), a(a_), b(b_) {
+    const int64_t w = geometry.source_column(b, 0);
+    const int64_t first = min64(geometry.window_w, geometry.width - w);
+    segment[0] = {w, first, 0};
+    segment[1] = {0, geometry.window_w - first, first};
+    segment_count = first < geometry.window_w ? 2 : 1;
+  }
+};
+
+SR_INLINE bool is_channels_last(const FeatureMap& map) {
+  return map.stride_c == 1 && map.stride_w != 1;
+}
+
+// Calls run(pixel, token, count) for every run of count pixels of the window that lie in one image
+// row; pixel is the offset of the first from the map's (n, c) plane, token its number.
+template <typename Run>
+SR_INLINE void for_each_run(const WindowGeometry& geometry, const WindowPosition& window,
+                            const FeatureMap& map, const Run& run) {
+  for (int r = 0; r < geometry.window_h; ++r) {
+    const int64_t row = geometry.source_row(window.a, r) * map.stride_h;
+    for (int s = 0; s < window.segment_count; ++s) {
+      const RowSegment& segment = window.segment[s];
+      run(row + segment.w * map.stride_w, r * int64_t{geometry.window_w} + segment.column,
+          segment.count);
+    }
+  }
+}
+
+// Calls copy(count as a constant) for the usual widths of a window, copy(count) for others.
+template <int N>
+struct Constant {
+  SR_INLINE operator int64_t() const { return N; }
+};
+template <typename Copy>
+SR_INLINE void with_count(int64_t count, const Copy& copy) {
+  switch (count) {
+    case 4:
+      return copy(Constant<4>{});
+    case 8:
+      return copy(Constant<8>{});
+    case 16:
+      return copy(Constant<16>{});
+    default:
+      return copy(count);
+  }
+}
+
+// destination[c * channel_stride + i * token_stride] = map[n, c0 + c, pixel of token i]. One of the
+// two strides is 1.
+template <typename S, typename T>
+void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeometry& geometry,
+            const WindowPosition& window, T* destination, int64_t channel_stride,
+            int64_t token_stride) {
+  const S* plane = at<S>(map, window.n, c0, 0, 0);
+  if (is_channels_last(map)) {
+    for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      if constexpr (std::is_same_v<S, T>) {
+        if (token_stride == 1)
+          return transpose_block(plane + pixel, map.stride_w, count, channels, destination + token,
+                                 channel_stride, true);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const S* source = plane + pixel + i * map.stride_w;
+        T* target = destination + (token + i) * token_stride;
+        if (channel_stride == 1)
+          for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c]);
+        else
+          for (int64_t c = 0; c < channels; ++c) target[c * channel_stride] = to_compute(source[c]);
+      }
+    });
+    return;
+  }
+  const bool dense_rows = map.stride_w == 1;
+  for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+    with_count(count, [&](auto run) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const S* source = plane + c * map.stride_c + pixel;
+        T* target = destination + c * channel_stride + token * token_stride;
+        if (dense_rows && token_stride == 1)
+          for (int64_t i = 0; i < run; ++i) target[i] = to_compute(source[i]);
+        else
+          for (int64_t i = 0; i < run; ++i)
+            target[i * token_stride] = to_compute(source[i * map.stride_w]);
+      }
+    });
+  });
+}
+
+// The way back: every pixel of the window, from source[c * channel_stride + i].
+template <typename S, typename T>
+void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int64_t c0,
+             int64_t channels, const WindowGeometry& geometry, const WindowPosition& window) {
+  S* plane = at<S>(map, window.n, c0, 0, 0);
+  if (is_channels_last(map)) {
+    for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+      if constexpr (std::is_same_v<S, T>)
+        return transpose_block(source + token, channel_stride, channels, count, plane + pixel,
+                               map.stride_w, false);
+      for (int64_t i = 0; i < count; ++i) {
+        S* target = plane + pixel + i * map.stride_w;
+        for (int64_t c = 0; c < channels; ++c)
+          from_compute(source[c * channel_stride + token + i], target + c);
+      }
+    });
+    return;
+  }
+  for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+    with_count(count, [&](auto run) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* values = source + c * channel_stride + token;
+        S* target = plane + c * map.stride_c + pixel;
+        if (map.stride_w == 1)
+          for (int64_t i = 0; i < run; ++i) from_compute(values[i], target + i);
+        else
+          for (int64_t i = 0; i < run; ++i) from_compute(values[i], target + i * map.stride_w);
+      }
+    });
+  });
+}
+
+// destination[j * destination_ld + i] = source[i * source_ld + j]
+template <typename T>
+void transpose(const T* source, int64_t source_ld, int64_t rows, int64_t columns, T* destination,
+               int64_t destination_ld) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i)
+      destination[j * destination_ld + i] = source[i * source_ld + j];
+}
+
+// ------------------------------------------------------------------ relative position bias
+
+// The bias of one head as rows over queries. For the key (jh, jw) the bias of query (ih, iw) is
+// table[ih - jh + wh - 1][iw - jw + ww - 1]. Band jw holds the table's columns
+// [ww - 1 - jw, 2 ww - 1 - jw) as a dense (2 wh - 1) x ww block; the bias of key (jh, jw) to all
+// queries is then the run of wh * ww elements from the band's row wh - 1 - jh on.
+struct BiasBands {
+  int64_t window_h, window_w;
+  explicit BiasBands(const WindowGeometry& geometry)
+      : window_h(geometry.window_h), window_w(geometry.window_w) {}
+  int64_t band() const { return (2 * window_h - 1) * window_w; }
+  int64_t size() const { return window_w * band(); }
+  int64_t row(int64_t key) const {
+    return key % window_w * band() + (window_h - 1 - key / window_w) * window_w;
+  }
+  // Calls visit(position in the bands, row of the table) for every element.
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    int64_t position = 0;
+    for (int64_t jw = 0; jw < window_w; ++jw)
+      for (int64_t dh = 0; dh < 2 * window_h - 1; ++dh)
+        for (int64_t iw = 0; iw < window_w; ++iw)
+          visit(position++, dh * (2 * window_w - 1) + iw - jw + window_w - 1);
+  }
+};
+
+// ------------------------------------------------------------------ softmax of score columns
+
+// exp(x) for x <= 0 or NaN: what is left of exp() of simd.h when x cannot overflow.
+SR_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const ReducedExp e = reduced_exp(x);
+  return x < broadcast(-87.33654f) ? Vec<float>{} : e.mantissa * power_of_two(e.exponent);
+}
+SR_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
+
+// What turns products q_i . k_j into scores.
+template <typename T>
+struct ScoreTerms {
+  T scale;
+  const T* bias;  // the head's bands, or nullptr
+  BiasBands bands;
+  const T* region;  // region of each token, or nullptr where nothing is masked
+  SR_INLINE bool trivial() const { return scale == T(1) && bias == nullptr && region == nullptr; }
+};
+
+// V vectors of columns of S, the first of which is query i0: products become exp(score - maximum)
+// in place; their maxima and sums go to maximum[] and sum[]. A NaN in a column makes its sum NaN.
+template <typename T, int V>
+void softmax_columns(const ScoreTerms<T>& terms, int64_t tokens, int64_t i0, T* s, int64_t ld,
+                     T* maximum_out, T* sum_out) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> highest[V], sum[V];
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) {
+    highest[x] = broadcast(T(-__builtin_inf()));
+    sum[x] = Vec<T>{};
+  }
+  if (terms.trivial()) {
+    for (int64_t j = 0; j < tokens; ++j)
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        const Vec<T> value = load(s + j * ld + x * W);
+        highest[x] = value > highest[x] ? value : highest[x];
+      }
+  } else {
+    const Vec<T> excluded = broadcast(T(-__builtin_inf()));
+    for (int64_t j = 0; j < tokens; ++j) {
+      const T* bias = terms.bias == nullptr ? nullptr : terms.bias + terms.bands.row(j) + i0;
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        T* place = s + j * ld + x * W;
+        Vec<T> value = load(place) * terms.scale;
+        if (bias != nullptr) value += load(bias + x * W);
+        if (terms.region != nullptr)
+          value = load(terms.region + i0 + x * W) == broadcast(terms.region[j]) ? value : excluded;
+        store<T>(place, value);
+        highest[x] = value > highest[x] ? value : highest[x];
+      }
+    }
+  }
+  // In runs of 16: one long sequential sum would cost the digits that stock's tree sum keeps.
+  for (int64_t j0 = 0; j0 < tokens; j0 += 16) {
+    const int64_t j1 = min64(j0 + 16, tokens);
+    Vec<T> part[V] = {};
+    for (int64_t j = j0; j < j1; ++j)
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        T* place = s + j * ld + x * W;
+        const Vec<T> e = exp_nonpositive(load(place) - highest[x]);
+        part[x] += e;
+        store<T>(place, e);
+      }
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) sum[x] += part[x];
+  }
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) {
+    store<T>(maximum_out + x * W, highest[x]);
+    store<T>(sum_out + x * W, sum[x]);
+  }
+}
+
+// The block of queries [i0, i0 + columns): s = softmax numerators, keys as rows.
+template <typename T>
+void score_block(const ScoreTerms<T>& terms, const T* q, const T* k, int64_t d, int64_t tokens,
+                 int64_t stride, int64_t i0, int64_t columns, T* s, int64_t ld, T* maximum_out,
+                 T* sum_out) {
+  constexpr int W = Simd<T>::width;
+  product<T>(Start::kZero, tokens, d, columns, rows_of_k(k, stride), StridedRows<T>{q + i0, stride},
+             nullptr, s, ld);
+  int64_t i = 0;
+  for (; i + 4 * W <= columns; i += 4 * W)
+    softmax_columns<T, 4>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
+  for (; i < columns; i += W)
+    softmax_columns<T, 1>(terms, tokens, i0 + i, s + i, ld, maximum_out + i, sum_out + i);
+}
+
+// C[m, p] = sum_k A[m, k] B[k, p] with k in runs of 64, each summed by itself: the digits that one
+// sum over 256 tokens would lose. part: room for m_count rows of ldc.
+template <typename T>
+void product_in_runs(int64_t m_count, int64_t k_count, int64_t p_count, const T* a, int64_t lda,
+                     const T* b, int64_t ldb, T* c, int64_t ldc, T* part) {
+  constexpr int64_t kRun = 64;
+  product<T>(Start::kZero, m_count, min64(kRun, k_count), p_count, rows_of_k(a, lda),
+             StridedRows<T>{b, ldb}, nullptr, c, ldc);
+  for (int64_t k = kRun; k < k_count; k += kRun) {
+    product<T>(Start::kZero, m_count, min64(kRun, k_count - k), p_count,
+               rows_of_k(a + k * lda, lda), StridedRows<T>{b + k * ldb, ldb}, nullptr, part, ldc);
+    for (int64_t m = 0; m < m_count; ++m)
+      for (int64_t p = 0; p < p_count; p += Simd<T>::width)
+        store<T>(c + m * ldc + p, load(c + m * ldc + p) + load(part + m * ldc + p));
+  }
+}
+
+}  // namespace
+}  // namespace SR_KERNELS_ISA
+}  // namespace sr_kernels

@@ -1,0 +1,259 @@
+"""A network made ready for inference: :func:`plan` folds what can be folded once, and calls the
+fused operators.
+
+One class for each network that it knows, chosen in :data:`_PLANS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sr_kernels.functional as F
+from sr_kernels.nn import GMSA, LFE, ShiftConv2d, set_backend
+
+from .elan import ELAB, ELAN, mirror_pad
+from .mafdn import MAFDN
+
+__all__ = ["Plan", "plan"]
+
+
+def plan(model: nn.Module) -> Plan:
+    """A copy of ``model`` for inference: the same output but for rounding, in less time.
+
+    The copy has weights of its own that need no gradient; it does not follow the model when that
+    is trained on. Like a network it is called with (N, colors, H, W), has ``scale``, ``rgb_range``,
+    ``backend``, ``tile_multiple``, ``tile_overlap`` and ``receptive_radius``, and may be moved with
+    ``.to``. ``describe()`` says what was fused.
+
+    Args:
+        model: an :class:`~sr_kernels.models.ELAN` or :class:`~sr_kernels.models.MAFDN` in eval
+            mode.
+
+    Raises:
+        TypeError: another network.
+        ValueError: ``model`` is in training mode, or has a BatchNorm without running statistics.
+    """
+    for known, make in _PLANS.items():
+        if type(model) is known:
+            if model.training:
+                raise ValueError("model is in training mode; call its eval() first")
+            with torch.no_grad():
+                return make(model)
+    names = ", ".join(known.__name__ for known in _PLANS)
+    raise TypeError(f"model is a {type(model).__name__}; plan() knows {names}")
+
+
+class Plan(nn.Module):
+    """What every plan has: the network's attributes, weights without gradients, no training."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.name = type(model).__name__
+        self.scale: int = model.scale
+        self.rgb_range: float = model.rgb_range
+        self.tile_multiple: int = model.tile_multiple
+        self.tile_overlap: int = model.tile_overlap
+        self.receptive_radius: int = model.receptive_radius
+        self.backend = model.backend
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of every operator."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._backend = name
+        set_backend(self, name)
+
+    def describe(self) -> str:
+        """What was fused, one line a part."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Plan:
+        if mode:
+            raise RuntimeError("a plan cannot be trained; train the model and plan it again")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return self.describe()
+
+
+def _constant(tensor: Tensor | None) -> nn.Parameter | None:
+    """A copy of its own that needs no gradient; 4-dimensional ones as channels_last."""
+    if tensor is None:
+        return None
+    own = tensor.detach().clone()
+    if own.dim() == 4:
+        own = own.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(own, requires_grad=False)
+
+
+# ------------------------------------------------------------------------------------------ ELAN
+
+
+def _fold_batch_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that both are in eval mode; formed in float64."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("model has a BatchNorm without running statistics; it cannot be folded")
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    weight = convolution.weight.double() * factor[:, None, None, None]
+    bias = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    if convolution.bias is not None:
+        bias = bias + convolution.bias.double() * factor
+    dtype = convolution.weight.dtype
+    return weight.to(dtype), bias.to(dtype)
+
+
+def _fold_into_shuffled(
+    convolution: nn.Conv2d, colour: nn.Module, scale: int
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution before a pixel shuffle with the 1x1 convolution behind it; in float64."""
+    weight, bias = convolution.weight.double(), convolution.bias
+    if not isinstance(colour, nn.Conv2d):
+        return convolution.weight, bias
+    mix = colour.weight.double()[:, :, 0, 0]
+    planes = weight.unflatten(0, (mix.shape[1], scale * scale))
+    weight = torch.einsum("oc,cpiyx->opiyx", mix, planes).flatten(0, 1)
+    offset = torch.zeros_like(weight[:, 0, 0, 0])
+    if bias is not None:
+        offset = (mix @ bias.double().unflatten(0, (mix.shape[1], -1))).flatten()
+    if colour.bias is not None:
+        offset = offset + colour.bias.double().repeat_interleave(scale * scale)
+    dtype = convolution.weight.dtype
+    return weight.to(dtype), offset.to(dtype)
+
+
+class _Pair(nn.Module):
+    """A pair of feature extraction and attention."""
+
+    def __init__(self, lfe: LFE, gmsa: GMSA) -> None:
+        super().__init__()
+        first, second = lfe.conv0["shift_conv"], lfe.conv1["shift_conv"]
+        assert isinstance(first, ShiftConv2d)
+        assert isinstance(second, ShiftConv2d)
+        if (first.pattern, first.groups) != (second.pattern, second.groups):
+            raise ValueError("model has a feature extraction whose two shifts differ")
+        self.w0, self.b0 = _constant(first.conv1x1.weight), _constant(first.conv1x1.bias)
+        self.w1, self.b1 = _constant(second.conv1x1.weight), _constant(second.conv1x1.bias)
+        self.lfe: dict[str, Any] = {
+            "activation": lfe.act_type,
+            "residual": lfe.residual,
+            "pattern": first.pattern,
+            "groups": first.groups,
+        }
+        convolution, norm = gmsa.project_inp
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        weight, bias = _fold_batch_norm(convolution, norm)
+        self.w_in, self.b_in = _constant(weight), _constant(bias)
+        self.w_out = _constant(gmsa.project_out.weight)
+        self.b_out = _constant(gmsa.project_out.bias)
+        self.calc_attn = gmsa.calc_attn
+        self.attention: dict[str, Any] = {
+            "windows": gmsa.window_sizes,
+            "shifted": gmsa.shifts > 0,
+        }
+
+    def forward(
+        self, x: Tensor, scores: F.WindowScores | None, shared: bool, backend: str | None
+    ) -> tuple[Tensor, F.WindowScores | None]:
+        """``shared``: whether a later pair reuses this one's scores."""
+        x = F.shift_conv_block(x, self.w0, self.b0, self.w1, self.b1, **self.lfe, backend=backend)  # type: ignore[arg-type]
+        weights: tuple[Any, ...] = (self.w_in, self.b_in, self.w_out, self.b_out)
+        if not self.calc_attn:
+            assert scores is not None
+            return F.apply_grouped_attention_block(scores, x, *weights, backend=backend), scores
+        if shared:
+            return F.grouped_attention_block(
+                x, *weights, **self.attention, return_scores=True, backend=backend
+            )
+        return F.grouped_attention_block(x, *weights, **self.attention, backend=backend), None
+
+
+class ELANPlan(Plan):
+    """ELAN on channels_last feature maps, of which at most four are alive at once."""
+
+    def __init__(self, model: ELAN) -> None:
+        super().__init__(model)
+        head, tail = model.head[0], model.tail[0]
+        assert isinstance(head, nn.Conv2d)
+        assert isinstance(tail, nn.Conv2d)
+        # Not into the head: its zero padding stands for the mean colour, not for black.
+        self.sub_mean = copy.deepcopy(model.sub_mean).requires_grad_(False)
+        self.head_weight, self.head_bias = _constant(head.weight), _constant(head.bias)
+        weight, bias = _fold_into_shuffled(tail, model.add_mean, model.scale)
+        self.tail_weight, self.tail_bias = _constant(weight), _constant(bias)
+        blocks = []
+        for block in model.body:
+            assert isinstance(block, ELAB)
+            pairs = zip(block.modules_lfe.values(), block.modules_gmsa.values(), strict=True)
+            blocks.append(nn.ModuleList(_Pair(lfe, gmsa) for lfe, gmsa in pairs))  # type: ignore[arg-type]
+        self.body = nn.ModuleList(blocks)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, colors, H, W) -> (N, colors, sH, sW)."""
+        height, width = x.shape[-2:]
+        x = self.sub_mean(mirror_pad(x, self.tile_multiple))
+        x = x.contiguous(memory_format=torch.channels_last)
+        first = nn.functional.conv2d(x, self.head_weight, self.head_bias, padding=1)  # type: ignore[arg-type]
+        x = first
+        for block in self.body:
+            assert isinstance(block, nn.ModuleList)
+            scores = None
+            for pair in block:
+                x, scores = pair(x, scores, len(block) > 1, self.backend)
+        scores = None
+        x += first
+        x = nn.functional.conv2d(x, self.tail_weight, self.tail_bias, padding=1)  # type: ignore[arg-type]
+        x = nn.functional.pixel_shuffle(x, self.scale)
+        return x[:, :, : height * self.scale, : width * self.scale].contiguous()
+
+    def describe(self) -> str:
+        pairs = len([module for module in self.modules() if isinstance(module, _Pair)])
+        return (
+            f"{self.name} x{self.scale}, for inference, feature maps channels_last\n"
+            f"{pairs} feature extractions: shift_conv_block\n"
+            f"{pairs} attentions: both projections, BatchNorm and the residual in "
+            "grouped_attention_block\n"
+            "mean colour: added in the tail's convolution"
+        )
+
+
+# ----------------------------------------------------------------------------------------- MAFDN
+
+
+class MAFDNPlan(Plan):
+    """MAFDN with its over-parameterised convolutions folded."""
+
+    def __init__(self, model: MAFDN) -> None:
+        super().__init__(model)
+        self.folds = not model.folded
+        self.network = copy.deepcopy(model).fold().requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, colors, H, W) -> (N, colors, sH, sW)."""
+        return self.network(x)
+
+    def describe(self) -> str:
+        convolutions = "folded" if self.folds else "were folded before"
+        return (
+            f"{self.name} x{self.scale}, for inference\n"
+            f"over-parameterised convolutions: {convolutions}"
+        )
+
+
+_PLANS: dict[type[nn.Module], Callable[[Any], Plan]] = {ELAN: ELANPlan, MAFDN: MAFDNPlan}
