@@ -13,7 +13,6 @@ from .table import Row
 
 __all__ = ["MARKERS", "draw", "latest", "readme_section"]
 
-OURS = ("cuda", "triton", "cpu")
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 # Told apart without colour: shade, hatching, marker and dash differ. Shades are of one hue.
@@ -123,7 +122,7 @@ def _speedup(rows: Sequence[Row], device: str) -> Any:
     threads = _threads(rows)
     bars = []
     for group in _cases(row for row in rows if row.threads == threads):
-        best, other = _best(group), fastest_other(group, OURS)
+        best, other = _best(group), fastest_other(group)
         if best is None or other is None or not best.median_ms or not other.median_ms:
             continue
         bars.append((_label(best), other.median_ms / best.median_ms, other.provider))
@@ -274,7 +273,7 @@ def readme_section(folder: Path, root: Path) -> str:
             "|---|---|---|---|---|---|",
         ]
         for group in groups:
-            best, other = _best(group), fastest_other(group, OURS)
+            best, other = _best(group), fastest_other(group)
             if best is None or other is None or not best.median_ms or not other.median_ms:
                 continue
             memory = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sr_kernels import backends
+from sr_kernels import backends, models
 from sr_kernels.testing import make_tensor
 
 from . import networks, operators
@@ -26,8 +26,9 @@ from .work import Work
 
 __all__ = ["Provider", "Running", "Subject", "Unavailable"]
 
-OURS = ("cuda", "triton", "cpu")
+OURS = ("cuda", "triton", "cpu")  # in the names of what is this package's
 CHANNELS_LAST = "_channels_last"
+PLAN = "_plan"
 
 
 @dataclass
@@ -245,12 +246,14 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
             result.providers.append(Provider(name, partial(runtime, session), foreign=True))
     like = picture.to(case.device, dtype)
     for backend, reason in our_backends(case.device, "shift_conv2d", like):
-        for suffix in ("", CHANNELS_LAST):
+        # A plan chooses its own layout inside, so that one is enough.
+        planned = () if training else (PLAN,)
+        for suffix in ("", CHANNELS_LAST, *planned):
 
             def build(name: str = backend, reason: str = reason, suffix: str = suffix) -> Running:
                 if reason:
                     raise Unavailable(reason)
-                return prepare(suffix, name)
+                return prepare(suffix, name, wrap=models.plan if suffix == PLAN else None)
 
             result.providers.append(Provider(f"{backend}{suffix}", build, ours=True))
     return result

@@ -17,7 +17,7 @@ from sr_kernels.cli.demo import PHOTOGRAPH
 
 from . import ceilings, measure, probe, table
 from .cases import Case
-from .providers import CHANNELS_LAST, Provider, Running, Subject, Unavailable, subject
+from .providers import CHANNELS_LAST, OURS, PLAN, Provider, Running, Subject, Unavailable, subject
 from .table import Row
 from .verify import Truth
 from .work import bound
@@ -47,7 +47,7 @@ class Settings:
     image: Path = PHOTOGRAPH
 
     def wants(self, provider: str) -> bool:
-        stem = provider.removesuffix(CHANNELS_LAST)
+        stem = provider.removesuffix(CHANNELS_LAST).removesuffix(PLAN)
         return not self.providers or provider in self.providers or stem in self.providers
 
 
@@ -288,14 +288,15 @@ def _versions(provider: str) -> str:
 # ------------------------------------------------------------------------------ for people
 
 
-def fastest_other(rows: Sequence[Row], ours: Sequence[str]) -> Row | None:
+def fastest_other(rows: Sequence[Row]) -> Row | None:
     """The fastest of one case's timed rows that is not of this package."""
-    timed = [r for r in rows if r.median_ms is not None and not is_ours(r.provider, ours)]
+    timed = [r for r in rows if r.median_ms is not None and not is_ours(r.provider)]
     return min(timed, key=lambda r: r.median_ms or 0.0, default=None)
 
 
-def is_ours(provider: str, ours: Sequence[str] = ("cuda", "triton", "cpu")) -> bool:
-    return provider.removesuffix(CHANNELS_LAST) in ours
+def is_ours(provider: str) -> bool:
+    """Whether a row's provider is this package: "cpu", "cpu_plan", "cuda_channels_last", ..."""
+    return provider.partition("_")[0] in OURS
 
 
 def report(rows: Sequence[Row]) -> list[str]:
@@ -307,7 +308,7 @@ def report(rows: Sequence[Row]) -> list[str]:
     lines = [f"\n{first.op} {first.shape} {first.dtype} {first.mode}{weights}"]
     for cache in dict.fromkeys(row.cache for row in rows):
         group = [row for row in rows if row.cache == cache]
-        other = fastest_other(group, ("cuda", "triton", "cpu"))
+        other = fastest_other(group)
         timed = [row for row in group if row.median_ms is not None]
         if timed:
             floor = timed[0]

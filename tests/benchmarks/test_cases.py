@@ -47,7 +47,7 @@ def test_the_quick_set_is_a_small_part_and_has_training_and_networks():
     quick, everything = cases.select(quick=True), cases.select()
     assert set(quick) < set(everything)
     assert len(quick) * 3 < len(everything)
-    assert Case("elan_light_x4", 1, 0, 180, 320) in quick
+    assert Case("elan_light_x4", 1, 0, 90, 160) in quick
     assert {c.op for c in quick} >= set(operators.OPERATORS)
     assert "both" in {c.mode for c in quick}
 

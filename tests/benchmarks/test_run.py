@@ -67,7 +67,7 @@ def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
     names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", "onnxruntime", "openvino")
     settings = replace(toy_settings, providers=names)
     rows = _measure(Case(op, 1, 0, 16, 16), settings, limits, tmp_path)
-    assert set(rows) == {*names, "eager_channels_last", "cpu_channels_last"}
+    assert set(rows) == {*names, "eager_channels_last", "cpu_channels_last", "cpu_plan"}
     for row in rows.values():
         assert (row.status, row.reason) == ("ok", "")
     if "openvino" in names:
