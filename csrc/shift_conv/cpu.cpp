@@ -130,6 +130,20 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
                  row_stride);
 }
 
+// Asks for channels [c_begin, c_end) of a part of a row, [w0, w0 + columns). The runs are too short
+// and too many for the hardware to foresee.
+template <typename S>
+void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end, int64_t h,
+                  int64_t w0, int64_t columns, int64_t height) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  if (h < 0 || h >= height) return;
+  if (x.stride_w == 1) {
+    for (int64_t c = c_begin; c < c_end; ++c)
+      for (int64_t i = 0; i < columns; i += kLine)
+        __builtin_prefetch(at<S>(x, n, c, h, w0 + i), 0, 2);
+  }
+}
+
 // The transposed shift of a tile of gradients, into dx. Columns and rows of dx that no pixel maps
 // to are written by fill_uncovered().
 template <typename S, typename T>
@@ -181,52 +195,78 @@ const T* load_bias(const void* bias, int64_t count, T* destination) {
   return destination;
 }
 
-// The first count elements of a vector (all of it, if count is not below the width).
-template <typename S>
-SR_INLINE void store_part(S* destination, Vec<typename Compute<S>::type> v, int64_t count) {
-  if (count >= Simd<typename Compute<S>::type>::width) return store_vector_of(destination, v);
-  for (int64_t i = 0; i < count; ++i) from_compute(v[i], destination + i);
-}
-
 // ------------------------------------------------------------------ shift_conv2d
 
 template <typename S>
 void forward(const ShiftConvParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns);
-  const int64_t stride = padded<T>(tiling.columns), pixels = tiling.rows * stride;
+  constexpr int64_t kTileColumns = StripRows<T>::kTileColumns;
+  const Tiling tiling(p.batch, p.height, p.width, 4,
+                      max64(1, run_length<T>(p.c_in + p.c_out) / kTileColumns) * kTileColumns,
+                      kTileColumns);
+  const int64_t stride = spread_stride<T>(padded<T>(tiling.columns));
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual.data != nullptr;
+  // Whether accumulators become y's rows directly.
+  const bool direct = p.y.stride_w == 1 && fits_in_epilogue(activation) &&
+                      (!residual || p.residual.stride_w == 1);
 
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
                  Scratch::bytes_for<T>(p.c_out));
-  const LeftOperand<T> weight = pack(static_cast<const S*>(p.weight), p.c_in, 1, p.c_out, p.c_in,
-                                     shared.take<T>(packed_size(p.c_out, p.c_in)));
-  const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
+  const T* weight = pack_tiles(static_cast<const S*>(p.weight), p.c_in, 1, p.c_out, p.c_in,
+                               shared.take<T>(packed_size(p.c_out, p.c_in)));
+  const T* bias = load_bias<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const bool residual = p.residual.data != nullptr;
-    Scratch scratch(Scratch::bytes_for<T>(p.c_in * pixels) +
-                    (residual ? 2 : 1) * Scratch::bytes_for<T>(p.c_out * pixels));
-    T* x = scratch.take<T>(p.c_in * pixels);
-    T* y = scratch.take<T>(p.c_out * pixels);
-    T* r = residual ? scratch.take<T>(p.c_out * pixels) : nullptr;
+    Scratch scratch(Scratch::bytes_for<T>(p.c_in * stride) +
+                    (residual ? 2 : 1) * Scratch::bytes_for<T>(p.c_out * stride));
+    T* x = scratch.take<T>(p.c_in * stride);
+    T* y = scratch.take<T>(p.c_out * stride);
+    T* r = residual ? scratch.take<T>(p.c_out * stride) : nullptr;
+    const auto start = [&](int64_t m, int64_t, int i, int) { return broadcast(bias[m + i]); };
+    const StridedRows<T> b{x, stride};
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      const int64_t used = t.rows * stride;
-      load_shifted<S>(runs, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x, pixels,
-                      stride);
-      product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, used, weight,
-              StridedRows<T>{x, pixels}, bias, y, pixels);
-      for (int64_t c = 0; c < p.c_out; ++c)
-        activate_row(p.activation, T(p.negative_slope), y + c * pixels, used);
-      if (residual) {
-        load_tile<S>(p.residual, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height, p.width, r,
-                     pixels, stride);
+      const int64_t used = padded<T>(t.columns);
+      const int64_t whole = direct ? t.columns / Simd<T>::width * Simd<T>::width : 0;
+      for (int64_t h = t.h; h < t.h + t.rows; ++h) {
+        load_shifted<S>(runs, p.x, t.n, h, 1, t.w, t.columns, p.height, p.width, x, stride, stride);
+        S* y_row = at<S>(p.y, t.n, 0, h, t.w);
+        const int64_t y_stride = p.y.stride_c, r_stride = p.residual.stride_c;
+        if (residual) {
+          const S* r_row = at<S>(p.residual, t.n, 0, h, t.w);
+          tiled_product<T>(p.c_out, p.c_in, 0, whole, weight, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             v = activate_in_epilogue(activation, slope, v) +
+                                 load_vector_of(r_row + (m + i) * r_stride + column + j);
+                             store_vector_of(y_row + (m + i) * y_stride + column + j, v);
+                           });
+        } else {
+          tiled_product<T>(p.c_out, p.c_in, 0, whole, weight, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store_vector_of(y_row + (m + i) * y_stride + column + j,
+                                             activate_in_epilogue(activation, slope, v));
+                           });
+        }
+        if (whole == t.columns) continue;
+        const int64_t rest = t.columns - whole, count = used - whole;
+        tiled_product<T>(p.c_out, p.c_in, whole, used, weight, b, start,
+                         [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                           store<T>(y + (m + i) * stride + column + j, v);
+                         });
         for (int64_t c = 0; c < p.c_out; ++c)
-          for (int64_t i = 0; i < used; ++i) y[c * pixels + i] += r[c * pixels + i];
+          activate_row(activation, slope, y + c * stride + whole, count);
+        if (residual) {
+          load_tile<S>(p.residual, t.n, 0, p.c_out, h, 1, t.w + whole, rest, p.height, p.width,
+                       r + whole, stride, count);
+          for (int64_t c = 0; c < p.c_out; ++c)
+            for (int64_t i = whole; i < used; ++i) y[c * stride + i] += r[c * stride + i];
+        }
+        store_tile<S>(y + whole, stride, stride, p.y, t.n, 0, p.c_out, h, 1, t.w + whole, rest,
+                      p.height, p.width);
       }
-      store_tile<S>(y, pixels, stride, p.y, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height,
-                    p.width);
     }
   });
 }
@@ -347,7 +387,9 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
                            shared.take<T>(packed_size(p.c_out, p.c_hidden)));
   const T* b0 = load_bias<S>(p.b0, p.c_hidden, shared.take<T>(p.c_hidden));
   const T* b1 = load_bias<S>(p.b1, p.c_out, shared.take<T>(p.c_out));
+  const Activation activation = p.activation;
   const T slope = T(p.negative_slope);
+  const bool residual = p.residual;
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(Scratch::bytes_for<T>(kRing * slot) +
@@ -360,6 +402,7 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
     const T** rows = scratch.take<const T*>(5 * p.c_in);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
+      const int64_t parts = ceil_div(t.columns, kStripColumns) * runs_hidden.count;
       const auto ring_row = [&](int64_t r) { return ring + (r + kHalo) % kRing * slot; };
       for (int64_t r = -kHalo; r < t.rows + kHalo; ++r) {
         load_tile<S>(p.x, t.n, 0, p.c_in, t.h + r, 1, t.w - kHalo, t.columns + 2 * kHalo, p.height,
@@ -380,13 +423,18 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
           };
           for (int i = 0; i < runs_hidden.count; ++i) {
             const ShiftedRun& run = runs_hidden.run[i];
+            if (r + 1 < t.rows + kHalo) {  // the ring's next row, on its way while this one is used
+              const int64_t part = w / kStripColumns * runs_hidden.count + i;
+              prefetch_row<S>(p.x, t.n, p.c_in * part / parts, p.c_in * (part + 1) / parts,
+                              t.h + r + 1, t.w, t.columns, p.height);
+            }
             if (h + run.offset.dy < 0 || h + run.offset.dy >= p.height) continue;
             tiled_product<T>(
                 run.end - run.begin, p.c_in, 0, used, w0[i], PointerRows<T>{rows + i * p.c_in, w},
                 [&](int64_t m, int64_t, int i, int) { return broadcast(b0[run.begin + m + i]); },
                 [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
                   store<T>(hidden_at(run.begin + m, column) + i * kTileColumns + j,
-                           activate_in_epilogue(p.activation, slope, v));
+                           activate_in_epilogue(activation, slope, v));
                 });
           }
           if (!fits_in_epilogue(p.activation))
@@ -403,24 +451,23 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
           const T* center = ring_row(out) + kHalo + w;
           const auto start = [&](int64_t m, int64_t column, int i, int j) {
             const Vec<T> bias = broadcast(b1[m + i]);
-            return p.residual ? bias + load(center + (m + i) * x_stride + column + j) : bias;
+            return residual ? bias + load(center + (m + i) * x_stride + column + j) : bias;
           };
           const StripRows<T> b{hidden, p.c_hidden};
-          if (direct) {
-            S* y_row = at<S>(p.y, t.n, 0, h, t.w + w);
-            tiled_product<T>(p.c_out, p.c_hidden, 0, used, w1, b, start,
-                             [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                               store_part(y_row + (m + i) * p.y.stride_c + column + j, v,
-                                          columns - column - j);
-                             });
-          } else {
-            tiled_product<T>(p.c_out, p.c_hidden, 0, used, w1, b, start,
-                             [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                               store<T>(y + (m + i) * kStripColumns + column + j, v);
-                             });
-            store_tile<S>(y, kStripColumns, kStripColumns, p.y, t.n, 0, p.c_out, h, 1, t.w + w,
-                          columns, p.height, p.width);
-          }
+          const int64_t whole = direct ? columns / Simd<T>::width * Simd<T>::width : 0;
+          S* y_row = at<S>(p.y, t.n, 0, h, t.w + w);
+          const int64_t y_stride = p.y.stride_c;
+          tiled_product<T>(p.c_out, p.c_hidden, 0, whole, w1, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store_vector_of(y_row + (m + i) * y_stride + column + j, v);
+                           });
+          if (whole == columns) continue;
+          tiled_product<T>(p.c_out, p.c_hidden, whole, used, w1, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store<T>(y + (m + i) * kStripColumns + column + j, v);
+                           });
+          store_tile<S>(y + whole, kStripColumns, kStripColumns, p.y, t.n, 0, p.c_out, h, 1,
+                        t.w + w + whole, columns - whole, p.height, p.width);
         }
       }
     }
