@@ -131,10 +131,11 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
 }
 
 // Asks for channels [c_begin, c_end) of a part of a row, [w0, w0 + columns). The runs are too short
-// and too many for the hardware to foresee.
+// and too many for the hardware to foresee. Always inline: g++ 12 takes a function that only
+// prefetches for one without effects, and drops the call.
 template <typename S>
-void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end, int64_t h,
-                  int64_t w0, int64_t columns, int64_t height) {
+SR_INLINE void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end,
+                            int64_t h, int64_t w0, int64_t columns, int64_t height) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
   if (h < 0 || h >= height) return;
   if (x.stride_w == 1) {
