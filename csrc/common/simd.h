@@ -63,6 +63,27 @@ template <typename T>
 SR_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// The lanes of v, kStep places further on (round the end).
+template <typename T, int kStep, int... J>
+SR_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, J...>) {
+  constexpr int W = Simd<T>::width;
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((J + kStep) % W)...);
+#else
+  using Indices = decltype(Vec<T>{} < Vec<T>{});
+  return __builtin_shuffle(v, Indices{((J + kStep) % W)...});
+#endif
+}
+// The sum of the lanes: halves are added, then quarters, down to single lanes. Shorter than
+// horizontal_sum(), where sums of lanes are a good part of the work.
+template <typename T, int kStep = Simd<T>::width / 2>
+SR_INLINE T sum_by_halves(Vec<T> v) {
+  v += rotate<T, kStep>(v, std::make_integer_sequence<int, Simd<T>::width>{});
+  if constexpr (kStep > 1)
+    return sum_by_halves<T, kStep / 2>(v);
+  else
+    return v[0];
+}
 template <typename T>
 SR_INLINE T horizontal_sum(Vec<T> v) {
   T sum = T(0);
@@ -305,8 +326,7 @@ void transpose_block(const From* source, int64_t source_stride, int64_t rows, in
       const int64_t i = rows_outer ? outer : inner, j = rows_outer ? inner : outer;
       Vec<T> square[W];
 #pragma GCC unroll 16
-      for (int k = 0; k < W; ++k)
-        square[k] = load_vector_of(source + (i + k) * source_stride + j);
+      for (int k = 0; k < W; ++k) square[k] = load_vector_of(source + (i + k) * source_stride + j);
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < W; ++k)
@@ -741,8 +761,7 @@ SR_INLINE void register_row_tile(int64_t row_count, int64_t k_count, int64_t p_b
   int64_t p = p_begin;
   for (; p + kTileVectors * W <= p_end; p += kTileVectors * W)
     register_tile<T, M, kTileVectors>(k_count, a, b.from_column(p), m, p, begin, end);
-  for (; p < p_end; p += W)
-    register_tile<T, M, 1>(k_count, a, b.from_column(p), m, p, begin, end);
+  for (; p < p_end; p += W) register_tile<T, M, 1>(k_count, a, b.from_column(p), m, p, begin, end);
 }
 
 // A product that begins and ends in registers: for every vector of C, at rows m + i and columns
@@ -789,7 +808,7 @@ SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, 
     }
   }
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) c[i * ldc + j] += horizontal_sum<T>(acc[i][j]);
+    for (int j = 0; j < N; ++j) c[i * ldc + j] += sum_by_halves<T>(acc[i][j]);
 }
 
 // C[m, n] += sum_p A[m, p] B[n, p]: the product of a weight gradient. p_count a multiple of the

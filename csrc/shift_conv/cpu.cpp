@@ -3,13 +3,14 @@
 //   shift_conv2d       y = act(W shift(x) + b) (+ residual)
 //   shift_conv_block   y = W1 shift(act(W0 shift(x) + b0)) + b1 (+ x)
 //
-// Tile: a rectangle of pixels, all channels. The shift is an offset in the load (first product) or
-// in a row pointer into the hidden tile (second product); no shifted copy of a feature map exists.
-// The block keeps three rows of hidden activations at a time, 3 x c_hidden x tile width, in L2.
+// Tile: part of a row of pixels, all channels. shift_conv2d's shift is an offset in the load of the
+// product's operand. The block needs none of its hidden values twice (see block_forward), so it
+// computes them strip by strip, c_hidden x 64, from five rows of x in L2 whose row pointers carry
+// both shifts. Bias, activation and residual are applied to the products' accumulators.
 //
 // Floor, float32, per pixel: shift_conv2d moves 4 (c_in + c_out) bytes and does 2 c_in c_out FLOP;
 // the block at C = 60, ratio 2 moves 480 bytes and does 28.8 kFLOP: bound by arithmetic, so the
-// ceiling is a large fp32 matrix product on the same cores. Measured fraction: unmeasured.
+// ceiling is a large fp32 matrix product on the same cores. Measured fraction: @@
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
@@ -105,6 +106,10 @@ struct ShiftedRuns {
   ShiftedRun run[5];
   int count = 0;
   ShiftedRuns(ShiftPattern pattern, int64_t channels, int groups) {
+    if (pattern == ShiftPattern::kNone) {
+      run[count++] = {0, channels, {0, 0}};
+      return;
+    }
     for (int64_t c = 0; c < channels;) {
       const int group = shift_group(static_cast<int>(c), static_cast<int>(channels), groups);
       int64_t end = c + 1;
@@ -131,8 +136,8 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
 }
 
 // Asks for channels [c_begin, c_end) of a part of a row, [w0, w0 + columns). The runs are too short
-// and too many for the hardware to foresee. Always inline: g++ 12 takes a function that only
-// prefetches for one without effects, and drops the call.
+// and too many for the hardware to foresee; those of channels_last are long and few. Always inline:
+// g++ 12 takes a function that only prefetches for one without effects, and drops the call.
 template <typename S>
 SR_INLINE void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end,
                             int64_t h, int64_t w0, int64_t columns, int64_t height) {
@@ -199,8 +204,12 @@ const T* load_bias(const void* bias, int64_t count, T* destination) {
 // ------------------------------------------------------------------ shift_conv2d
 
 template <typename S>
-void forward(const ShiftConvParams& p, ParallelFor parallel) {
+void forward(ShiftConvParams p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
+  if (p.pattern == ShiftPattern::kNone) {
+    const PixelRows rows(p.height, p.width, {&p.x, &p.residual, &p.y});
+    p.height = rows.height, p.width = rows.width;
+  }
   constexpr int64_t kTileColumns = StripRows<T>::kTileColumns;
   const Tiling tiling(p.batch, p.height, p.width, 4,
                       max64(1, run_length<T>(p.c_in + p.c_out) / kTileColumns) * kTileColumns,
@@ -211,8 +220,8 @@ void forward(const ShiftConvParams& p, ParallelFor parallel) {
   const T slope = T(p.negative_slope);
   const bool residual = p.residual.data != nullptr;
   // Whether accumulators become y's rows directly.
-  const bool direct = p.y.stride_w == 1 && fits_in_epilogue(activation) &&
-                      (!residual || p.residual.stride_w == 1);
+  const bool direct =
+      p.y.stride_w == 1 && fits_in_epilogue(activation) && (!residual || p.residual.stride_w == 1);
 
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
                  Scratch::bytes_for<T>(p.c_out));
@@ -273,10 +282,15 @@ void forward(const ShiftConvParams& p, ParallelFor parallel) {
 }
 
 template <typename S>
-void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
+void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const ShiftConvParams& p = params.forward;
-  const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns);
+  ShiftConvParams& p = params.forward;
+  if (p.pattern == ShiftPattern::kNone) {
+    const PixelRows rows(p.height, p.width, {&p.x, &params.grad, &params.dx});
+    p.height = rows.height, p.width = rows.width;
+  }
+  const int64_t max_columns = p.height == 1 ? 4 * kMaxColumns : kMaxColumns;
+  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns);
   const int64_t stride = padded<T>(tiling.columns), pixels = tiling.rows * stride;
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
   const bool want_dx = params.dx.data != nullptr, want_dw = params.dweight != nullptr;
@@ -349,10 +363,10 @@ void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
 // ------------------------------------------------------------------ shift_conv_block
 
 // A hidden value is read by one output pixel only, since the shift moves each channel as a whole.
-// So row h of the output takes exactly c_hidden x width hidden values, at the places that the second
-// shift reads: hidden channel c at (h + dy(c), w + dx(c)) comes from x shifted once more. Nothing is
-// computed twice, and hidden values exist for one strip of pixels at a time. Only x needs a halo,
-// two pixels wide, and it is a copy: five rows in a ring, zero outside the image.
+// So row h of the output takes exactly c_hidden x width hidden values, at the places that the
+// second shift reads: hidden channel c at (h + dy(c), w + dx(c)) comes from x shifted once more.
+// Nothing is computed twice, and hidden values exist for one strip of pixels at a time. Only x
+// needs a halo, two pixels wide, and it is a copy: five rows in a ring, zero outside the image.
 template <typename S>
 void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -361,7 +375,8 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   static_assert(kStripColumns % kTileColumns == 0, "strips are whole register tiles");
   // The ring is about 192 KiB: with both weights and a strip it stays in L2.
   const int64_t fit = (int64_t{192} << 10) / (kRing * p.c_in * static_cast<int64_t>(sizeof(T)));
-  const Tiling tiling(p.batch, p.height, p.width, 32,
+  const int64_t bands = max64(1, ceil_div(p.height, 32));
+  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, bands),
                       max64(1, min64(4, fit / kStripColumns)) * kStripColumns, kTileColumns);
   const int64_t x_stride = spread_stride<T>(padded<T>(tiling.columns) + 2 * kHalo);
   const int64_t slot = p.c_in * x_stride;
@@ -393,10 +408,9 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   const bool residual = p.residual;
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(kRing * slot) +
-                    Scratch::bytes_for<T>(p.c_hidden * kStripColumns) +
-                    Scratch::bytes_for<T>(p.c_out * kStripColumns) +
-                    Scratch::bytes_for<const T*>(5 * p.c_in));
+    Scratch scratch(
+        Scratch::bytes_for<T>(kRing * slot) + Scratch::bytes_for<T>(p.c_hidden * kStripColumns) +
+        Scratch::bytes_for<T>(p.c_out * kStripColumns) + Scratch::bytes_for<const T*>(5 * p.c_in));
     T* ring = scratch.take<T>(kRing * slot);
     T* hidden = scratch.take<T>(p.c_hidden * kStripColumns);
     T* y = scratch.take<T>(p.c_out * kStripColumns);
