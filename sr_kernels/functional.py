@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu"] | None
-Pattern = Literal["plus", "cross"]
+Pattern = Literal["plus", "cross", "none"]
 Statistic = Literal["mean", "contrast"]
 
 
@@ -77,6 +77,7 @@ def shift_conv2d(
         channels    [0, g)    [g, 2g)   [2g, 3g)  [3g, 4g)  the rest
         plus        (0, +1)   (0, -1)   (+1, 0)   (-1, 0)   (0, 0)       (dy, dx)
         cross       (-1, -1)  (-1, +1)  (+1, -1)  (+1, +1)  (0, 0)
+        none        (0, 0)    (0, 0)    (0, 0)    (0, 0)    (0, 0)
 
     Args:
         x: (N, C_in, H, W).
@@ -84,7 +85,8 @@ def shift_conv2d(
         bias: (C_out,) or None.
         activation: None, "relu", "leaky_relu", "gelu" (exact, with erf) or "silu".
         residual: (N, C_out, H, W) added after the activation, or None.
-        pattern: "plus" (ELAN) or "cross" (diagonals).
+        pattern: "plus" (ELAN), "cross" (diagonals) or "none": nothing moves, and this is the plain
+            1x1 convolution with its activation and residual in one pass.
         groups: number of channel groups, at least 4; the first four move.
         negative_slope: of leaky_relu.
         backend: see :mod:`sr_kernels.backends`.

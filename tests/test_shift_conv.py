@@ -87,7 +87,7 @@ def check_block(inputs, **options):
 
 @pytest.mark.smoke
 @pytest.mark.asan
-@pytest.mark.parametrize("pattern", ["plus", "cross"])
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
 def test_shift_is_the_definition(pattern):
     """With the identity as weight the operator shifts: compared to indexing, bit by bit."""
     x = make_tensor((2, 11, 4, 5))
@@ -95,6 +95,7 @@ def test_shift_is_the_definition(pattern):
     moved = {
         "plus": [(0, 1), (0, -1), (1, 0), (-1, 0), (0, 0)],
         "cross": [(-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)],
+        "none": [(0, 0)] * 5,
     }[pattern]
     expected = torch.zeros_like(x)
     for channel, row, column in itertools.product(range(11), range(4), range(5)):
@@ -115,7 +116,7 @@ def test_conv_sizes_and_dtypes(size, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("pattern", ["plus", "cross"])
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
 def test_conv_layouts_activations_and_patterns(layout, activation, pattern):
     inputs = conv_inputs(2, 13, 12, 6, 21, layout=layout)
     check_conv(inputs, activation=activation, pattern=pattern)
@@ -157,13 +158,67 @@ def test_block_layouts_and_activations(layout, activation, residual):
     check_block(inputs, activation=activation, residual=residual)
 
 
-@pytest.mark.parametrize("pattern", ["plus", "cross"])
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
 def test_block_every_subset_of_gradients(pattern):
     check_block(block_inputs(1, 10, 12, 5, 7), pattern=pattern, gradients="subsets")
 
 
 def test_block_wider_than_one_tile_and_taller_than_one_band():
     check_block(block_inputs(1, 10, 20, 70, 210))
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 8, 17, 64, 95, 1100])
+def test_row_ends(width, dtype, layout):
+    """Rows of whole vectors and of vectors and a rest, one tile and several."""
+    size = (1, 11, 14, 3, width)
+    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), activation="leaky_relu")
+    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), pattern="none")
+    check_block(block_inputs(1, 11, 23, 3, width, dtype=dtype, layout=layout))
+
+
+def test_none_is_a_1x1_convolution():
+    inputs = conv_inputs(2, 31, 20, 7, 19, residual=False)
+    ours = sr_kernels.shift_conv2d(**inputs, pattern="none", backend="cpu")
+    stock = torch.nn.functional.conv2d(inputs["x"], inputs["weight"], inputs["bias"])
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_passes_unchanged(dtype, layout):
+    """With the identity as weight: each value is converted to float32 and back. -0 becomes +0, as a
+    sum with 0 does; channels other than NaN's and infinity's would be 0 * NaN, hence one channel."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).reshape(1, 1, 256, 256)
+    inputs = {"x": x, "weight": torch.ones(1, 1, 1, 1, dtype=dtype)}
+    if layout == "channels_last":  # 16 channels, which go through the transposes
+        x = (
+            x.nan_to_num(0, 0, 0)
+            .reshape(1, 16, 64, 64)
+            .contiguous(memory_format=torch.channels_last)
+        )
+        inputs = {"x": x, "weight": torch.eye(16, dtype=dtype).reshape(16, 16, 1, 1)}
+    out = sr_kernels.shift_conv2d(**inputs, pattern="none", backend="cpu")
+    assert torch.equal(out.isnan(), x.isnan())
+    assert torch.equal(out.nan_to_num(0, 7, -7), x.nan_to_num(0, 7, -7))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_round_to_16_bits_as_torch_does(dtype, layout):
+    """Products of two 16-bit values are exact in float32: one rounding, to nearest even."""
+    x = make_tensor((1, 1, 64, 500), dtype, seed=0, scale=30)
+    x = x.expand(1, 16, 64, 500)
+    x = x.contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    weight = torch.diag(make_tensor((16,), dtype, seed=1, scale=4)).reshape(16, 16, 1, 1)
+    out = sr_kernels.shift_conv2d(x, weight, pattern="none", backend="cpu")
+    factor = weight[:, :, 0, 0].diagonal().reshape(1, 16, 1, 1).float()
+    assert torch.equal(out, (x.float() * factor).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -358,7 +413,7 @@ def test_bad_arguments_are_named(call, error, message):
         ((X[0], W, None, None, 0, 0.05, 0, 5), "x must be"),
         ((X, W[:, :4], None, None, 0, 0.05, 0, 5), "weight must have shape"),
         ((X, W, None, None, 9, 0.05, 0, 5), "activation must be"),
-        ((X, W, None, None, 0, 0.05, 2, 5), "pattern must be"),
+        ((X, W, None, None, 0, 0.05, 3, 5), "pattern must be"),
         ((X, W, None, None, 0, 0.05, 0, 0), "groups must be"),
         ((X, W, None, X, 0, 0.05, 0, 5), "residual must have shape"),
         ((X.int(), W.int(), None, None, 0, 0.05, 0, 5), "must be float32"),

@@ -7,6 +7,7 @@
 //   pattern   group 0    group 1    group 2    group 3     rest
 //   plus      ( 0, +1)   ( 0, -1)   (+1,  0)   (-1,  0)   (0, 0)      (dy, dx)
 //   cross     (-1, -1)   (-1, +1)   (+1, -1)   (+1, +1)   (0, 0)
+//   none      ( 0,  0)   ( 0,  0)   ( 0,  0)   ( 0,  0)   (0, 0)      a plain 1x1 convolution
 //
 // Source: ELAN (Zhang et al., ECCV 2022); cross is FriedRiceLab's diagonal
 // `ShiftConv2d1x1(shift_mode="x")`, in its channel order.
@@ -16,7 +17,7 @@
 
 namespace sr_kernels {
 
-enum class ShiftPattern : int { kPlus = 0, kCross = 1 };
+enum class ShiftPattern : int { kPlus = 0, kCross = 1, kNone = 2 };
 
 struct ShiftOffset {
   int dy, dx;
@@ -30,7 +31,7 @@ SR_HOST_DEVICE int shift_group(int channel, int channels, int groups) {
 }
 
 SR_HOST_DEVICE ShiftOffset shift_offset_of_group(ShiftPattern pattern, int group) {
-  if (group >= 4) return {0, 0};
+  if (group >= 4 || pattern == ShiftPattern::kNone) return {0, 0};
   const int sign_first = group < 2 ? 1 : -1;
   const int sign_second = (group & 1) == 0 ? 1 : -1;
   if (pattern == ShiftPattern::kCross) return {-sign_first, -sign_second};

@@ -63,6 +63,27 @@ template <typename T>
 SR_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// The lanes of v, kStep places further on (round the end).
+template <typename T, int kStep, int... J>
+SR_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, J...>) {
+  constexpr int W = Simd<T>::width;
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((J + kStep) % W)...);
+#else
+  using Indices = decltype(Vec<T>{} < Vec<T>{});
+  return __builtin_shuffle(v, Indices{((J + kStep) % W)...});
+#endif
+}
+// The sum of the lanes: halves are added, then quarters, down to single lanes. Shorter than
+// horizontal_sum(), where sums of lanes are a good part of the work.
+template <typename T, int kStep = Simd<T>::width / 2>
+SR_INLINE T sum_by_halves(Vec<T> v) {
+  v += rotate<T, kStep>(v, std::make_integer_sequence<int, Simd<T>::width>{});
+  if constexpr (kStep > 1)
+    return sum_by_halves<T, kStep / 2>(v);
+  else
+    return v[0];
+}
 template <typename T>
 SR_INLINE T horizontal_sum(Vec<T> v) {
   T sum = T(0);
@@ -163,12 +184,70 @@ SR_INLINE void from_compute(float x, Half* out) {
 #endif
 }
 
+// A vector of compute elements from as many consecutive elements in memory, and back.
+SR_INLINE Vec<float> load_vector_of(const float* p) { return load(p); }
+SR_INLINE Vec<double> load_vector_of(const double* p) { return load(p); }
+SR_INLINE void store_vector_of(float* p, Vec<float> v) { store<float>(p, v); }
+SR_INLINE void store_vector_of(double* p, Vec<double> v) { store<double>(p, v); }
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+SR_INLINE Vec<float> load_vector_of(const BFloat16* p) {
+  HalfBits half;
+  std::memcpy(&half, p, sizeof(half));
+  const FloatBits bits = __builtin_convertvector(half, FloatBits) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+SR_INLINE void store_vector_of(BFloat16* p, Vec<float> v) {
+  FloatBits bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v != v ? (FloatBits{} | 0x7fc0u) : rounded;
+  const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+  std::memcpy(p, &half, sizeof(half));
+}
+SR_INLINE Vec<float> load_vector_of(const Half* p) {
+  Vec<float> v;
+#if defined(__AVX512F__)
+  // The masked form, all lanes: g++ takes the plain one's operand for uninitialized.
+  const __m512 values =
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  std::memcpy(&v, &values, sizeof(v));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  std::memcpy(&v, &values, sizeof(v));
+#else
+  for (int i = 0; i < Simd<float>::width; ++i) v[i] = to_compute(p[i]);
+#endif
+  return v;
+}
+SR_INLINE void store_vector_of(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  __m512 values;
+  std::memcpy(&values, &v, sizeof(v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, values, 0));
+#elif defined(__AVX2__) && defined(__F16C__)
+  __m256 values;
+  std::memcpy(&values, &v, sizeof(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(values, 0));
+#else
+  for (int i = 0; i < Simd<float>::width; ++i) from_compute(v[i], p + i);
+#endif
+}
+
 // count elements, stride apart (in elements), into consecutive compute elements.
 template <typename S>
 SR_INLINE void load_elements(const S* source, int64_t stride, int64_t count,
                              typename Compute<S>::type* destination) {
+  using T = typename Compute<S>::type;
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) destination[i] = to_compute(source[i]);
+    int64_t i = 0;
+    for (; i + Simd<T>::width <= count; i += Simd<T>::width)
+      store<T>(destination + i, load_vector_of(source + i));
+    for (; i < count; ++i) destination[i] = to_compute(source[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) destination[i] = to_compute(source[i * stride]);
   }
@@ -176,8 +255,12 @@ SR_INLINE void load_elements(const S* source, int64_t stride, int64_t count,
 template <typename S>
 SR_INLINE void store_elements(const typename Compute<S>::type* source, int64_t count,
                               S* destination, int64_t stride) {
+  using T = typename Compute<S>::type;
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) from_compute(source[i], destination + i);
+    int64_t i = 0;
+    for (; i + Simd<T>::width <= count; i += Simd<T>::width)
+      store_vector_of(destination + i, load(source + i));
+    for (; i < count; ++i) from_compute(source[i], destination + i);
   } else {
     for (int64_t i = 0; i < count; ++i) from_compute(source[i], destination + i * stride);
   }
@@ -220,14 +303,18 @@ SR_INLINE void transpose(Vec<T> (&rows)[Simd<T>::width]) {
 // j < columns, in squares of vectors; the last squares overlap those before them. Rows are the
 // outer loop, or else columns: the side whose other end is memory, so that memory is walked in
 // order.
-template <typename T>
-void transpose_block(const T* source, int64_t source_stride, int64_t rows, int64_t columns,
-                     T* destination, int64_t destination_stride, bool rows_outer) {
+//
+// One of From and To is an element in memory, the other its compute type.
+template <typename From, typename To>
+void transpose_block(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
+                     To* destination, int64_t destination_stride, bool rows_outer) {
+  using T = typename Compute<From>::type;
   constexpr int W = Simd<T>::width;
   if (rows < W || columns < W) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        destination[j * destination_stride + i] = source[i * source_stride + j];
+        from_compute(to_compute(source[i * source_stride + j]),
+                     destination + j * destination_stride + i);
     return;
   }
   const int64_t outer_count = rows_outer ? rows : columns;
@@ -239,11 +326,11 @@ void transpose_block(const T* source, int64_t source_stride, int64_t rows, int64
       const int64_t i = rows_outer ? outer : inner, j = rows_outer ? inner : outer;
       Vec<T> square[W];
 #pragma GCC unroll 16
-      for (int k = 0; k < W; ++k) square[k] = load(source + (i + k) * source_stride + j);
+      for (int k = 0; k < W; ++k) square[k] = load_vector_of(source + (i + k) * source_stride + j);
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < W; ++k)
-        store<T>(destination + (j + k) * destination_stride + i, square[k]);
+        store_vector_of(destination + (j + k) * destination_stride + i, square[k]);
     }
   }
 }
@@ -271,18 +358,9 @@ void load_tile(const FeatureMap& map, int64_t n, int64_t c0, int64_t channels, i
         load_elements(at<S>(map, n, c0 + c, h, w0 + begin), map.stride_w, end - begin, row + begin);
       for (int64_t i = end; i < row_stride; ++i) row[i] = T(0);
     }
-    if (inside && channels_last) {
-      if constexpr (std::is_same_v<S, T>) {
-        transpose_block(at<S>(map, n, c0, h, w0 + begin), map.stride_w, end - begin, channels,
-                        destination + r * row_stride + begin, channel_stride, true);
-      } else {
-        for (int64_t i = begin; i < end; ++i) {
-          const S* pixel = at<S>(map, n, c0, h, w0 + i);
-          T* column = destination + r * row_stride + i;
-          for (int64_t c = 0; c < channels; ++c) column[c * channel_stride] = to_compute(pixel[c]);
-        }
-      }
-    }
+    if (inside && channels_last)
+      transpose_block(at<S>(map, n, c0, h, w0 + begin), map.stride_w, end - begin, channels,
+                      destination + r * row_stride + begin, channel_stride, true);
   }
 }
 
@@ -298,17 +376,8 @@ void store_tile(const T* source, int64_t channel_stride, int64_t row_stride, con
     const int64_t h = h0 + r;
     if (h < 0 || h >= height || last <= first) continue;
     if (channels_last) {
-      if constexpr (std::is_same_v<S, T>) {
-        transpose_block(source + r * row_stride + first, channel_stride, channels, last - first,
-                        at<S>(map, n, c0, h, w0 + first), map.stride_w, false);
-      } else {
-        for (int64_t i = first; i < last; ++i) {
-          S* pixel = at<S>(map, n, c0, h, w0 + i);
-          const T* column = source + r * row_stride + i;
-          for (int64_t c = 0; c < channels; ++c)
-            from_compute(column[c * channel_stride], pixel + c);
-        }
-      }
+      transpose_block(source + r * row_stride + first, channel_stride, channels, last - first,
+                      at<S>(map, n, c0, h, w0 + first), map.stride_w, false);
     } else {
       for (int64_t c = 0; c < channels; ++c)
         store_elements(source + c * channel_stride + r * row_stride + first, last - first,
@@ -524,11 +593,28 @@ struct StridedRows {
   const T* data;
   int64_t ld;
   SR_INLINE const T* operator[](int64_t k) const { return data + k * ld; }
+  SR_INLINE StridedRows from_column(int64_t p) const { return {data + p, ld}; }
 };
 template <typename T>
 struct PointerRows {  // rows anywhere, as when each has a shift of its own
   const T* const* rows;
-  SR_INLINE const T* operator[](int64_t k) const { return rows[k]; }
+  int64_t first = 0;  // column
+  SR_INLINE const T* operator[](int64_t k) const { return rows[k] + first; }
+  SR_INLINE PointerRows from_column(int64_t p) const { return {rows, first + p}; }
+};
+// Strips as wide as a register tile, one behind the other, k_count rows each: what one tile reads
+// is consecutive. Element (k, p) is data[offset(k_count, p) + k * kTileColumns].
+template <typename T>
+struct StripRows {
+  static constexpr int64_t kTileColumns = kTileVectors * Simd<T>::width;
+  const T* data;
+  int64_t k_count;
+  static SR_INLINE int64_t offset(int64_t k_count, int64_t p) {
+    return p / kTileColumns * kTileColumns * k_count + p % kTileColumns;
+  }
+  SR_INLINE StridedRows<T> from_column(int64_t p) const {
+    return {data + offset(k_count, p), kTileColumns};
+  }
 };
 
 // What the product's accumulators start from.
@@ -614,6 +700,94 @@ void product(Start start, int64_t m_count, int64_t k_count, int64_t p_count, Lef
   }
 }
 
+// Rows dealt to register tiles of nearly equal height: 20 rows are 4 tiles of 5, not 3 of 6 and one
+// of 2, whose few accumulators could not hide an addition's latency.
+struct RowTiles {
+  int64_t rows, count;
+  explicit RowTiles(int64_t row_count) : rows(row_count), count(ceil_div(row_count, kTileRows)) {}
+  SR_INLINE int64_t begin(int64_t tile) const { return rows * tile / count; }
+};
+// Packs A[m, k] = source[m * row_stride + k * column_stride] for tiled_product(): tile t's element
+// (m, k) is destination[(t * k_count + k) * kTileRows + m - begin(t)]; packed_size() elements.
+template <typename S, typename T>
+const T* pack_tiles(const S* source, int64_t row_stride, int64_t column_stride, int64_t m_count,
+                    int64_t k_count, T* destination) {
+  const RowTiles tiles(m_count);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t m0 = tiles.begin(tile), m1 = tiles.begin(tile + 1);
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t i = 0; i < kTileRows; ++i)
+        destination[(tile * k_count + k) * kTileRows + i] =
+            m0 + i < m1 ? T(to_compute(source[(m0 + i) * row_stride + k * column_stride])) : T(0);
+  }
+  return destination;
+}
+
+template <typename T, int M, int V, typename Rows, typename Begin, typename End>
+SR_INLINE void register_tile(int64_t k_count, const T* a, const Rows& b, int64_t m, int64_t p,
+                             const Begin& begin, const End& end) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> acc[M][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = begin(m, p, i, j * W);
+  for (int64_t k = 0; k < k_count; ++k, a += kTileRows) {
+    const T* row = b[k];
+    Vec<T> column[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) column[j] = load(row + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> value = broadcast(a[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] += value * column[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) end(m, p, i, j * W, acc[i][j]);
+}
+template <typename T, int M, typename Rows, typename Begin, typename End>
+SR_INLINE void register_row_tile(int64_t row_count, int64_t k_count, int64_t p_begin, int64_t p_end,
+                                 const T* a, const Rows& b, int64_t m, const Begin& begin,
+                                 const End& end) {
+  constexpr int W = Simd<T>::width;
+  if constexpr (M > 1) {
+    if (row_count < M)
+      return register_row_tile<T, M - 1>(row_count, k_count, p_begin, p_end, a, b, m, begin, end);
+  }
+  int64_t p = p_begin;
+  for (; p + kTileVectors * W <= p_end; p += kTileVectors * W)
+    register_tile<T, M, kTileVectors>(k_count, a, b.from_column(p), m, p, begin, end);
+  for (; p < p_end; p += W) register_tile<T, M, 1>(k_count, a, b.from_column(p), m, p, begin, end);
+}
+
+// A product that begins and ends in registers: for every vector of C, at rows m + i and columns
+// p + j onwards (i, j: constants within a register tile, whose corner is (m, p)),
+//
+//   end(m, p, i, j, begin(m, p, i, j) + sum_k A[m + i, k] B[k, p + j ...])
+//
+// A comes from pack_tiles(); b is one of the rows above; p_begin and p_end are multiples of the
+// vector width. Columns go in blocks of which B stays in L1 while all of A passes over them.
+template <typename T, typename Rows, typename Begin, typename End>
+SR_INLINE void tiled_product(int64_t m_count, int64_t k_count, int64_t p_begin, int64_t p_end,
+                             const T* a, const Rows& b, const Begin& begin, const End& end) {
+  constexpr int64_t kTileColumns = kTileVectors * Simd<T>::width;
+  const int64_t fit = (int64_t{16} << 10) / (k_count * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = max64(1, fit / kTileColumns) * kTileColumns;
+  const RowTiles tiles(m_count);
+  for (int64_t p0 = p_begin; p0 < p_end; p0 += block) {
+    const int64_t p1 = min64(p0 + block, p_end);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int64_t m = tiles.begin(tile);
+      register_row_tile<T, kTileRows>(tiles.begin(tile + 1) - m, k_count, p0, p1,
+                                      a + tile * k_count * kTileRows, b, m, begin, end);
+    }
+  }
+}
+
 template <typename T, typename ARows, typename BRows, int M, int N>
 SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, int64_t p_count,
                           T* c, int64_t ldc) {
@@ -634,7 +808,7 @@ SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, 
     }
   }
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) c[i * ldc + j] += horizontal_sum<T>(acc[i][j]);
+    for (int j = 0; j < N; ++j) c[i * ldc + j] += sum_by_halves<T>(acc[i][j]);
 }
 
 // C[m, n] += sum_p A[m, p] B[n, p]: the product of a weight gradient. p_count a multiple of the

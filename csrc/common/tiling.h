@@ -18,11 +18,13 @@ struct Tile {
 struct Tiling {
   int64_t batch, height, width, rows, columns, tiles_h, tiles_w;
 
-  // At most max_rows x max_columns pixels a tile, columns of nearly equal width.
-  Tiling(int64_t batch_, int64_t height_, int64_t width_, int64_t max_rows, int64_t max_columns)
+  // At most max_rows x max_columns pixels a tile, columns of nearly equal width: a multiple of
+  // `multiple` (of which max_columns is one) in every tile but a row's last.
+  Tiling(int64_t batch_, int64_t height_, int64_t width_, int64_t max_rows, int64_t max_columns,
+         int64_t multiple = 1)
       : batch(batch_), height(height_), width(width_) {
     tiles_w = max64(1, ceil_div(width, max_columns));
-    columns = max64(1, ceil_div(width, tiles_w));
+    columns = max64(1, ceil_div(ceil_div(width, tiles_w), multiple) * multiple);
     rows = max64(1, min64(max_rows, height));
     tiles_h = ceil_div(height, rows);
     tiles_w = ceil_div(width, columns);

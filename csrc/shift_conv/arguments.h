@@ -10,8 +10,8 @@ namespace sr_kernels {
 inline void check_enums(const char* op, int64_t activation, int64_t pattern, int64_t groups) {
   require(activation >= 0 && activation <= static_cast<int64_t>(Activation::kSilu), op,
           ": activation must be 0..4, got ", activation);
-  require(pattern == 0 || pattern == 1, op, ": pattern must be 0 (plus) or 1 (cross), got ",
-          pattern);
+  require(pattern >= 0 && pattern <= static_cast<int64_t>(ShiftPattern::kNone), op,
+          ": pattern must be 0 (plus), 1 (cross) or 2 (none), got ", pattern);
   require(groups >= 4 && groups <= 1 << 20, op, ": groups must be at least 4, got ", groups);
 }
 

@@ -3,13 +3,14 @@
 //   shift_conv2d       y = act(W shift(x) + b) (+ residual)
 //   shift_conv_block   y = W1 shift(act(W0 shift(x) + b0)) + b1 (+ x)
 //
-// Tile: a rectangle of pixels, all channels. The shift is an offset in the load (first product) or
-// in a row pointer into the hidden tile (second product); no shifted copy of a feature map exists.
-// The block keeps three rows of hidden activations at a time, 3 x c_hidden x tile width, in L2.
+// Tile: part of a row of pixels, all channels. shift_conv2d's shift is an offset in the load of the
+// product's operand. The block needs none of its hidden values twice (see block_forward), so it
+// computes them strip by strip, c_hidden x 64, from five rows of x in L2 whose row pointers carry
+// both shifts. Bias, activation and residual are applied to the products' accumulators.
 //
 // Floor, float32, per pixel: shift_conv2d moves 4 (c_in + c_out) bytes and does 2 c_in c_out FLOP;
 // the block at C = 60, ratio 2 moves 480 bytes and does 28.8 kFLOP: bound by arithmetic, so the
-// ceiling is a large fp32 matrix product on the same cores. Measured fraction: unmeasured.
+// ceiling is a large fp32 matrix product on the same cores. Measured fraction: @@
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
@@ -56,6 +57,18 @@ void activate_row(Activation activation, T slope, T* z, int64_t count) {
   }
 }
 
+// Activations that cost an instruction or two are applied to a product's accumulators; exp and erf
+// would push those out of their registers.
+SR_INLINE bool fits_in_epilogue(Activation activation) {
+  return activation != Activation::kGelu && activation != Activation::kSilu;
+}
+template <typename T>
+SR_INLINE Vec<T> activate_in_epilogue(Activation activation, T slope, Vec<T> v) {
+  if (activation == Activation::kRelu) return v < 0 ? Vec<T>{} : v;
+  if (activation == Activation::kLeakyRelu) return v > 0 ? v : v * slope;
+  return v;
+}
+
 // gradient <- gradient * act'(z)
 template <typename T>
 void multiply_by_derivative(Activation activation, T slope, const T* z, T* gradient,
@@ -93,6 +106,10 @@ struct ShiftedRuns {
   ShiftedRun run[5];
   int count = 0;
   ShiftedRuns(ShiftPattern pattern, int64_t channels, int groups) {
+    if (pattern == ShiftPattern::kNone) {
+      run[count++] = {0, channels, {0, 0}};
+      return;
+    }
     for (int64_t c = 0; c < channels;) {
       const int group = shift_group(static_cast<int>(c), static_cast<int>(channels), groups);
       int64_t end = c + 1;
@@ -116,6 +133,21 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
     load_tile<S>(x, n, run.begin, run.end - run.begin, h0 + run.offset.dy, rows, w0 + run.offset.dx,
                  columns, height, width, destination + run.begin * channel_stride, channel_stride,
                  row_stride);
+}
+
+// Asks for channels [c_begin, c_end) of a part of a row, [w0, w0 + columns). The runs are too short
+// and too many for the hardware to foresee; those of channels_last are long and few. Always inline:
+// g++ 12 takes a function that only prefetches for one without effects, and drops the call.
+template <typename S>
+SR_INLINE void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end,
+                            int64_t h, int64_t w0, int64_t columns, int64_t height) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  if (h < 0 || h >= height) return;
+  if (x.stride_w == 1) {
+    for (int64_t c = c_begin; c < c_end; ++c)
+      for (int64_t i = 0; i < columns; i += kLine)
+        __builtin_prefetch(at<S>(x, n, c, h, w0 + i), 0, 2);
+  }
 }
 
 // The transposed shift of a tile of gradients, into dx. Columns and rows of dx that no pixel maps
@@ -158,54 +190,107 @@ void fill_uncovered(const ShiftedRuns& runs, const FeatureMap& dx, const Feature
 
 constexpr int64_t kMaxColumns = 96;
 
+// Columns of a product that one pass computes: its results stay in L1 until they are used.
+constexpr int64_t kStripColumns = 64;
+
+// A bias as compute elements; zeros where there is none. count elements of scratch.
+template <typename S, typename T>
+const T* load_bias(const void* bias, int64_t count, T* destination) {
+  for (int64_t i = 0; i < count; ++i) destination[i] = T(0);
+  if (bias != nullptr) load_elements(static_cast<const S*>(bias), 1, count, destination);
+  return destination;
+}
+
 // ------------------------------------------------------------------ shift_conv2d
 
 template <typename S>
-void forward(const ShiftConvParams& p, ParallelFor parallel) {
+void forward(ShiftConvParams p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns);
-  const int64_t stride = padded<T>(tiling.columns), pixels = tiling.rows * stride;
+  if (p.pattern == ShiftPattern::kNone) {
+    const PixelRows rows(p.height, p.width, {&p.x, &p.residual, &p.y});
+    p.height = rows.height, p.width = rows.width;
+  }
+  constexpr int64_t kTileColumns = StripRows<T>::kTileColumns;
+  const Tiling tiling(p.batch, p.height, p.width, 4,
+                      max64(1, run_length<T>(p.c_in + p.c_out) / kTileColumns) * kTileColumns,
+                      kTileColumns);
+  const int64_t stride = spread_stride<T>(padded<T>(tiling.columns));
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual.data != nullptr;
+  // Whether accumulators become y's rows directly.
+  const bool direct =
+      p.y.stride_w == 1 && fits_in_epilogue(activation) && (!residual || p.residual.stride_w == 1);
 
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
                  Scratch::bytes_for<T>(p.c_out));
-  const LeftOperand<T> weight = pack(static_cast<const S*>(p.weight), p.c_in, 1, p.c_out, p.c_in,
-                                     shared.take<T>(packed_size(p.c_out, p.c_in)));
-  const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
+  const T* weight = pack_tiles(static_cast<const S*>(p.weight), p.c_in, 1, p.c_out, p.c_in,
+                               shared.take<T>(packed_size(p.c_out, p.c_in)));
+  const T* bias = load_bias<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const bool residual = p.residual.data != nullptr;
-    Scratch scratch(Scratch::bytes_for<T>(p.c_in * pixels) +
-                    (residual ? 2 : 1) * Scratch::bytes_for<T>(p.c_out * pixels));
-    T* x = scratch.take<T>(p.c_in * pixels);
-    T* y = scratch.take<T>(p.c_out * pixels);
-    T* r = residual ? scratch.take<T>(p.c_out * pixels) : nullptr;
+    Scratch scratch(Scratch::bytes_for<T>(p.c_in * stride) +
+                    (residual ? 2 : 1) * Scratch::bytes_for<T>(p.c_out * stride));
+    T* x = scratch.take<T>(p.c_in * stride);
+    T* y = scratch.take<T>(p.c_out * stride);
+    T* r = residual ? scratch.take<T>(p.c_out * stride) : nullptr;
+    const auto start = [&](int64_t m, int64_t, int i, int) { return broadcast(bias[m + i]); };
+    const StridedRows<T> b{x, stride};
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      const int64_t used = t.rows * stride;
-      load_shifted<S>(runs, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x, pixels,
-                      stride);
-      product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, used, weight,
-              StridedRows<T>{x, pixels}, bias, y, pixels);
-      for (int64_t c = 0; c < p.c_out; ++c)
-        activate_row(p.activation, T(p.negative_slope), y + c * pixels, used);
-      if (residual) {
-        load_tile<S>(p.residual, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height, p.width, r,
-                     pixels, stride);
+      const int64_t used = padded<T>(t.columns);
+      const int64_t whole = direct ? t.columns / Simd<T>::width * Simd<T>::width : 0;
+      for (int64_t h = t.h; h < t.h + t.rows; ++h) {
+        load_shifted<S>(runs, p.x, t.n, h, 1, t.w, t.columns, p.height, p.width, x, stride, stride);
+        S* y_row = at<S>(p.y, t.n, 0, h, t.w);
+        const int64_t y_stride = p.y.stride_c, r_stride = p.residual.stride_c;
+        if (residual) {
+          const S* r_row = at<S>(p.residual, t.n, 0, h, t.w);
+          tiled_product<T>(p.c_out, p.c_in, 0, whole, weight, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             v = activate_in_epilogue(activation, slope, v) +
+                                 load_vector_of(r_row + (m + i) * r_stride + column + j);
+                             store_vector_of(y_row + (m + i) * y_stride + column + j, v);
+                           });
+        } else {
+          tiled_product<T>(p.c_out, p.c_in, 0, whole, weight, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store_vector_of(y_row + (m + i) * y_stride + column + j,
+                                             activate_in_epilogue(activation, slope, v));
+                           });
+        }
+        if (whole == t.columns) continue;
+        const int64_t rest = t.columns - whole, count = used - whole;
+        tiled_product<T>(p.c_out, p.c_in, whole, used, weight, b, start,
+                         [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                           store<T>(y + (m + i) * stride + column + j, v);
+                         });
         for (int64_t c = 0; c < p.c_out; ++c)
-          for (int64_t i = 0; i < used; ++i) y[c * pixels + i] += r[c * pixels + i];
+          activate_row(activation, slope, y + c * stride + whole, count);
+        if (residual) {
+          load_tile<S>(p.residual, t.n, 0, p.c_out, h, 1, t.w + whole, rest, p.height, p.width,
+                       r + whole, stride, count);
+          for (int64_t c = 0; c < p.c_out; ++c)
+            for (int64_t i = whole; i < used; ++i) y[c * stride + i] += r[c * stride + i];
+        }
+        store_tile<S>(y + whole, stride, stride, p.y, t.n, 0, p.c_out, h, 1, t.w + whole, rest,
+                      p.height, p.width);
       }
-      store_tile<S>(y, pixels, stride, p.y, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height,
-                    p.width);
     }
   });
 }
 
 template <typename S>
-void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
+void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const ShiftConvParams& p = params.forward;
-  const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns);
+  ShiftConvParams& p = params.forward;
+  if (p.pattern == ShiftPattern::kNone) {
+    const PixelRows rows(p.height, p.width, {&p.x, &params.grad, &params.dx});
+    p.height = rows.height, p.width = rows.width;
+  }
+  const int64_t max_columns = p.height == 1 ? 4 * kMaxColumns : kMaxColumns;
+  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns);
   const int64_t stride = padded<T>(tiling.columns), pixels = tiling.rows * stride;
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
   const bool want_dx = params.dx.data != nullptr, want_dw = params.dweight != nullptr;
@@ -277,80 +362,128 @@ void backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
 
 // ------------------------------------------------------------------ shift_conv_block
 
-// Sets what lies outside the image to zero: the second convolution's zero fill. A row holds
-// columns [w0, w0 + columns).
-template <typename T>
-void zero_outside(T* row, int64_t w0, int64_t columns, int64_t width) {
-  for (int64_t i = 0; i < columns; ++i)
-    if (w0 + i < 0 || w0 + i >= width) row[i] = T(0);
-}
-
+// A hidden value is read by one output pixel only, since the shift moves each channel as a whole.
+// So row h of the output takes exactly c_hidden x width hidden values, at the places that the
+// second shift reads: hidden channel c at (h + dy(c), w + dx(c)) comes from x shifted once more.
+// Nothing is computed twice, and hidden values exist for one strip of pixels at a time. Only x
+// needs a halo, two pixels wide, and it is a copy: five rows in a ring, zero outside the image.
 template <typename S>
 void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  const Tiling tiling(p.batch, p.height, p.width, 32, kMaxColumns - 2);
-  const int64_t stride = padded<T>(tiling.columns + 2);  // one column of halo on either side
-  const int64_t slot = stride;                           // a hidden row of one channel
-  const int64_t hidden_channel = 3 * slot;               // rows h-1, h, h+1, in a ring
+  using Strip = StripRows<T>;
+  constexpr int64_t kTileColumns = Strip::kTileColumns, kHalo = 2, kRing = 2 * kHalo + 1;
+  static_assert(kStripColumns % kTileColumns == 0, "strips are whole register tiles");
+  // The ring is about 192 KiB: with both weights and a strip it stays in L2.
+  const int64_t fit = (int64_t{192} << 10) / (kRing * p.c_in * static_cast<int64_t>(sizeof(T)));
+  const int64_t bands = max64(1, ceil_div(p.height, 32));
+  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, bands),
+                      max64(1, min64(4, fit / kStripColumns)) * kStripColumns, kTileColumns);
+  const int64_t x_stride = spread_stride<T>(padded<T>(tiling.columns) + 2 * kHalo);
+  const int64_t slot = p.c_in * x_stride;
   const ShiftedRuns runs_in(p.pattern, p.c_in, p.groups);
   const ShiftedRuns runs_hidden(p.pattern, p.c_hidden, p.groups);
+  const bool direct = p.y.stride_w == 1;  // y's rows are written from registers
 
-  Scratch shared(Scratch::bytes_for<T>(packed_size(p.c_hidden, p.c_in)) +
+  int64_t w0_size = 0;  // packed run by run: each run reads x at places of its own
+  for (const ShiftedRun& run : runs_hidden) w0_size += packed_size(run.end - run.begin, p.c_in);
+  Scratch shared(Scratch::bytes_for<T>(w0_size) +
                  Scratch::bytes_for<T>(packed_size(p.c_out, p.c_hidden)) +
                  Scratch::bytes_for<T>(p.c_hidden) + Scratch::bytes_for<T>(p.c_out));
-  const LeftOperand<T> w0 = pack(static_cast<const S*>(p.w0), p.c_in, 1, p.c_hidden, p.c_in,
-                                 shared.take<T>(packed_size(p.c_hidden, p.c_in)));
-  const LeftOperand<T> w1 = pack(static_cast<const S*>(p.w1), p.c_hidden, 1, p.c_out, p.c_hidden,
-                                 shared.take<T>(packed_size(p.c_out, p.c_hidden)));
-  const T* b0 = load_vector<S>(p.b0, p.c_hidden, shared.take<T>(p.c_hidden));
-  const T* b1 = load_vector<S>(p.b1, p.c_out, shared.take<T>(p.c_out));
+  const T* w0[5];
+  {
+    T* panels = shared.take<T>(w0_size);
+    for (int i = 0; i < runs_hidden.count; ++i) {
+      const ShiftedRun& run = runs_hidden.run[i];
+      w0[i] = pack_tiles(static_cast<const S*>(p.w0) + run.begin * p.c_in, p.c_in, 1,
+                         run.end - run.begin, p.c_in, panels);
+      panels += packed_size(run.end - run.begin, p.c_in);
+    }
+  }
+  const T* w1 = pack_tiles(static_cast<const S*>(p.w1), p.c_hidden, 1, p.c_out, p.c_hidden,
+                           shared.take<T>(packed_size(p.c_out, p.c_hidden)));
+  const T* b0 = load_bias<S>(p.b0, p.c_hidden, shared.take<T>(p.c_hidden));
+  const T* b1 = load_bias<S>(p.b1, p.c_out, shared.take<T>(p.c_out));
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual;
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(p.c_in * stride) +
-                    Scratch::bytes_for<T>(p.c_hidden * hidden_channel) +
-                    2 * Scratch::bytes_for<T>(p.c_out * stride) +
-                    Scratch::bytes_for<const T*>(p.c_hidden));
-    T* x = scratch.take<T>(p.c_in * stride);
-    T* hidden = scratch.take<T>(p.c_hidden * hidden_channel);
-    T* y = scratch.take<T>(p.c_out * stride);
-    T* skip = scratch.take<T>(p.c_out * stride);
-    const T** rows = scratch.take<const T*>(p.c_hidden);
+    Scratch scratch(
+        Scratch::bytes_for<T>(kRing * slot) + Scratch::bytes_for<T>(p.c_hidden * kStripColumns) +
+        Scratch::bytes_for<T>(p.c_out * kStripColumns) + Scratch::bytes_for<const T*>(5 * p.c_in));
+    T* ring = scratch.take<T>(kRing * slot);
+    T* hidden = scratch.take<T>(p.c_hidden * kStripColumns);
+    T* y = scratch.take<T>(p.c_out * kStripColumns);
+    const T** rows = scratch.take<const T*>(5 * p.c_in);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      for (int64_t r = -1; r <= t.rows; ++r) {
-        const int64_t h = t.h + r;
-        T* ring_row = hidden + (r + 1) % 3 * slot;
-        if (h < 0 || h >= p.height) {
-          for (int64_t c = 0; c < p.c_hidden; ++c)
-            std::memset(ring_row + c * hidden_channel, 0, static_cast<size_t>(stride) * sizeof(T));
-        } else {
-          load_shifted<S>(runs_in, p.x, t.n, h, 1, t.w - 1, t.columns + 2, p.height, p.width, x,
-                          stride, stride);
-          product(b0 != nullptr ? Start::kBias : Start::kZero, p.c_hidden, p.c_in, stride, w0,
-                  StridedRows<T>{x, stride}, b0, ring_row, hidden_channel);
-          for (int64_t c = 0; c < p.c_hidden; ++c) {
-            T* row = ring_row + c * hidden_channel;
-            activate_row(p.activation, T(p.negative_slope), row, stride);
-            zero_outside(row, t.w - 1, t.columns + 2, p.width);
+      const int64_t parts = ceil_div(t.columns, kStripColumns) * runs_hidden.count;
+      const auto ring_row = [&](int64_t r) { return ring + (r + kHalo) % kRing * slot; };
+      for (int64_t r = -kHalo; r < t.rows + kHalo; ++r) {
+        load_tile<S>(p.x, t.n, 0, p.c_in, t.h + r, 1, t.w - kHalo, t.columns + 2 * kHalo, p.height,
+                     p.width, ring_row(r), x_stride, x_stride);
+        const int64_t out = r - kHalo, h = t.h + out;  // the row of y that is now possible
+        if (out < 0) continue;
+        for (int i = 0; i < runs_hidden.count; ++i)
+          for (const ShiftedRun& run : runs_in) {
+            const ShiftOffset first = run.offset, second = runs_hidden.run[i].offset;
+            const T* source = ring_row(out + first.dy + second.dy) + kHalo + first.dx + second.dx;
+            for (int64_t c = run.begin; c < run.end; ++c)
+              rows[i * p.c_in + c] = source + c * x_stride;
           }
+        for (int64_t w = 0; w < t.columns; w += kStripColumns) {
+          const int64_t columns = min64(kStripColumns, t.columns - w), used = padded<T>(columns);
+          const auto hidden_at = [&](int64_t c, int64_t column) {
+            return hidden + Strip::offset(p.c_hidden, column) + c * kTileColumns;
+          };
+          for (int i = 0; i < runs_hidden.count; ++i) {
+            const ShiftedRun& run = runs_hidden.run[i];
+            if (r + 1 < t.rows + kHalo) {  // the ring's next row, on its way while this one is used
+              const int64_t part = w / kStripColumns * runs_hidden.count + i;
+              prefetch_row<S>(p.x, t.n, p.c_in * part / parts, p.c_in * (part + 1) / parts,
+                              t.h + r + 1, t.w, t.columns, p.height);
+            }
+            if (h + run.offset.dy < 0 || h + run.offset.dy >= p.height) continue;
+            tiled_product<T>(
+                run.end - run.begin, p.c_in, 0, used, w0[i], PointerRows<T>{rows + i * p.c_in, w},
+                [&](int64_t m, int64_t, int i, int) { return broadcast(b0[run.begin + m + i]); },
+                [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                  store<T>(hidden_at(run.begin + m, column) + i * kTileColumns + j,
+                           activate_in_epilogue(activation, slope, v));
+                });
+          }
+          if (!fits_in_epilogue(p.activation))
+            activate_row(p.activation, slope, hidden,
+                         ceil_div(used, kTileColumns) * kTileColumns * p.c_hidden);
+          // The second convolution's zero fill.
+          for (const ShiftedRun& run : runs_hidden) {
+            const int64_t first = t.w + w + run.offset.dx, last = first + columns - 1;
+            const bool row_outside = h + run.offset.dy < 0 || h + run.offset.dy >= p.height;
+            for (int64_t i = 0; i < columns; i = row_outside ? i + 1 : i + max64(1, columns - 1))
+              if (row_outside || (i == 0 && first < 0) || (i == columns - 1 && last >= p.width))
+                for (int64_t c = run.begin; c < run.end; ++c) *hidden_at(c, i) = T(0);
+          }
+          const T* center = ring_row(out) + kHalo + w;
+          const auto start = [&](int64_t m, int64_t column, int i, int j) {
+            const Vec<T> bias = broadcast(b1[m + i]);
+            return residual ? bias + load(center + (m + i) * x_stride + column + j) : bias;
+          };
+          const StripRows<T> b{hidden, p.c_hidden};
+          const int64_t whole = direct ? columns / Simd<T>::width * Simd<T>::width : 0;
+          S* y_row = at<S>(p.y, t.n, 0, h, t.w + w);
+          const int64_t y_stride = p.y.stride_c;
+          tiled_product<T>(p.c_out, p.c_hidden, 0, whole, w1, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store_vector_of(y_row + (m + i) * y_stride + column + j, v);
+                           });
+          if (whole == columns) continue;
+          tiled_product<T>(p.c_out, p.c_hidden, whole, used, w1, b, start,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store<T>(y + (m + i) * kStripColumns + column + j, v);
+                           });
+          store_tile<S>(y + whole, kStripColumns, kStripColumns, p.y, t.n, 0, p.c_out, h, 1,
+                        t.w + w + whole, columns - whole, p.height, p.width);
         }
-        if (r < 1) continue;  // the output row r - 1 needs hidden rows r - 2, r - 1, r
-        const int64_t out = r - 1;
-        for (const ShiftedRun& run : runs_hidden)
-          for (int64_t c = run.begin; c < run.end; ++c)
-            rows[c] = hidden + c * hidden_channel + (out + run.offset.dy + 1) % 3 * slot + 1 +
-                      run.offset.dx;
-        const int64_t used = padded<T>(t.columns);
-        product(b1 != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_hidden, used, w1,
-                PointerRows<T>{rows}, b1, y, stride);
-        if (p.residual) {
-          load_tile<S>(p.x, t.n, 0, p.c_out, t.h + out, 1, t.w, t.columns, p.height, p.width, skip,
-                       stride, stride);
-          for (int64_t c = 0; c < p.c_out; ++c)
-            for (int64_t i = 0; i < used; ++i) y[c * stride + i] += skip[c * stride + i];
-        }
-        store_tile<S>(y, stride, stride, p.y, t.n, 0, p.c_out, t.h + out, 1, t.w, t.columns,
-                      p.height, p.width);
       }
     }
   });

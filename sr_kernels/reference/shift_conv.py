@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # (dy, dx) of the channel groups 0..3: group i of the shifted image at (h, w) is x at
-# (h + dy, w + dx). All remaining channels stay. "plus" is ELAN's, "cross" FriedRiceLab's 'x' mode.
+# (h + dy, w + dx). All remaining channels stay. "plus" is ELAN's, "cross" FriedRiceLab's 'x' mode;
+# with "none" the operators are plain 1x1 convolutions.
 SHIFT_OFFSETS = {
     "plus": ((0, 1), (0, -1), (1, 0), (-1, 0)),
     "cross": ((-1, -1), (-1, 1), (1, -1), (1, 1)),
+    "none": ((0, 0), (0, 0), (0, 0), (0, 0)),
 }
 
 
@@ -26,7 +28,7 @@ def shift(x: Tensor, *, pattern: str = "plus", groups: int = 5) -> Tensor:
 
     Args:
         x: (N, C, H, W), any dtype.
-        pattern: "plus" (right, left, below, above) or "cross" (the four diagonals).
+        pattern: "plus" (right, left, below, above) "cross" (the four diagonals) or "none".
         groups: number of channel groups, >= 1.
     """
     if pattern not in SHIFT_OFFSETS:
@@ -35,6 +37,8 @@ def shift(x: Tensor, *, pattern: str = "plus", groups: int = 5) -> Tensor:
         raise ValueError(f"groups is {groups}; expected at least 1")
     height, width = x.shape[2:]
     size = x.shape[1] // groups
+    if pattern == "none":
+        return x
     padded = F.pad(x, (1, 1, 1, 1))
     parts = []
     for group, (dy, dx) in enumerate(SHIFT_OFFSETS[pattern]):
