@@ -189,8 +189,8 @@ def test_none_is_a_1x1_convolution():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_passes_unchanged(dtype, layout):
-    """With the identity as weight: each value is converted to float32 and back. -0 becomes +0, as a
-    sum with 0 does; channels other than NaN's and infinity's would be 0 * NaN, hence one channel."""
+    """With the identity as weight: each value is converted to float32 and back. One
+    channel where there are NaN and infinity: in other channels they would become 0 * NaN."""
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(1, 1, 256, 256)
     inputs = {"x": x, "weight": torch.ones(1, 1, 1, 1, dtype=dtype)}

@@ -598,9 +598,7 @@ struct StridedRows {
 template <typename T>
 struct PointerRows {  // rows anywhere, as when each has a shift of its own
   const T* const* rows;
-  int64_t first = 0;  // column
-  SR_INLINE const T* operator[](int64_t k) const { return rows[k] + first; }
-  SR_INLINE PointerRows from_column(int64_t p) const { return {rows, first + p}; }
+  SR_INLINE const T* operator[](int64_t k) const { return rows[k]; }
 };
 // Strips as wide as a register tile, one behind the other, k_count rows each: what one tile reads
 // is consecutive. Element (k, p) is data[offset(k_count, p) + k * kTileColumns].
@@ -723,20 +721,36 @@ const T* pack_tiles(const S* source, int64_t row_stride, int64_t column_stride, 
   return destination;
 }
 
-template <typename T, int M, int V, typename Rows, typename Begin, typename End>
-SR_INLINE void register_tile(int64_t k_count, const T* a, const Rows& b, int64_t m, int64_t p,
-                             const Begin& begin, const End& end) {
+// Makes v a register's content at this point. Without it g++ turns a load that serves several
+// multiplications into an operand in memory of each, and the loads become the bottleneck.
+template <typename V>
+SR_INLINE void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
+template <typename T, int M, int V, typename Begin, typename End>
+SR_INLINE void register_tile(int64_t k_count, const T* a, const StridedRows<T>& b, int64_t m,
+                             int64_t p, const Begin& begin, const End& end) {
   constexpr int W = Simd<T>::width;
   Vec<T> acc[M][V];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) acc[i][j] = begin(m, p, i, j * W);
-  for (int64_t k = 0; k < k_count; ++k, a += kTileRows) {
-    const T* row = b[k];
+  const T* row = b.data;
+  for (int64_t k = 0; k < k_count; ++k, a += kTileRows, row += b.ld) {
     Vec<T> column[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) column[j] = load(row + j * W);
+    for (int j = 0; j < V; ++j) {
+      column[j] = load(row + j * W);
+      keep_in_register(column[j]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Vec<T> value = broadcast(a[i]);
@@ -769,7 +783,8 @@ SR_INLINE void register_row_tile(int64_t row_count, int64_t k_count, int64_t p_b
 //
 //   end(m, p, i, j, begin(m, p, i, j) + sum_k A[m + i, k] B[k, p + j ...])
 //
-// A comes from pack_tiles(); b is one of the rows above; p_begin and p_end are multiples of the
+// A comes from pack_tiles(); b is StridedRows or StripRows (a pointer
+// or a shift for each row would cost a tenth); p_begin and p_end are multiples of the
 // vector width. Columns go in blocks of which B stays in L1 while all of A passes over them.
 template <typename T, typename Rows, typename Begin, typename End>
 SR_INLINE void tiled_product(int64_t m_count, int64_t k_count, int64_t p_begin, int64_t p_end,

@@ -5,12 +5,15 @@
 //
 // Tile: part of a row of pixels, all channels. shift_conv2d's shift is an offset in the load of the
 // product's operand. The block needs none of its hidden values twice (see block_forward), so it
-// computes them strip by strip, c_hidden x 64, from five rows of x in L2 whose row pointers carry
-// both shifts. Bias, activation and residual are applied to the products' accumulators.
+// computes them strip by strip, c_hidden x 64, from three rows of shift(x) in L2. Bias, activation
+// and residual are applied to the products' accumulators.
 //
 // Floor, float32, per pixel: shift_conv2d moves 4 (c_in + c_out) bytes and does 2 c_in c_out FLOP;
 // the block at C = 60, ratio 2 moves 480 bytes and does 28.8 kFLOP: bound by arithmetic, so the
-// ceiling is a large fp32 matrix product on the same cores. Measured fraction: @@
+// ceiling is a large fp32 matrix product on the same cores. Measured at 180 x 320 on one Zen 3 core
+// (AVX2), where a 1024 x 1024 product in the same run reached 94 GFLOP/s: the block 76 GFLOP/s, a
+// fraction of 0.81 (C = 52: 0.77, 64: 0.80, 180: 0.81; channels_last 0.75 to 0.81); shift_conv2d,
+// 60 -> 60 and 60 -> 120, 0.63 and 0.74, channels_last 0.53 and 0.61.
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
@@ -135,18 +138,22 @@ void load_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64
                  row_stride);
 }
 
-// Asks for channels [c_begin, c_end) of a part of a row, [w0, w0 + columns). The runs are too short
-// and too many for the hardware to foresee; those of channels_last are long and few. Always inline:
-// g++ 12 takes a function that only prefetches for one without effects, and drops the call.
+// Asks for channels [c_begin, c_end) of a part of a row of shift(x), [w0, w0 + columns). The runs
+// are too short and too many for the hardware to foresee; those of channels_last are long and few.
+// Always inline: g++ 12 takes a function that only prefetches for one without effects, and drops
+// the call.
 template <typename S>
-SR_INLINE void prefetch_row(const FeatureMap& x, int64_t n, int64_t c_begin, int64_t c_end,
-                            int64_t h, int64_t w0, int64_t columns, int64_t height) {
+SR_INLINE void prefetch_shifted(const ShiftedRuns& runs, const FeatureMap& x, int64_t n,
+                                int64_t c_begin, int64_t c_end, int64_t h, int64_t w0,
+                                int64_t columns, int64_t height) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-  if (h < 0 || h >= height) return;
-  if (x.stride_w == 1) {
-    for (int64_t c = c_begin; c < c_end; ++c)
+  if (x.stride_w != 1) return;
+  for (const ShiftedRun& run : runs) {
+    const int64_t row = h + run.offset.dy;
+    if (row < 0 || row >= height) continue;
+    for (int64_t c = max64(c_begin, run.begin); c < min64(c_end, run.end); ++c)
       for (int64_t i = 0; i < columns; i += kLine)
-        __builtin_prefetch(at<S>(x, n, c, h, w0 + i), 0, 2);
+        __builtin_prefetch(at<S>(x, n, c, row, w0 + i), 0, 2);
   }
 }
 
@@ -363,18 +370,19 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
 // ------------------------------------------------------------------ shift_conv_block
 
 // A hidden value is read by one output pixel only, since the shift moves each channel as a whole.
-// So row h of the output takes exactly c_hidden x width hidden values, at the places that the
-// second shift reads: hidden channel c at (h + dy(c), w + dx(c)) comes from x shifted once more.
-// Nothing is computed twice, and hidden values exist for one strip of pixels at a time. Only x
-// needs a halo, two pixels wide, and it is a copy: five rows in a ring, zero outside the image.
+// So row h of the output takes exactly c_hidden x width hidden values: hidden channel c at
+// (h + dy(c), w + dx(c)), where the second shift reads. Nothing is computed twice, and hidden
+// values exist for one strip of pixels at a time. What has a halo is shift(x), one pixel: three
+// rows of it in a ring, in which the second shift is one offset for a whole product. The residual
+// is in the ring too, where the first shift took it.
 template <typename S>
 void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   using Strip = StripRows<T>;
-  constexpr int64_t kTileColumns = Strip::kTileColumns, kHalo = 2, kRing = 2 * kHalo + 1;
+  constexpr int64_t kTileColumns = Strip::kTileColumns, kHalo = 1, kRing = 3;
   static_assert(kStripColumns % kTileColumns == 0, "strips are whole register tiles");
-  // The ring is about 192 KiB: with both weights and a strip it stays in L2.
-  const int64_t fit = (int64_t{192} << 10) / (kRing * p.c_in * static_cast<int64_t>(sizeof(T)));
+  // The ring is about 128 KiB: with both weights and a strip it stays in L2.
+  const int64_t fit = (int64_t{128} << 10) / (kRing * p.c_in * static_cast<int64_t>(sizeof(T)));
   const int64_t bands = max64(1, ceil_div(p.height, 32));
   const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, bands),
                       max64(1, min64(4, fit / kStripColumns)) * kStripColumns, kTileColumns);
@@ -384,7 +392,7 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   const ShiftedRuns runs_hidden(p.pattern, p.c_hidden, p.groups);
   const bool direct = p.y.stride_w == 1;  // y's rows are written from registers
 
-  int64_t w0_size = 0;  // packed run by run: each run reads x at places of its own
+  int64_t w0_size = 0;  // packed run by run: each run reads shift(x) at a place of its own
   for (const ShiftedRun& run : runs_hidden) w0_size += packed_size(run.end - run.begin, p.c_in);
   Scratch shared(Scratch::bytes_for<T>(w0_size) +
                  Scratch::bytes_for<T>(packed_size(p.c_out, p.c_hidden)) +
@@ -410,27 +418,23 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(
         Scratch::bytes_for<T>(kRing * slot) + Scratch::bytes_for<T>(p.c_hidden * kStripColumns) +
-        Scratch::bytes_for<T>(p.c_out * kStripColumns) + Scratch::bytes_for<const T*>(5 * p.c_in));
+        Scratch::bytes_for<T>(p.c_out * kStripColumns) + Scratch::bytes_for<const T*>(p.c_in));
     T* ring = scratch.take<T>(kRing * slot);
     T* hidden = scratch.take<T>(p.c_hidden * kStripColumns);
     T* y = scratch.take<T>(p.c_out * kStripColumns);
-    const T** rows = scratch.take<const T*>(5 * p.c_in);
+    const T** unshifted = scratch.take<const T*>(p.c_in);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       const int64_t parts = ceil_div(t.columns, kStripColumns) * runs_hidden.count;
-      const auto ring_row = [&](int64_t r) { return ring + (r + kHalo) % kRing * slot; };
+      const auto ring_row = [&](int64_t r) { return ring + (r + kHalo) % kRing * slot + kHalo; };
       for (int64_t r = -kHalo; r < t.rows + kHalo; ++r) {
-        load_tile<S>(p.x, t.n, 0, p.c_in, t.h + r, 1, t.w - kHalo, t.columns + 2 * kHalo, p.height,
-                     p.width, ring_row(r), x_stride, x_stride);
+        load_shifted<S>(runs_in, p.x, t.n, t.h + r, 1, t.w - kHalo, t.columns + 2 * kHalo, p.height,
+                        p.width, ring_row(r) - kHalo, x_stride, x_stride);
         const int64_t out = r - kHalo, h = t.h + out;  // the row of y that is now possible
         if (out < 0) continue;
-        for (int i = 0; i < runs_hidden.count; ++i)
-          for (const ShiftedRun& run : runs_in) {
-            const ShiftOffset first = run.offset, second = runs_hidden.run[i].offset;
-            const T* source = ring_row(out + first.dy + second.dy) + kHalo + first.dx + second.dx;
-            for (int64_t c = run.begin; c < run.end; ++c)
-              rows[i * p.c_in + c] = source + c * x_stride;
-          }
+        for (const ShiftedRun& run : runs_in)
+          for (int64_t c = run.begin; c < run.end; ++c)
+            unshifted[c] = ring_row(out - run.offset.dy) + c * x_stride - run.offset.dx;
         for (int64_t w = 0; w < t.columns; w += kStripColumns) {
           const int64_t columns = min64(kStripColumns, t.columns - w), used = padded<T>(columns);
           const auto hidden_at = [&](int64_t c, int64_t column) {
@@ -440,20 +444,22 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
             const ShiftedRun& run = runs_hidden.run[i];
             if (r + 1 < t.rows + kHalo) {  // the ring's next row, on its way while this one is used
               const int64_t part = w / kStripColumns * runs_hidden.count + i;
-              prefetch_row<S>(p.x, t.n, p.c_in * part / parts, p.c_in * (part + 1) / parts,
-                              t.h + r + 1, t.w, t.columns, p.height);
+              prefetch_shifted<S>(runs_in, p.x, t.n, p.c_in * part / parts,
+                                  p.c_in * (part + 1) / parts, t.h + r + 1, t.w, t.columns,
+                                  p.height);
             }
             if (h + run.offset.dy < 0 || h + run.offset.dy >= p.height) continue;
+            const T* source = ring_row(out + run.offset.dy) + run.offset.dx + w;
             tiled_product<T>(
-                run.end - run.begin, p.c_in, 0, used, w0[i], PointerRows<T>{rows + i * p.c_in, w},
+                run.end - run.begin, p.c_in, 0, used, w0[i], StridedRows<T>{source, x_stride},
                 [&](int64_t m, int64_t, int i, int) { return broadcast(b0[run.begin + m + i]); },
                 [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
                   store<T>(hidden_at(run.begin + m, column) + i * kTileColumns + j,
                            activate_in_epilogue(activation, slope, v));
                 });
           }
-          if (!fits_in_epilogue(p.activation))
-            activate_row(p.activation, slope, hidden,
+          if (!fits_in_epilogue(activation))
+            activate_row(activation, slope, hidden,
                          ceil_div(used, kTileColumns) * kTileColumns * p.c_hidden);
           // The second convolution's zero fill.
           for (const ShiftedRun& run : runs_hidden) {
@@ -463,12 +469,11 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
               if (row_outside || (i == 0 && first < 0) || (i == columns - 1 && last >= p.width))
                 for (int64_t c = run.begin; c < run.end; ++c) *hidden_at(c, i) = T(0);
           }
-          const T* center = ring_row(out) + kHalo + w;
           const auto start = [&](int64_t m, int64_t column, int i, int j) {
             const Vec<T> bias = broadcast(b1[m + i]);
-            return residual ? bias + load(center + (m + i) * x_stride + column + j) : bias;
+            return residual ? bias + load(unshifted[m + i] + w + column + j) : bias;
           };
-          const StripRows<T> b{hidden, p.c_hidden};
+          const Strip b{hidden, p.c_hidden};
           const int64_t whole = direct ? columns / Simd<T>::width * Simd<T>::width : 0;
           S* y_row = at<S>(p.y, t.n, 0, h, t.w + w);
           const int64_t y_stride = p.y.stride_c;
