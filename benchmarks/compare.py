@@ -1,12 +1,20 @@
 """Compare two commits of this repository on this machine: which is faster, and is that noise?
 
-    python benchmarks/compare.py BASE HEAD [--op NAME ...] [--size HxW] [--channels C]
+    python benchmarks/compare.py BASE HEAD [--op NAME ...] [--size HxW ...] [--channels C ...]
 
 Both are checked out beside each other and built. Three processes then take turns sample by sample:
 BASE, BASE once more, and HEAD. The second BASE shows what two copies of the same program differ by
 on this machine today; HEAD is called faster or slower only where the confidence interval of its
-ratio lies outside of that. Commits are whatever git understands; `.` is the working tree as it is.
-Inputs, shapes and verification are those of `sr-kernels bench`, of the working tree.
+ratio lies outside of that.
+
+Where a process happens to lie in memory can make it slower for as long as it lives. So all three
+are started anew --restarts times per case, and the intervals are those of a bootstrap that draws
+restarts first and pairs of samples within each: one unlucky process does not decide.
+
+Commits are whatever git understands; `.` is the working tree as it is. Inputs, shapes and
+verification are those of `sr-kernels bench`, of the working tree. Every process must have loaded
+the build that it stands for. A case that fails is reported with its side, the others go on, and
+the exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -27,7 +36,9 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OPS = ("shift_conv_block", "grouped_window_attention", "window_attention")
+# Of pairs of samples per case, and at most per restart.
 MIN_PAIRS = 15
+MAX_PAIRS = 60
 # Differences below this are not worth a verdict, whatever their confidence.
 SMALLEST = 0.01
 
@@ -41,12 +52,29 @@ class Ratio:
     high: float
 
 
-def ratio_of(base: Sequence[float], other: Sequence[float], seed: int = 0) -> Ratio:
-    """Of samples taken in pairs; the interval by the bootstrap over pairs."""
-    ratios = [b / a for a, b in zip(base, other, strict=True)]
+def ratio_of(
+    base: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0
+) -> Ratio:
+    """Of samples taken in pairs, by restart of the processes.
+
+    The median is that of all pairs; its interval is by the bootstrap, over restarts first and over
+    pairs within each, because the pairs of one restart share what its processes met.
+    """
+    ratios = [
+        [b / a for a, b in zip(*pairs, strict=True)] for pairs in zip(base, other, strict=True)
+    ]
     generator = random.Random(seed)
-    medians = sorted(_median(generator.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return Ratio(_median(ratios), medians[50], medians[1949])
+
+    def again() -> float:
+        drawn = generator.choices(ratios, k=len(ratios))
+        return _median(_pooled([generator.choices(own, k=len(own)) for own in drawn]))
+
+    medians = sorted(again() for _ in range(2000))
+    return Ratio(_median(_pooled(ratios)), medians[50], medians[1949])
+
+
+def _pooled(restarts: Sequence[Sequence[float]]) -> list[float]:
+    return [value for own in restarts for value in own]
 
 
 def _median(values: Sequence[float]) -> float:
@@ -103,32 +131,72 @@ def build(name: str, folder: Path) -> tuple[str, Path]:
 
 
 class Worker:
-    """A process with one build, which measures what it is told to."""
+    """A process with one build, which measures what it is told to.
 
-    def __init__(self, site: Path, threads: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    side: what errors call it.  site: where its build was installed; None for the package that is
+    installed here.
+
+    Raises:
+        RuntimeError: it does not start, or has loaded another build than that below `site`.
+    """
+
+    def __init__(self, side: str, site: Path | None, threads: int) -> None:
+        self.side = side
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        if site is None:
+            import sr_kernels
+
+            site = Path(sr_kernels.__file__).parents[1]
+        else:
+            environment["PYTHONPATH"] = str(site)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sr_kernels.benchmarks.compare_worker", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            # Python 3.10 has no PYTHONSAFEPATH: it looks for packages where it is started first.
+            cwd=site,
         )
+        try:
+            for what, place in self._answer().items():
+                if not Path(place).resolve().is_relative_to(site.resolve()):
+                    raise RuntimeError(f"{side}: its {what} is {place}, which is not below {site}")
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, **message: Any) -> Any:
-        stdin, stdout = self._pipes()
-        try:
+        stdin, _ = self._pipes()
+        # One that has ended is found out about in `_answer`.
+        with contextlib.suppress(BrokenPipeError):
             stdin.write(json.dumps(message) + "\n")
             stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        return self._answer()
+
+    def _answer(self) -> Any:
+        _, stdout = self._pipes()
+        line = stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker ended with status {self._process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["value"]
+            raise RuntimeError(f"{self.side}: its process ended with status {self._process.wait()}")
+        try:
+            answer = json.loads(line)
+            failed = "error" in answer
+            value = answer["error" if failed else "value"]
+        except (ValueError, TypeError, KeyError):
+            raise RuntimeError(
+                f"{self.side}: its process answered {line.strip()[:200]!r} and {self._end()}"
+            ) from None
+        if failed:
+            raise RuntimeError(f"{self.side}: {value}")
+        return value
+
+    def _end(self) -> str:
+        try:
+            return f"ended with status {self._process.wait(timeout=1)}"
+        except subprocess.TimeoutExpired:
+            self.close()
+            return "was ended"
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self._process.stdin is not None
@@ -140,18 +208,47 @@ class Worker:
         self._process.wait()
 
 
-def compare(case: dict[str, Any], workers: Sequence[Worker], seconds: float) -> list[list[float]]:
-    """Samples of each worker, taken in turn in changing order."""
+def compare(
+    case: dict[str, Any], workers: Sequence[Worker], seconds: float, least: int = MIN_PAIRS
+) -> list[list[float]]:
+    """Samples of each worker, at least `least`, taken in turn in changing order."""
     for worker in workers:
         worker.ask(do="prepare", case=case)
     once = max(worker.ask(do="time", repeats=1) for worker in workers)
     repeats = max(1, round(0.02 / once))
-    pairs = max(MIN_PAIRS, min(60, round(seconds / (once * repeats * len(workers)))))
+    pairs = max(least, min(MAX_PAIRS, round(seconds / (once * repeats * len(workers)))))
     samples: list[list[float]] = [[] for _ in workers]
     for turn in range(pairs):
         order = [(turn + i) % len(workers) for i in range(len(workers))]
         for index in order if turn // len(workers) % 2 else reversed(order):
             samples[index].append(workers[index].ask(do="time", repeats=repeats))
+    return samples
+
+
+def compare_restarted(
+    case: dict[str, Any],
+    sides: Sequence[tuple[str, Path | None]],
+    *,
+    threads: int,
+    seconds: float,
+    restarts: int,
+) -> list[list[list[float]]]:
+    """Samples of each side (its name and site), by restart of its process.
+
+    `seconds` and MIN_PAIRS are shared out among the restarts.
+    """
+    samples: list[list[list[float]]] = [[] for _ in sides]
+    for _ in range(restarts):
+        with contextlib.ExitStack() as stack:
+            workers = []
+            for side, site in sides:
+                workers.append(Worker(side, site, threads))
+                stack.callback(workers[-1].close)
+            least = math.ceil(MIN_PAIRS / restarts)
+            for own, new in zip(
+                samples, compare(case, workers, seconds / restarts, least), strict=True
+            ):
+                own.append(new)
     return samples
 
 
@@ -171,7 +268,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of samples per case (default: 5)"
     )
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="of all processes, per case (default: 3)"
+    )
     args = parser.parse_args(argv)
+    for option in ("restarts", "threads"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} is {getattr(args, option)}; expected at least 1")
 
     from sr_kernels.benchmarks import cases
 
@@ -180,38 +283,48 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, cases.MissingExtra) as error:
         parser.error(str(error))
     folder = Path(tempfile.mkdtemp(prefix="sr_kernels-compare-"))
-    workers: list[Worker] = []
+    failed = False
     try:
-        sites = []
+        sites: list[Path] = []
         for side, name in (("base", args.base), ("head", args.head)):
             print(f"building {name} ...", file=sys.stderr, flush=True)
-            what, site = build(name, folder / side)
+            try:
+                what, site = build(name, folder / side)
+            except RuntimeError as error:
+                print(f"error: {side}: {error}", file=sys.stderr)
+                return 1
             sites.append(site)
             print(f"{side}: {name} ({what})", flush=True)
-        workers = [Worker(site, args.threads) for site in (sites[0], sites[0], sites[1])]
+        sides = [("base", sites[0]), ("base, once more", sites[0]), ("head", sites[1])]
         print(
             f"\n{'case':<58}{'base ms':>9}{'head/base':>11}{'95 %':>16}{'base/base':>18}  verdict"
         )
         for case in chosen:
-            base, control, head = compare(vars(case).copy(), workers, args.seconds)
+            try:
+                base, control, head = compare_restarted(
+                    vars(case).copy(),
+                    sides,
+                    threads=args.threads,
+                    seconds=args.seconds,
+                    restarts=args.restarts,
+                )
+            except RuntimeError as error:
+                failed = True
+                print(f"{case!s:<58}failed: {error}", flush=True)
+                continue
             changed, same = ratio_of(base, head), ratio_of(base, control)
             print(
-                f"{case!s:<58}{1e3 * _median(base):>9.4g}{changed.median:>11.3f}"
+                f"{case!s:<58}{1e3 * _median(_pooled(base)):>9.4g}{changed.median:>11.3f}"
                 f"{changed.low:>8.3f}..{changed.high:<6.3f}{same.low:>10.3f}..{same.high:<6.3f}"
                 f"  {verdict(changed, same)}",
                 flush=True,
             )
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        for worker in workers:
-            worker.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""The process that `compare.py` starts for each build: one JSON message per line, and answers."""
+"""The process that `compare.py` starts for each build.
+
+Its first line says which build it has loaded; then it takes one JSON message per line, and answers
+each with a line {"value": ...} or {"error": ...}.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import sr_kernels
+from sr_kernels._library import CPU_LIBRARY
 
 from . import measure
 from .cases import Case
@@ -18,11 +26,20 @@ from .run import PHOTOGRAPH, truth_of
 __all__ = ["serve"]
 
 
+def _loaded() -> dict[str, Any]:
+    if not CPU_LIBRARY.loaded:
+        return {"error": CPU_LIBRARY.error}
+    return {"value": {"package": sr_kernels.__file__, "library": str(CPU_LIBRARY.path)}}
+
+
 def serve(threads: int) -> None:
     """Answers until stdin ends."""
+    # What libraries print, in Python or below it, must not end up between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
     torch.set_num_threads(threads)
-    # What libraries print must not end up between the answers.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(_loaded()), file=answers, flush=True)
     call: Any = None
     clock = measure.Clock("cpu")
     for line in sys.stdin:

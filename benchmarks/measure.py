@@ -34,6 +34,10 @@ class Timing:
     p80: float
     samples: int
 
+    def divided(self, count: int) -> Timing:
+        """Of one of the `count` calls that each timed call makes."""
+        return Timing(self.median / count, self.p20 / count, self.p80 / count, self.samples)
+
 
 def percentile(values: list[float], share: float) -> float:
     """Linear between the two nearest ranks, as numpy's."""
@@ -86,17 +90,33 @@ class Clock:
         return sum(a.elapsed_time(b) for a, b in pairs) / 1e3 / repeats
 
 
+GRAPH_CALLS = 20
+
+
 def graphed(call: Call) -> Call:
-    """The call as one replay of a CUDA graph: what is left when no launch costs anything."""
+    """GRAPH_CALLS calls as one replay of a CUDA graph, whose own launch is spread over them.
+
+    Raises what the capture raises, and AssertionError where a replay gives another result.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    captured: object = None
+    # Not torch.cuda.graph: a capture that fails would leave its stream the current one.
     with torch.cuda.stream(stream):
         for _ in range(3):
-            call()
+            expected = call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for _ in range(GRAPH_CALLS):
+                captured = call()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected)
     return graph.replay
 
 
@@ -117,8 +137,11 @@ def interleaved(
     with quiet():
         for name, call in calls.items():
             call()
+            began = time.perf_counter()
             once = max(clock.time(call), 1e-7)
-            repeats[name] = max(1, round(SAMPLE_SECONDS / once))
+            wall = time.perf_counter() - began
+            # What a sample costs besides (overwriting a GPU's cache) has its limit too.
+            repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.2 / wall)))
             estimate[name] = once * repeats[name]
         slowest = max(estimate.values())
         rounds = max(MIN_ROUNDS, min(60, round(seconds / slowest)))

@@ -55,7 +55,19 @@ def load(case: Case, weights: Path | None, image: Path) -> tuple[Any, str]:
     """The network, in eval mode on the CPU, and what its weights are."""
     network = NETWORKS[case.op]
     if weights is not None:
-        return models.load_checkpoint(weights).eval(), weights.name
+        loaded: Any = models.load_checkpoint(weights).eval()
+        wanted: Any = network.make()
+        for what, found, expected in (
+            ("network", type(loaded).__name__, type(wanted).__name__),
+            ("scale", loaded.scale, wanted.scale),
+            ("number of parameters", _size(loaded), _size(wanted)),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"weights for {case.op} are {weights}, whose {what} is {found}; expected "
+                    f"{expected}"
+                )
+        return loaded, weights.name
     if network.pretrained is not None:
         return models.load_pretrained(network.pretrained).eval(), network.pretrained
     # For benchmarks on this process's own stream of random numbers, which must not be disturbed.
@@ -69,6 +81,11 @@ def load(case: Case, weights: Path | None, image: Path) -> tuple[Any, str]:
         with torch.no_grad():
             model.train()(photograph(image, 1, 64, 64, model.rgb_range))
     return model.eval(), "random, seed 0"
+
+
+def _size(model: nn.Module) -> int:
+    """Parameters, without those that only some checkpoints have (the mean colour's)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def work(case: Case, model: Any) -> dict[str, Work]:

@@ -142,10 +142,16 @@ def _depthwise(channels: int, dtype: torch.dtype, device: str) -> Function:
     return lambda x: tf.conv2d(x, kernel, padding=1, groups=channels)
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """Shift and 1x1 convolution as the one 3x3 convolution that they are."""
-    kernel = shift_weight(weight.shape[1]).to(weight)
-    return weight * kernel.permute(1, 0, 2, 3)
+def _dense(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Shift and 1x1 convolution as the one 3x3 convolution that they are: weight -> its kernel.
+
+    Without a gradient the kernel is made here, once, as a user would.
+    """
+    shift = shift_weight(weight.shape[1]).to(weight).permute(1, 0, 2, 3)
+    if weight.requires_grad:
+        return lambda weight: weight * shift
+    kernel = weight * shift
+    return lambda weight: kernel
 
 
 def _shift_conv2d(case: Case) -> Problem:
@@ -158,8 +164,10 @@ def _shift_conv2d(case: Case) -> Problem:
         return lambda x, weight, bias: tf.relu(tf.conv2d(move(x), weight, bias))
 
     def conv2d(inputs: Inputs) -> Function:
+        dense = _dense(inputs["weight"])
+
         def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return tf.relu(tf.conv2d(x, _dense(weight), bias, padding=1))
+            return tf.relu(tf.conv2d(x, dense(weight), bias, padding=1))
 
         return run
 
@@ -195,9 +203,11 @@ def _shift_conv_block(case: Case) -> Problem:
         return run
 
     def conv2d(inputs: Inputs) -> Function:
+        first, second = _dense(inputs["w0"]), _dense(inputs["w1"])
+
         def run(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
-            inner = tf.relu(tf.conv2d(x, _dense(w0), b0, padding=1))
-            return tf.conv2d(inner, _dense(w1), b1, padding=1) + x
+            inner = tf.relu(tf.conv2d(x, first(w0), b0, padding=1))
+            return tf.conv2d(inner, second(w1), b1, padding=1) + x
 
         return run
 
@@ -214,26 +224,38 @@ def _shift_conv_block(case: Case) -> Problem:
 
 
 def _attention_work(
-    case: Case, inputs: Inputs, windows: tuple[tuple[int, int], ...], *, reuse: bool = False
+    case: Case,
+    inputs: Inputs,
+    windows: tuple[tuple[int, int], ...],
+    *,
+    backward_products: int = 5,
 ) -> dict[str, Work]:
     """windows: (tokens, channels) of each group or head, q and v alike.
 
-    A product of T tokens with d channels costs 2 T d operations per pixel: q k^T and P v forward,
-    five of them backward (both again or their like: q k^T, dO v^T, dS k, dS^T q, P^T dO).
+    A product of T tokens with d channels costs 2 T d operations per pixel: q k^T and P v forward;
+    q k^T, dO v^T, dS k, dS^T q and P^T dO backward, where with keys that are the queries two are
+    one, (dS + dS^T) q. That q q^T is symmetric and could be halved is not taken off.
     """
     products = 2.0 * case.pixels * sum(tokens * d for tokens, d in windows)
     exponentials = float(case.pixels * sum(tokens for tokens, _ in windows))
     channels = sum(d for _, d in windows)
-    if reuse:  # with the probabilities at hand only P v, and P^T dO, are left
-        return _work(
-            case,
-            inputs,
-            channels,
-            products,
-            gradients=("v",),
-            backward_flops=products,
-        )
-    return _work(case, inputs, channels, 2 * products, exponentials, backward_flops=5 * products)
+    return _work(
+        case,
+        inputs,
+        channels,
+        2 * products,
+        exponentials,
+        backward_flops=backward_products * products,
+    )
+
+
+def _reuse_work(case: Case, inputs: Inputs) -> dict[str, Work]:
+    """With the probabilities at hand only P v is left, backward P^T dO. They come from somewhere:
+    counted is the least, reading q, though not what it takes to make them from it."""
+    q = Work(getattr(torch, case.dtype).itemsize * float(inputs["v"].numel()), 0)
+    flops = 2.0 * case.pixels * sum(tokens * d for tokens, d in _groups(case.channels))
+    work = _work(case, inputs, case.channels, flops, gradients=("v",), backward_flops=flops)
+    return {mode: cost + q for mode, cost in work.items()}
 
 
 def _groups(channels: int) -> tuple[tuple[int, int], ...]:
@@ -264,7 +286,7 @@ def _grouped_window_attention(case: Case) -> Problem:
         inputs,
         plain(reference.grouped_window_attention, **options),
         public(sr_kernels.grouped_window_attention, **options),
-        _attention_work(case, inputs, _groups(c)),
+        _attention_work(case, inputs, _groups(c), backward_products=4),
         maps=("qv",),
         alternatives={"sdpa": sdpa},
     )
@@ -312,7 +334,7 @@ def _grouped_window_reuse(case: Case) -> Problem:
         inputs,
         stock,
         ours,
-        _attention_work(case, inputs, _groups(c), reuse=True),
+        _reuse_work(case, inputs),
         maps=("v",),
         wrt=("v",),
     )
@@ -338,10 +360,16 @@ def _window_attention(case: Case) -> Problem:
         mask = torch.zeros(n_windows, 1, tokens, tokens, device=device, dtype=make.dtype)
         mask.masked_fill_(~masks(device), -math.inf)
 
+        def add(bias: Tensor) -> Tensor:
+            return bias[index].permute(2, 0, 1)[None] + mask
+
+        # Without a gradient, a user adds mask and bias once.
+        prepared = None if inputs["bias"].requires_grad else add(inputs["bias"])
+
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             parts = [_to_windows(t, window, shift, heads) for t in (q, k, v)]
             shape = parts[0].shape
-            added = bias[index].permute(2, 0, 1)[None] + mask
+            added = add(bias) if prepared is None else prepared
             queries, keys, values = (part.flatten(0, 2) for part in parts)
             y = tf.scaled_dot_product_attention(queries, keys, values, attn_mask=added, scale=scale)
             return _from_windows(y.reshape(shape), window, shift)

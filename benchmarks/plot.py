@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import table
 from .cases import MissingExtra
-from .run import fastest_other, is_ours
+from .networks import NETWORKS
+from .run import BUSY, fastest_other, is_ours
 from .table import Row
 
 __all__ = ["MARKERS", "draw", "latest", "readme_section"]
 
+ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 # Told apart without colour: shade, hatching, marker and dash differ. Shades are of one hue.
@@ -23,16 +26,28 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measure the same thing on the same device, those of the last run."""
-    newest: dict[tuple[str, ...], tuple[str, str]] = {}
+    """Of everything that was measured more than once, the rows of one run.
+
+    That is the newest run with a row of ours and another provider's time; where there is none, the
+    newest of all, whose rows then stand in no comparison. Rows of two runs are never mixed.
+    """
     everything = list(rows)
-    for row in everything:  # the file is in the order of measuring
-        newest[_same(row)] = (row.date, row.commit)
-    return [row for row in everything if newest[_same(row)] == (row.date, row.commit)]
+    newest: dict[tuple[str, ...], tuple[bool, str, str]] = {}
+    for group in _cases(everything):
+        rank = _rank(group)
+        newest[_same(group[0])] = max(rank, newest.get(_same(group[0]), rank))
+    chosen = {(same, *rank[1:]) for same, rank in newest.items()}
+    return [row for row in everything if (_same(row), row.run, row.commit) in chosen]
+
+
+def _rank(group: Sequence[Row]) -> tuple[bool, str, str]:
+    # A row of ours that is wrong counts: an older time must not stand in for it.
+    ours = any(is_ours(row.provider) and row.status != "unavailable" for row in group)
+    return ours and fastest_other(group) is not None, group[0].run, group[0].commit
 
 
 def _same(row: Row) -> tuple[str, ...]:
-    names = ("op", "mode", "shape", "dtype", "cache", "threads", "device")
+    names = ("op", "mode", "shape", "dtype", "cache", "threads", "device", "weights")
     return tuple(str(getattr(row, name)) for name in names)
 
 
@@ -50,11 +65,20 @@ def _best(rows: Sequence[Row]) -> Row | None:
     return min(ours, key=lambda row: row.median_ms or 0.0, default=None)
 
 
-def draw(folder: Path) -> list[Path]:
+def draw(folder: Path, root: Path | None = None) -> list[Path]:
     """Draws speedup, roofline and sizes, each as PNG and SVG, for each device in the table.
 
-    In a checkout whose README holds the markers, renews what is between them. Returns the files.
+    Of each device with the number of threads that the most rows have: numbers of threads are not
+    mixed, and a few rows with more threads do not push out a whole table.
+
+    Where `folder` is benchmarks/results of the checkout `root` (default: the one that this file is
+    in), and the README there holds the markers, renews what is between them. Returns the files.
+
+    Raises:
+        ValueError: no row in the table has a time; or as `table.read`.
+        MissingExtra: matplotlib is not installed.
     """
+    root = (ROOT if root is None else root).resolve()
     try:
         import matplotlib
     except ImportError as error:
@@ -87,10 +111,10 @@ def draw(folder: Path) -> list[Path]:
                 partial.replace(file)
                 written.append(file)
             _close(figure)
-    readme = folder.resolve().parents[1] / "README.md"
-    if readme.is_file():
+    readme = root / "README.md"
+    if folder.resolve() == root / "benchmarks" / "results" and readme.is_file():
         text = readme.read_text()
-        renewed = _replaced(text, readme_section(folder, readme.parent))
+        renewed = _replaced(text, readme_section(folder, root))
         if renewed != text:
             partial = readme.with_suffix(".md.partial")
             partial.write_text(renewed)
@@ -105,15 +129,24 @@ def _close(figure: Any) -> None:
     plt.close(figure)
 
 
-def _label(row: Row) -> str:
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The case, as it is told apart from the others among `rows`."""
     mode = "" if row.mode == "forward" else f" {row.mode}"
     dtype = "" if row.dtype == "float32" else f" {row.dtype}"
     cache = "" if row.cache in ("warm", "hot") else f" {row.cache}"
-    return f"{row.op} {row.shape}{mode}{dtype}{cache}"
+    return f"{row.op} {row.shape}{mode}{dtype}{cache}{_weights(row, rows)}"
+
+
+def _weights(row: Row, rows: Sequence[Row]) -> str:
+    """ " weights" where `rows` has the network with several."""
+    several = len({other.weights for other in rows if other.op == row.op}) > 1
+    return f" {row.weights}" if several else ""
 
 
 def _threads(rows: Sequence[Row]) -> int:
-    return max(row.threads for row in rows)
+    """The number of threads that the most rows have; of equals, the larger."""
+    counts = Counter(row.threads for row in rows)
+    return max(counts, key=lambda threads: (counts[threads], threads))
 
 
 def _speedup(rows: Sequence[Row], device: str) -> Any:
@@ -125,7 +158,7 @@ def _speedup(rows: Sequence[Row], device: str) -> Any:
         best, other = _best(group), fastest_other(group)
         if best is None or other is None or not best.median_ms or not other.median_ms:
             continue
-        bars.append((_label(best), other.median_ms / best.median_ms, other.provider))
+        bars.append((_label(best, rows), other.median_ms / best.median_ms, other.provider))
     if not bars:
         return None
     bars.reverse()
@@ -146,7 +179,12 @@ def _roofline(rows: Sequence[Row], device: str) -> Any:
     import matplotlib.pyplot as plt
 
     threads = _threads(rows)
-    chosen = [r for r in rows if r.threads == threads and r.dtype == "float32"]
+    # The model's bytes come from memory once: a cold cache or a graph is another experiment.
+    chosen = [
+        row
+        for row in rows
+        if row.threads == threads and row.dtype == "float32" and row.cache in ("warm", "hot")
+    ]
     points = [best for group in _cases(chosen) if (best := _best(group)) is not None]
     points = [row for row in points if row.flops and row.bytes]
     if not points:
@@ -196,24 +234,28 @@ def _sizes(rows: Sequence[Row], device: str) -> Any:
         and row.mode == "forward"
         and row.dtype == "float32"
         and row.cache in ("warm", "hot")
-        and row.size[1] == 3
+        and row.op in NETWORKS
     ]
-    ops = list(dict.fromkeys(row.op for row in chosen))
-    if not ops:
+    networks = list(dict.fromkeys(row.op + _weights(row, chosen) for row in chosen))
+    if not networks:
         return None
     figure, grid = plt.subplots(
-        2, len(ops), figsize=(4.2 * len(ops), 6.4), squeeze=False, sharex="col"
+        2, len(networks), figsize=(4.2 * len(networks), 6.4), squeeze=False, sharex="col"
     )
     columns: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
         ("milliseconds", lambda row: row.median_ms),
         ("peak memory growth, MB", lambda row: row.memory_mb),
     )
     providers = list(dict.fromkeys(row.provider for row in chosen))
-    for column, op in enumerate(ops):
+    for column, network in enumerate(networks):
         for line, (unit, value) in enumerate(columns):
             axes = grid[line][column]
             for index, provider in enumerate(providers):
-                own = [r for r in chosen if r.op == op and r.provider == provider]
+                own = [
+                    row
+                    for row in chosen
+                    if row.op + _weights(row, chosen) == network and row.provider == provider
+                ]
                 points = sorted(
                     (r.size[0] * r.size[2] * r.size[3], v) for r in own if (v := value(r))
                 )
@@ -233,7 +275,7 @@ def _sizes(rows: Sequence[Row], device: str) -> Any:
             axes.set_yscale("log")
             axes.set_ylabel(unit)
             if line == 0:
-                axes.set_title(op, fontsize=9)
+                axes.set_title(network, fontsize=9)
                 axes.legend(fontsize=6)
             else:
                 axes.set_xlabel("pixels of the input")
@@ -253,16 +295,21 @@ def _replaced(text: str, section: str) -> str:
 
 
 def readme_section(folder: Path, root: Path) -> str:
-    """Markdown: a table of ours against the fastest other provider, and the charts there are."""
+    """Markdown: for each device a table of ours against the fastest other provider, with where and
+    when that was measured; and the charts there are. "-": memory was not measured."""
     rows = [row for row in latest(table.read(folder)) if row.median_ms is not None]
     lines = []
     place = folder.resolve().relative_to(root.resolve())
     for device in dict.fromkeys(row.device for row in rows):
         own = [row for row in rows if row.device == device]
         threads = _threads(own)
-        groups = _cases(row for row in own if row.threads == threads)
+        own = [row for row in own if row.threads == threads]
+        groups = _cases(own)
         runs = sorted({(group[0].date, group[0].commit) for group in groups})
-        versions = sorted({row.versions.split(",")[0] for row in own})
+        versions = sorted(
+            {version for row in own for version in row.versions.split(", ")},
+            key=lambda version: (not version.startswith("torch "), version),
+        )
         lines += [
             f"{device}, {threads} threads, {', '.join(versions)}; measured "
             + ", ".join(f"{date} at {commit}" for date, commit in runs)
@@ -276,11 +323,13 @@ def readme_section(folder: Path, root: Path) -> str:
             best, other = _best(group), fastest_other(group)
             if best is None or other is None or not best.median_ms or not other.median_ms:
                 continue
-            memory = (
-                "" if best.memory_mb is None else f"{best.memory_mb:.0f} / {other.memory_mb:.0f}"
+            memory = " / ".join(
+                "-" if row.memory_mb is None else f"{row.memory_mb:.0f}" for row in (best, other)
             )
+            busy = any((row.other_load or 0.0) > BUSY for row in (best, other))
             lines.append(
-                f"| {_label(best)} | {best.median_ms:.4g} ({best.p20_ms:.4g} .. {best.p80_ms:.4g}) "
+                f"| {_label(best, own)}{' (busy machine)' if busy else ''} "
+                f"| {best.median_ms:.4g} ({best.p20_ms:.4g} .. {best.p80_ms:.4g}) "
                 f"| {other.median_ms:.4g} {other.provider} "
                 f"| {other.median_ms / best.median_ms:.2f} | {best.fraction:.0%} {best.bound} "
                 f"| {memory} |"

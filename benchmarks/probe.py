@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,7 +30,14 @@ TOY_SIDE = 16  # a multiple of every window
 
 
 class ProbeFailed(Exception):
-    """The provider could not be run in a process of its own; the message says why."""
+    """The provider could not be run in a process of its own; the message says why.
+
+    killed: by the system or after too long a time, so that running it here is not to be tried.
+    """
+
+    def __init__(self, message: str, *, killed: bool = False) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 def growth(
@@ -58,15 +66,16 @@ def growth(
     theirs.close()
     try:
         if not ours.poll(seconds):
-            raise ProbeFailed(f"no result within {seconds:.0f} s")
+            raise ProbeFailed(f"no result within {seconds:.0f} s", killed=True)
         kind, value = ours.recv()
     except EOFError:
         process.join()
         code = process.exitcode
         raise ProbeFailed(
             "its process was killed: probably out of memory"
-            if code == -9
-            else f"its process ended with status {code}"
+            if code == -signal.SIGKILL
+            else f"its process ended with status {code}",
+            killed=True,
         ) from None
     finally:
         if process.is_alive():
@@ -107,6 +116,7 @@ def _child(
     folder: Path,
     best_format: str,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     try:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
@@ -125,10 +135,13 @@ def _child(
         before = measure.resident()
         running = chosen.build()
         if chosen.compiles:
+            # Compiled at the first call: what stays in memory from that does not count.
+            built = measure.resident()
             running.call(case.mode)()
-            before = measure.resident()
+            before += measure.resident() - built
+        call = running.call(case.mode)
         measure.reset_peak()
-        running.call(case.mode)()
+        call()
         pipe.send(("bytes", max(0, measure.peak() - before)))
     except Unavailable as error:
         pipe.send(("unavailable", str(error)))

@@ -92,7 +92,7 @@ class Provider:
     """name: as in the table.  build: makes it ready; raises Unavailable where it cannot run.
 
     ours: of this package.  foreign: a runtime with threads of its own.
-    compiles: the first call compiles.  trusted: stock itself, from which the allowance comes.
+    compiles: the first call compiles.
     """
 
     name: str
@@ -216,10 +216,11 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
         wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
     ) -> Running:
         format_ = _memory_format(suffix)
-        model: Any = copy.deepcopy(network).to(case.device, to)
+        # By way of the dtype under test: the oracle gets the same rounded numbers.
+        model: Any = copy.deepcopy(network).to(case.device, dtype).to(to)
         model = model.to(memory_format=format_).train(training)
         model.backend = backend
-        x = picture.to(case.device, to).contiguous(memory_format=format_)
+        x = picture.to(case.device, dtype).to(to).contiguous(memory_format=format_)
         leaves = {}
         if training:
             leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +26,10 @@ from .work import bound
 
 __all__ = ["PHOTOGRAPH", "Settings", "measure_case", "run"]
 
-# The definition in float64 writes out whole attention matrices: beyond this many pixels of a
-# network's input, results are held against stock in the dtype under test.
-ORACLE_PIXELS = {"forward": 400 * 640, "backward": 8 * 64 * 64, "both": 8 * 64 * 64}
+# The definition in float64 writes out whole attention matrices: beyond this many pixels results are
+# held against stock in the dtype under test.
+ORACLE_PIXELS = {"forward": 600 * 1024, "backward": 8 * 64 * 64, "both": 8 * 64 * 64}
+NETWORK_ORACLE_PIXELS = {**ORACLE_PIXELS, "forward": 400 * 640}
 
 # Cores that other programs may use during a measurement before the report warns.
 BUSY = 0.2
@@ -59,12 +62,18 @@ def run(
     say: Callable[[str], None],
     progress: Callable[[str], Callable[[int, int], None]],
     toy: bool = False,
-) -> list[Row]:
+) -> tuple[list[Row], list[Case]]:
     """Measures all cases and adds their rows to the table in `out`, case by case.
 
     progress: given a label, returns what is called with (done, total).
+
+    Returns all rows, and the cases that could not be measured at all.
     """
     torch.set_num_threads(settings.threads)
+    # What is called float32 is: stock's convolutions on a GPU would otherwise round to TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    began = datetime.datetime.now(datetime.timezone.utc)
+    name = f"{began:%Y%m%dT%H%M%SZ}-{os.getpid()}"
     devices = sorted({case.device for case in cases})
     limits = {}
     for device in devices:
@@ -72,18 +81,31 @@ def run(
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
     everything: list[Row] = []
+    failed: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:
         for index, case in enumerate(cases):
             label = f"{index + 1}/{len(cases)} {case}"
-            rows = measure_case(
-                case, settings, limits[case.device], Path(folder), progress=progress(label)
-            )
+            try:
+                rows = measure_case(
+                    case,
+                    settings,
+                    limits[case.device],
+                    Path(folder),
+                    run=name,
+                    progress=progress(label),
+                )
+            except Exception as problem:
+                # Of the case itself (a size that windows do not divide, no memory for the
+                # definition): the cases behind it are measured all the same.
+                say(f"\n{case}: failed: {type(problem).__name__}: {_line(problem)}")
+                failed.append(case)
+                continue
             table.add(out, rows)
             everything.extend(rows)
             say("\n".join(report(rows)))
             gc.collect()
             torch.compiler.reset()  # what was compiled for this case
-    return everything
+    return everything, failed
 
 
 def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
@@ -92,8 +114,8 @@ def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
     )
     return (
         f"{table.device_name(device)}, {threads} threads, torch {torch.__version__}: "
-        f"copy {limits.copy[-1][1] / 1e9:.1f} GB/s, matrix product {products}, "
-        f"{limits.exps / 1e9:.2f} G exponentials/s"
+        f"copy {limits.copy[-1][1] / 1e9:.1f} GB/s, matrix product {products}"
+        + (f", {limits.exps / 1e9:.2f} G exponentials/s" if math.isfinite(limits.exps) else "")
     )
 
 
@@ -103,9 +125,13 @@ def measure_case(
     limits: ceilings.Ceilings,
     folder: Path,
     *,
+    run: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """The rows of one case, one per provider (and state of the cache, on a GPU)."""
+    """The rows of one case, one per provider (and state of the cache, on a GPU).
+
+    run: what identifies the run, in every row of it.
+    """
     weights = (settings.weights or {}).get(case.op)
     this = subject(case, weights=weights, image=settings.image, folder=folder)
     chosen = [p for p in this.providers if settings.wants(p.name)]
@@ -121,26 +147,21 @@ def measure_case(
         versions="",
         commit=table.commit(),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        run=run,
         weights=this.weights,
     )
     truth = truth_of(this)
     rows: dict[str, Row] = {}
     ready: dict[str, Running] = {}
-    memory: dict[str, float] = {}
+    if any(p.name == "compile" for p in chosen):
+        this.choose_format(_faster_format(this))
     for provider in chosen:
         row = replace(blank, provider=provider.name, versions=_versions(provider.name))
+        memory = None
         try:
             if settings.memory and case.device == "cpu":
-                grown = probe.growth(
-                    case,
-                    provider.name,
-                    threads=settings.threads,
-                    weights=weights,
-                    image=settings.image,
-                    folder=folder,
-                    best_format=this.best_format,
-                )
-                memory[provider.name] = grown / 1e6
+                memory, why = _memory(provider, this, settings, folder)
+                row = replace(row, reason=why)
             running, error = _verified(provider, case, truth)
         except Unavailable as problem:
             rows[provider.name] = replace(row, status="unavailable", reason=_line(problem))
@@ -153,13 +174,16 @@ def measure_case(
             rows[provider.name] = replace(row, status="failed", reason=reason)
             continue
         ready[provider.name] = running
-        rows[provider.name] = replace(row, error=error, memory_mb=memory.get(provider.name))
-        if provider.name == f"eager{CHANNELS_LAST}" and "eager" in ready:
-            this.choose_format(_faster_format(ready, case))
+        if provider.name == "compile" and this.best_format:
+            row = replace(row, reason="in channels_last")
+        rows[provider.name] = replace(row, error=error, memory_mb=memory)
     del truth
     foreign = any(p.foreign for p in chosen if p.name in ready)
     result = [row for row in rows.values() if row.status != "ok"]
-    for cache, calls in _variants(ready, case).items():
+    variants, uncaptured = _variants(ready, case)
+    for name, why in uncaptured.items():
+        result.append(replace(rows[name], cache="graph", status="failed", reason=why, error=None))
+    for cache, calls in variants.items():
         clock = measure.Clock(case.device, cold=cache == "cold")
         others = measure.OtherLoad()
         timings = measure.interleaved(
@@ -171,6 +195,8 @@ def measure_case(
         )
         busy = others.cores()
         for name, timing in timings.items():
+            if cache == "graph":
+                timing = timing.divided(measure.GRAPH_CALLS)
             row = replace(rows[name], cache=cache, other_load=busy)
             result.append(_timed(row, timing, this, limits))
     if case.device != "cpu" and settings.memory:
@@ -191,7 +217,8 @@ def truth_of(this: Subject) -> Truth:
     dtype = getattr(torch, case.dtype)
     stock = _on_cpu(this.stock(dtype).results(case.mode))
     oracle = None
-    if not case.is_network or case.pixels <= ORACLE_PIXELS[case.mode]:
+    limit = NETWORK_ORACLE_PIXELS if case.is_network else ORACLE_PIXELS
+    if case.pixels <= limit[case.mode]:
         oracle = _on_cpu(this.stock(torch.float64).results(case.mode))
     return Truth(stock, oracle, case.dtype)
 
@@ -205,42 +232,69 @@ def _verified(provider: Provider, case: Case, truth: Truth) -> tuple[Running, fl
     return running, truth.check(running.results(case.mode))
 
 
-def _faster_format(ready: dict[str, Running], case: Case) -> str:
+def _memory(
+    provider: Provider, this: Subject, settings: Settings, folder: Path
+) -> tuple[float | None, str]:
+    """Megabytes, or None and why; raises what says that the provider is not to be run here."""
+    case = this.case
+    try:
+        grown = probe.growth(
+            case,
+            provider.name,
+            threads=settings.threads,
+            weights=(settings.weights or {}).get(case.op),
+            image=settings.image,
+            folder=folder,
+            best_format=this.best_format,
+        )
+    except probe.ProbeFailed as problem:
+        if problem.killed:
+            raise
+        return None, f"memory: {_line(problem)}"
+    return grown / 1e6, ""
+
+
+def _faster_format(this: Subject) -> str:
     """Which of stock's two formats torch.compile gets: a short race."""
+    case = this.case
     clock = measure.Clock(case.device)
     times = {}
-    for suffix in ("", CHANNELS_LAST):
-        call = ready[f"eager{suffix}"].call(case.mode)
+    for provider in this.providers:
+        stem, suffix = provider.name.removesuffix(CHANNELS_LAST), ""
+        if stem != provider.name:
+            suffix = CHANNELS_LAST
+        if stem != "eager":
+            continue
+        call = provider.build().call(case.mode)
         call()
         times[suffix] = min(clock.time(call) for _ in range(2))
     return min(times, key=lambda suffix: times[suffix])
 
 
-def _variants(ready: dict[str, Running], case: Case) -> dict[str, dict[str, Callable[[], object]]]:
-    """By state of the cache, what is timed."""
+def _variants(
+    ready: dict[str, Running], case: Case
+) -> tuple[dict[str, dict[str, Callable[[], object]]], dict[str, str]]:
+    """By state of the cache, what is timed; and by provider, why it has no CUDA graph."""
     calls = {name: running.call(case.mode) for name, running in ready.items()}
     if not calls:
-        return {}
+        return {}, {}
     if case.device == "cpu":
-        return {"warm": calls}
-    variants = {"hot": calls, "cold": calls}
-    if case.mode == "forward":
-        graphs = {}
+        return {"warm": calls}, {}
+    graphs, failed = {}, {}
+    if case.mode != "backward":  # it goes through a graph of autograd's that was made outside
         for name, call in calls.items():
             try:
                 graphs[name] = measure.graphed(call)
-            except Exception:
-                # It has its rows without a graph; one that cannot be captured has none with.
-                torch.cuda.synchronize()
-        if graphs:
-            variants["graph"] = graphs
-    return variants
+            except Exception as problem:
+                failed[name] = f"{type(problem).__name__}: {_line(problem)}"
+    variants = {"hot": calls, "cold": calls, **({"graph": graphs} if graphs else {})}
+    return variants, failed
 
 
 def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Ceilings) -> Row:
     case = this.case
     work = this.work[case.mode]
-    rate = limits.bytes_per_s(work.bytes)
+    rate = limits.copy[-1][1] if row.cache == "cold" else limits.bytes_per_s(work.bytes)
     flops = limits.flops[case.dtype]
     least = bound(work, bytes_per_s=rate, flops_per_s=flops, exps_per_s=limits.exps)
     return replace(
@@ -257,7 +311,7 @@ def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Cei
         fraction=least.seconds / timing.median,
         copy_gbs=rate / 1e9,
         matmul_gflops=flops / 1e9,
-        exp_gs=limits.exps / 1e9,
+        exp_gs=limits.exps / 1e9 if math.isfinite(limits.exps) else None,
     )
 
 
@@ -286,6 +340,16 @@ def _versions(provider: str) -> str:
 
 
 # ------------------------------------------------------------------------------ for people
+
+
+def provider_names(case: Case) -> set[str]:
+    """What `Settings.providers` may ask for, without building anything large."""
+    toy = replace(case, batch=1, height=16, width=48)  # window attention needs 8, ELAN's 16
+    with tempfile.TemporaryDirectory() as folder:
+        this = subject(toy, weights=None, image=PHOTOGRAPH, folder=Path(folder))
+        names = {provider.name for provider in this.providers}
+    stems = {name.removesuffix(CHANNELS_LAST).removesuffix(PLAN) for name in names}
+    return names | stems
 
 
 def fastest_other(rows: Sequence[Row]) -> Row | None:

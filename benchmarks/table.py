@@ -1,7 +1,8 @@
 """The table of results: one CSV file, one row per provider and case.
 
 A row is identified by `KEY`; measuring the same thing again on the same day and commit replaces it.
-Rows are written after every case, the file as a whole or not at all.
+Only rows of one run (`Row.run`) are compared with each other: two runs met two states of the
+machine. Rows are written after every case, the file as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import functools
 import os
 import platform
 import subprocess
@@ -25,6 +27,12 @@ __all__ = ["FILE_NAME", "KEY", "Row", "add", "commit", "device_name", "read"]
 
 FILE_NAME = "results.csv"
 
+# What a measurement depends on; the results themselves are written by it.
+_SOURCES = (
+    *("setup.py", "pyproject.toml", "csrc", "sr_kernels", "models", "benchmarks"),
+    ":(exclude)benchmarks/results",
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -34,7 +42,8 @@ class Row:
     three with a reason.  cache: "warm" on a CPU; "hot", "cold" or "graph" (hot, launches taken
     away) on a GPU.  error: largest absolute error.  other_load: cores that other programs used
     meanwhile.  bound, floor_ms, fraction: see `work.bound`;
-    fraction = floor_ms / median_ms.  weights: of a network.
+    fraction = floor_ms / median_ms.  weights: of a network.  run: one per run,
+    "20261121T065000Z-12345", its time in UTC and its process; runs sort by it.
     """
 
     op: str
@@ -48,6 +57,7 @@ class Row:
     versions: str
     commit: str
     date: str
+    run: str
     status: str = "ok"
     reason: str = ""
     weights: str = ""
@@ -81,16 +91,22 @@ class Row:
     @property
     def case(self) -> tuple[str, ...]:
         """What rows that may be compared with each other agree in."""
-        names = ("op", "mode", "shape", "dtype", "cache", "threads", "device", "commit", "date")
-        return tuple(str(getattr(self, name)) for name in names)
+        return tuple(str(getattr(self, name)) for name in _CASE)
 
 
 KEY = (
     *("op", "mode", "shape", "dtype", "provider", "cache"),
-    *("threads", "device", "versions", "commit", "date"),
+    *("threads", "device", "versions", "commit", "date", "weights"),
 )
+_CASE = (
+    *("op", "mode", "shape", "dtype", "cache"),
+    *("threads", "device", "commit", "weights", "run"),
+)
+# Of a row without a time: what agrees in these is out of date. It failed before it had a cache.
+_FAILED = tuple(name for name in KEY if name not in ("cache", "versions"))
 _NUMBERS = {f.name for f in fields(Row) if "float" in str(f.type) or "int" in str(f.type)}
 _WHOLE = {"threads", "samples"}
+_REQUIRED = {"threads"}
 
 
 def _text(value: object) -> str:
@@ -100,7 +116,12 @@ def _text(value: object) -> str:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows, in the file's order; none if there is no file."""
+    """All rows, in the file's order; none if there is no file.
+
+    Raises:
+        ValueError: `folder` is no folder, or the file is not such a table; it names the line.
+    """
+    _check(folder)
     file = folder / FILE_NAME
     if not file.exists():
         return []
@@ -116,21 +137,57 @@ def read(folder: Path) -> list[Row]:
                 "folder with --out"
             )
         for record in reader:
+            where = f"{file}, line {reader.line_num}"
+            # DictReader fills a short line with None, and keeps a long one's rest under None.
+            columns = sum(value is not None for name, value in record.items() if name in names)
+            if columns < len(names) or len(record) > len(names):
+                found_columns = f"{columns} columns" if columns < len(names) else "more columns"
+                raise ValueError(
+                    f"{where}: {found_columns} where there are {len(names)}; the line is damaged"
+                )
             values: dict[str, object] = dict(record)
             for name in _NUMBERS:
-                text = record[name]
-                values[name] = None if text == "" else (int if name in _WHOLE else float)(text)
+                values[name] = _number(name, record[name], where)
             rows.append(Row(**values))  # type: ignore[arg-type]
     return rows
 
 
+def _number(name: str, text: str, where: str) -> float | int | None:
+    if text == "" and name not in _REQUIRED:
+        return None
+    try:
+        return int(text) if name in _WHOLE else float(text)
+    except ValueError:
+        kind = "an integer" if name in _WHOLE else "a number"
+        raise ValueError(f"{where}: {name} is {text!r}; expected {kind}") from None
+
+
+def _check(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path):
+            if not path.is_dir():
+                raise ValueError(f"--out: {path} is not a folder")
+            return
+
+
 def add(folder: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to the file; those with the same key go. Safe against a second writer."""
+    """Adds rows to the file; those with the same key go. Safe against a second writer.
+
+    A row that is not "ok" also takes away what its provider had there in other caches and with
+    other versions: a provider that has become wrong keeps no times.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     new = list(rows)
     replaced = {row.key for row in new}
+    failed = {_failed(row) for row in new if row.status != "ok"}
     with _locked(folder):
-        kept = [row for row in read(folder) if row.key not in replaced]
+        kept = [
+            row for row in read(folder) if row.key not in replaced and _failed(row) not in failed
+        ]
         handle, name = tempfile.mkstemp(dir=folder, prefix=FILE_NAME, suffix=".partial")
         try:
             with os.fdopen(handle, "w", newline="") as stream:
@@ -145,6 +202,10 @@ def add(folder: Path, rows: Iterable[Row]) -> None:
             raise
 
 
+def _failed(row: Row) -> tuple[str, ...]:
+    return tuple(str(getattr(row, name)) for name in _FAILED)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time. The lock is the folder's, so that no file is left behind."""
@@ -156,10 +217,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@functools.cache
 def commit() -> str:
-    """The short hash of the checkout that runs, with "+" if sources were changed since; the
-    package's version where there is no checkout."""
-    root = Path(__file__).resolve().parents[1]
+    """The short hash of the checkout that runs, with "+" if sources were changed or added since;
+    the package's version where there is no checkout. Asked for once: a run has one commit."""
+    return _commit_of(Path(__file__).resolve().parents[1])
+
+
+def _commit_of(root: Path) -> str:
     if not (root / "csrc").is_dir():
         return f"v{__version__}"
 
@@ -169,8 +234,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        sources = ("setup.py", "csrc", "sr_kernels", "models", "benchmarks/*.py")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", *_SOURCES)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return f"v{__version__}"

@@ -124,9 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from sr_kernels.benchmarks import cases, plot
 
-    asked = arguments.op or arguments.size or arguments.quick or arguments.mode
-    measures = bool(asked or arguments.channels or arguments.provider or not arguments.plot)
-    if measures:
+    names = ("op", "size", "channels", "mode", "dtype", "provider", "quick", "list")
+    untouched = _defaults()
+    asked = any(getattr(arguments, name) != getattr(untouched, name) for name in names)
+    if asked or not arguments.plot:
         for size in arguments.size:
             try:
                 cases.parse_size(size)
@@ -161,23 +162,39 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _defaults() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([])
+
+
 def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     import torch
+    from PIL import Image
 
     from sr_kernels.benchmarks import run as runs
     from sr_kernels.benchmarks import table
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise Failure("--device cuda: torch finds no CUDA GPU; `sr-kernels env` tells more")
-    threads = os.cpu_count() or 1 if arguments.threads is None else arguments.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = cores or 1 if arguments.threads is None else arguments.threads
     if threads < 1:
         raise UsageError(f"--threads is {threads}; expected at least 1")
     seconds = arguments.seconds
     if seconds is None:
         seconds = QUICK_SECONDS if arguments.quick else FULL_SECONDS
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"--seconds is {seconds}; expected a number of seconds, at least 0")
+    for count in arguments.channels:
+        if count < 1:
+            raise UsageError(f"--channels: {count} is not a number of channels")
     image = arguments.image or runs.PHOTOGRAPH
-    if not image.is_file():
-        raise Failure(f"--image: {image} is not a file")
+    try:
+        with Image.open(image):
+            pass
+    except OSError as error:
+        raise Failure(f"--image: {image} cannot be read as a picture: {error}") from error
     try:
         table.read(arguments.out)  # before anything is measured that could not be added to it
     except (OSError, ValueError) as error:
@@ -187,21 +204,45 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         seconds=seconds,
         memory=not arguments.no_memory,
         providers=tuple(arguments.provider),
-        weights=_weights(arguments.weights),
+        weights=_weights(arguments.weights, image),
         image=image,
     )
-    runs.run(
+    offered = sorted(_offered(chosen)) if arguments.provider else []
+    for name in arguments.provider:
+        if name not in offered:
+            raise UsageError(
+                f"--provider: {name!r} is none of these cases'; they have {', '.join(offered)}"
+            )
+    rows, failed = runs.run(
         chosen,
         settings,
         arguments.out,
         say=console.say,
         progress=console.Progress,
     )
-    console.say(f"\nthe rows are in {arguments.out / 'results.csv'}")
+    timed = sum(row.median_ms is not None for row in rows)
+    console.say(f"\n{timed} timed rows are in {arguments.out / 'results.csv'}")
+    if failed or not timed:
+        raise Failure(
+            f"{len(failed)} of {len(chosen)} cases could not be measured; the reasons are above"
+        )
 
 
-def _weights(texts: list[str]) -> dict[str, Path]:
-    from sr_kernels.benchmarks.networks import NETWORKS
+def _offered(chosen: list[Any]) -> set[str]:
+    from sr_kernels.benchmarks import run as runs
+
+    found: set[str] = set()
+    for case in {case.op: case for case in chosen}.values():
+        try:
+            found |= runs.provider_names(case)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{case}: {error}") from error
+    return found
+
+
+def _weights(texts: list[str], image: Path) -> dict[str, Path]:
+    from sr_kernels.benchmarks.cases import Case
+    from sr_kernels.benchmarks.networks import NETWORKS, load
 
     found = {}
     for text in texts:
@@ -212,5 +253,9 @@ def _weights(texts: list[str]) -> dict[str, Path]:
             )
         if not Path(file).is_file():
             raise Failure(f"--weights: {file} does not exist")
+        try:
+            load(Case(name, 1, 0, 16, 16), Path(file), image)
+        except (OSError, ValueError) as error:
+            raise Failure(f"--weights: {error}") from error
         found[name] = Path(file)
     return found

@@ -39,6 +39,7 @@ def row() -> Row:
         versions="torch 0.0",
         commit="0123456789",
         date="2000-01-01",
+        run="20000101T000000Z-1",
         median_ms=10.0,
         p20_ms=9.5,
         p80_ms=11.0,

@@ -12,6 +12,7 @@ import torch
 from sr_kernels.benchmarks import cases, ceilings, operators, probe, providers, run, table
 from sr_kernels.benchmarks.cases import Case
 
+from sr_kernels import models
 from sr_kernels.cli import main
 
 OPERATORS = list(operators.OPERATORS)
@@ -41,6 +42,7 @@ def test_every_operator_at_toy_size(op, mode, toy_settings, limits, tmp_path):
         f"{name}_channels_last" for name in names if name not in ("compile", "flex")
     }
     assert set(rows) == expected
+    assert len({row.run for row in rows.values()}) == 1
     for row in rows.values():
         assert row.status == "ok", row
         assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
@@ -57,6 +59,19 @@ OTHERS = {
     "window_attention": ("sdpa",),
 }
 COMPILED = {"window_attention": ("flex",)}
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_in_16_bits(op, dtype, toy_settings, limits, tmp_path):
+    settings = replace(toy_settings, providers=("eager", "cpu"))
+    both = {"float32": 1e9, dtype: 1e9}
+    rows = _measure(
+        Case(op, 1, 24, 16, 32, "both", dtype), settings, replace(limits, flops=both), tmp_path
+    )
+    assert {row.status for row in rows.values()} == {"ok"}
 
 
 @pytest.mark.slow
@@ -267,15 +282,43 @@ def test_list_needs_nothing_but_the_names(capsys):
         (["--op", "conv3d"], 2, "op is 'conv3d'; available are"),
         (["--size", "tall"], 2, "--size: size is 'tall'"),
         (["--threads", "0"], 2, "--threads is 0"),
+        (["--channels", "0"], 2, "--channels: 0 is not a number of channels"),
+        (["--seconds", "nan"], 2, "--seconds is nan"),
+        (["--provider", "cpuu", "--op", "channel_gate"], 2, "'cpuu' is none of these cases'"),
         (["--weights", "elan=x"], 2, "'elan=x' is not NETWORK=FILE"),
         (["--weights", "elan_x4=missing.pth"], 1, "missing.pth does not exist"),
-        (["--image", "missing.png"], 1, "missing.png is not a file"),
+        (["--image", "missing.png"], 1, "--image: missing.png cannot be read as a picture"),
+        (["--image", __file__], 1, "cannot be read as a picture"),
+        (["--weights", f"elan_x4={__file__}"], 1, "--weights: "),
         (["--plot", "--out", "nowhere"], 1, "holds no timed row: measure first"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, status, message, capsys):
     assert main(["bench", *arguments]) == status
     assert message in capsys.readouterr().err
+
+
+def test_weights_of_another_network_are_refused(capsys):
+    shipped = models.PRETRAINED["mafdn_x4"]
+    assert main(["bench", "--op", "elan_x4", "--weights", f"elan_light_x4={shipped}"]) == 1
+    assert "whose network is MAFDN; expected ELAN" in capsys.readouterr().err
+
+
+@pytest.mark.unpoisoned
+def test_a_case_that_cannot_be_does_not_end_the_run(capsys, tmp_path):
+    """10 is no multiple of the windows."""
+    arguments = ["bench", "--op", "grouped_window_attention", "channel_gate", "--channels", "12"]
+    arguments += ["--size", "10x10", "--provider", "cpu", "--seconds", "0", "--no-memory"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "grouped_window_attention 1x12x10x10 float32 forward: failed: ValueError" in captured.out
+    assert "1 of 2 cases could not be measured" in captured.err
+    assert {row.op for row in table.read(tmp_path)} == {"channel_gate"}
+
+
+def test_listing_with_plot_lists(capsys):
+    assert main(["bench", "--plot", "--list", "--op", "mafdn_x4", "--size", "8x8"]) == 0
+    assert capsys.readouterr().out == "mafdn_x4 1x3x8x8 float32 forward\n"
 
 
 def test_cuda_without_a_gpu_is_refused(capsys, monkeypatch):

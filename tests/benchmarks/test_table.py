@@ -1,6 +1,7 @@
 """The table of results and what is drawn from it."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def test_measuring_again_replaces_the_row(tmp_path, row):
     assert len(table.read(tmp_path)) == 3
 
 
+def test_a_provider_that_became_wrong_keeps_no_times(tmp_path, row):
+    hot, cold = replace(row, cache="hot"), replace(row, cache="cold", versions="torch 0.1")
+    others = [replace(hot, provider="eager"), replace(cold, date="1999-01-01")]
+    table.add(tmp_path, [hot, cold, *others])
+    wrong = replace(hot, status="wrong", reason="error 1", median_ms=None)
+    table.add(tmp_path, [wrong])
+    assert table.read(tmp_path) == [*others, wrong]
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, row, monkeypatch):
     table.add(tmp_path, [row])
 
@@ -48,6 +58,53 @@ def test_a_table_of_another_version_is_refused(tmp_path):
         table.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: line.replace(",9.5,", ",9.5ms,"), "p20_ms is '9.5ms'; expected a number"),
+        (lambda line: line.replace(",7,", ",7.5,"), "samples is '7.5'; expected an integer"),
+        (lambda line: line.replace(",2,", ",,"), "threads is ''; expected an integer"),
+        (lambda line: line[:60], "columns where there are"),
+        (lambda line: line + ",1", "more columns where there are"),
+    ],
+)
+def test_a_damaged_line_is_named(change, message, tmp_path, row):
+    table.add(tmp_path, [row, replace(row, provider="eager")])
+    file = tmp_path / "results.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], change(lines[2])]) + "\n")
+    with pytest.raises(ValueError, match=rf"results\.csv, line 3: .*{re.escape(message)}"):
+        table.read(tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path, row):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"--out: .*file is not a folder"):
+            table.read(folder)
+        with pytest.raises(ValueError, match=r"--out: .*file is not a folder"):
+            table.add(folder, [row])
+
+
+def test_new_sources_change_the_commit_and_results_do_not(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    for file in ("csrc/a.cpp", "benchmarks/run.py", "benchmarks/results/results.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    (tmp_path / "benchmarks" / "results" / "results.csv").write_text("2\n")
+    (tmp_path / "benchmarks" / "results" / "new.png").write_text("")
+    (tmp_path / "notes").write_text("")
+    assert re.fullmatch(r"[0-9a-f]{10}", table._commit_of(tmp_path))
+    (tmp_path / "csrc" / "new.cpp").write_text("")
+    assert re.fullmatch(r"[0-9a-f]{10}\+", table._commit_of(tmp_path))
+
+
 def test_the_commit_is_known_in_a_checkout():
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout")
@@ -55,10 +112,55 @@ def test_the_commit_is_known_in_a_checkout():
 
 
 def test_the_last_run_counts(row):
-    newer = replace(row, date="2000-01-02", median_ms=7.0)
-    gone = replace(row, provider="eager")
-    # A provider that the newer run did not have is not compared across runs.
-    assert plot.latest([row, gone, newer]) == [newer]
+    newer = replace(row, date="2000-01-02", run="20000102T000000Z-1", median_ms=7.0)
+    assert plot.latest([newer, row]) == [newer], "by time, not by place in the file"
+    other = replace(newer, weights="others")
+    assert plot.latest([row, newer, other]) == [newer, other]
+
+
+def test_rows_of_two_runs_are_not_mixed(tmp_path, row):
+    eager = replace(row, provider="eager", median_ms=30.0)
+    newer = replace(row, run="20000101T000001Z-1", median_ms=1.0)
+    # On the same day and commit; the newer run has nothing to compare ours with.
+    assert plot.latest([row, eager, newer]) == [row, eager]
+    both = [newer, replace(eager, run=newer.run, median_ms=2.0)]
+    assert plot.latest([row, eager, *both]) == both
+    # In the newest run ours is wrong: its older time is not shown.
+    wrong = [replace(newer, status="wrong", median_ms=None), both[1]]
+    assert plot.latest([row, eager, *wrong]) == wrong
+    table.add(tmp_path, [row, replace(eager, run=newer.run)])
+    assert "| shift_conv_block" not in plot.readme_section(tmp_path, tmp_path)
+
+
+def test_the_number_of_threads_with_the_most_rows_is_drawn(tmp_path, rows):
+    more = [replace(row, threads=8, median_ms=row.median_ms / 8) for row in rows[:2]]
+    table.add(tmp_path, [*more, *rows])
+    text = plot.readme_section(tmp_path, tmp_path)
+    assert "Abacus, 2 cores, 2 threads, " in text
+    assert text.count("| shift_conv_block") == 1
+
+
+def test_the_readme_says_what_was_not_measured(tmp_path, row):
+    eager = replace(row, provider="eager", median_ms=30.0, memory_mb=None, other_load=0.5)
+    openvino = replace(
+        row, op="elan_x4", provider="openvino", median_ms=20.0, versions="torch 0.0, openvino 3"
+    )
+    table.add(tmp_path, [row, eager, replace(row, op="elan_x4", memory_mb=None), openvino])
+    text = plot.readme_section(tmp_path, tmp_path)
+    assert "| shift_conv_block 1x60x180x320 (busy machine) | 10 " in text
+    assert "| 14 / - |" in text
+    assert "| elan_x4 1x60x180x320 | 10 " in text
+    assert "| - / 14 |" in text
+    assert "2 threads, torch 0.0, openvino 3; measured 2000-01-01 at 0123456789:" in text
+
+
+def test_the_roofline_is_of_a_warm_cache(row):
+    assert plot._roofline([replace(row, cache="cold")], "Abacus") is None
+    assert plot._roofline([replace(row, cache="hot")], "Abacus") is not None
+
+
+def test_sizes_are_of_networks(row):
+    assert plot._sizes([replace(row, shape="1x3x8x8")], "Abacus") is None
 
 
 def test_charts(tmp_path, rows):
@@ -84,7 +186,8 @@ def test_the_readme_is_renewed_between_its_markers(tmp_path, rows):
     readme.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nThe rest.\n")
     folder = tmp_path / "benchmarks" / "results"
     table.add(folder, rows)
-    assert readme in plot.draw(folder)
+    assert readme not in plot.draw(folder), "another checkout's"
+    assert readme in plot.draw(folder, tmp_path)
     text = readme.read_text()
     assert "old" not in text
     assert text.startswith("# Title\n")
@@ -94,7 +197,10 @@ def test_the_readme_is_renewed_between_its_markers(tmp_path, rows):
         in text
     )
     assert "![speedup](benchmarks/results/speedup-abacus-2-cores.png)" in text
-    assert readme not in plot.draw(folder), "nothing has changed"
+    assert readme not in plot.draw(folder, tmp_path), "nothing has changed"
+    other = tmp_path / "benchmarks" / "mine"
+    table.add(other, rows[:2])
+    assert readme not in plot.draw(other, tmp_path)
 
 
 def test_the_readme_shows_the_current_table():
