@@ -174,9 +174,12 @@ def test_block_wider_than_one_tile_and_taller_than_one_band():
 def test_row_ends(width, dtype, layout):
     """Rows of whole vectors and of vectors and a rest, one tile and several."""
     size = (1, 11, 14, 3, width)
-    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), activation="leaky_relu")
-    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), pattern="none")
-    check_block(block_inputs(1, 11, 23, 3, width, dtype=dtype, layout=layout))
+    # In float64 the oracle is stock itself, whose sums of 3300 products are off by up to 1e-12
+    # (ours by a tenth of that, held against long double).
+    slack = {"gradient_atol": 2e-12 if dtype == torch.float64 else 0.0}
+    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), activation="leaky_relu", **slack)
+    check_conv(conv_inputs(*size, dtype=dtype, layout=layout), pattern="none", **slack)
+    check_block(block_inputs(1, 11, 23, 3, width, dtype=dtype, layout=layout), **slack)
 
 
 def test_none_is_a_1x1_convolution():
