@@ -83,6 +83,12 @@ class MAFDB(nn.Module):
         else:
             self.fuse = nn.Conv2d(gathered, channels, 1)
 
+    def _refined(self, r: Tensor, k: int) -> Tensor:
+        return leaky_relu(self.refine[k - 1](r) + r, NEGATIVE_SLOPE)
+
+    def _distilled(self, r: Tensor, k: int) -> Tensor:
+        return leaky_relu(self.distill[k](r), NEGATIVE_SLOPE)
+
     def _pixel_spatial(self, x: Tensor, k: int) -> Tensor:
         pixel, spatial = self.pixel[k], self.spatial[k]
         assert isinstance(pixel, PixelAttention)
@@ -98,10 +104,10 @@ class MAFDB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r, branches = x, []
-        for k, distill in enumerate(self.distill):
+        for k in range(len(self.distill)):
             if k > 0:
-                r = leaky_relu(self.refine[k - 1](r) + r, NEGATIVE_SLOPE)
-            d = leaky_relu(distill(r), NEGATIVE_SLOPE)
+                r = self._refined(r, k)
+            d = self._distilled(r, k)
             if self.attention != "block":
                 d = self._pixel_spatial(d, k)
             if isinstance(self.channel, nn.ModuleList):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.functional as F
-from sr_kernels.nn import GMSA, LFE, ShiftConv2d, set_backend
+from sr_kernels.nn import GMSA, LFE, PixelAttention, ShiftConv2d, set_backend
 
 from .elan import ELAB, ELAN, mirror_pad
-from .mafdn import MAFDN
+from .mafdn import MAFDB, MAFDN, NEGATIVE_SLOPE
 
 __all__ = ["Plan", "plan"]
 
@@ -248,24 +248,52 @@ class ELANPlan(Plan):
 # ----------------------------------------------------------------------------------------- MAFDN
 
 
+class _PlannedMAFDB(MAFDB):
+    """A block without gradients: what only follows a convolution is done in it or in its output."""
+
+    def _refined(self, r: Tensor, k: int) -> Tensor:
+        y = self.refine[k - 1](r)
+        y += r
+        return nn.functional.leaky_relu_(y, NEGATIVE_SLOPE)
+
+    def _distilled(self, r: Tensor, k: int) -> Tensor:
+        convolution, gate = self.distill[k], self.pixel[0]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(gate, PixelAttention)
+        return F.shift_conv2d(
+            r,
+            convolution.weight,
+            convolution.bias,
+            activation="leaky_relu",
+            negative_slope=NEGATIVE_SLOPE,
+            pattern="none",
+            backend=gate.backend,
+        )
+
+
 class MAFDNPlan(Plan):
-    """MAFDN with its over-parameterised convolutions folded."""
+    """MAFDN with its over-parameterised convolutions folded, feature maps channels_last, and the
+    activation of its 1x1 convolutions fused with them."""
 
     def __init__(self, model: MAFDN) -> None:
         super().__init__(model)
         self.folds = not model.folded
         self.network = copy.deepcopy(model).fold().requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for block in self.network.blocks:
+            block.__class__ = _PlannedMAFDB
         self.eval()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(N, colors, H, W) -> (N, colors, sH, sW)."""
-        return self.network(x)
+        return self.network(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
     def describe(self) -> str:
         convolutions = "folded" if self.folds else "were folded before"
         return (
-            f"{self.name} x{self.scale}, for inference\n"
+            f"{self.name} x{self.scale}, for inference, feature maps channels_last\n"
+            "1x1 convolutions of the branches: with their activation, in shift_conv2d\n"
             f"over-parameterised convolutions: {convolutions}"
         )
 
