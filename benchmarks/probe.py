@@ -9,6 +9,7 @@ there is dies here, and not the run.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import signal
 import sys
@@ -122,10 +123,12 @@ def _child(
             Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
         torch.set_num_threads(threads)
         toy = replace(case, batch=1, height=TOY_SIDE, width=TOY_SIDE)
-        _find(subject(toy, weights=weights, image=image, folder=folder), provider, "").build()
         full = subject(case, weights=weights, image=image, folder=folder)
         chosen = _find(full, provider, best_format)
-        if not chosen.foreign:
+        if chosen.foreign:
+            with contextlib.suppress(ImportError):  # building it will say so
+                importlib.import_module(provider)
+        else:
             # Whatever torch and its libraries load and set up at their first calls.
             small = subject(toy, weights=weights, image=image, folder=folder)
             _find(small, "eager", "").build().call(case.mode)()

@@ -85,7 +85,8 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     if height < 1 or width < 1:
         raise ValueError(f"x is {height} x {width} pixels; expected at least 1 x 1")
     # Without a branch on the size: a compiled network then serves all of them.
-    rows, columns = (-(-n // multiple) * multiple for n in (height, width))
+    # Rounded up without negative numbers: ONNX divides those towards zero, tracing exports that.
+    rows, columns = ((n + multiple - 1) // multiple * multiple for n in (height, width))
     x = x.index_select(2, mirror_index(height, rows, x.device))
     return x.index_select(3, mirror_index(width, columns, x.device))
 
