@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -27,6 +28,7 @@ def noise(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
     return RNG.integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
 
 
+@functools.cache  # the profile holds the second of its making
 def srgb_profile() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
