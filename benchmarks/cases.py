@@ -113,10 +113,8 @@ def select(
         for count, size in _shapes(entry, sizes, channels, quick):
             batch, height, width = parse_size(size)
             wanted = modes or (MODES if size in training else ("forward",))
-            if network and not modes and size in training:
+            if (network or quick) and not modes and size in training:
                 wanted = ("both",)  # a training step; inference is measured at other sizes
-            if quick and not modes and size in training:
-                wanted = ("both",)
             cases.extend(
                 Case(name, batch, count, height, width, mode, dtype, device)
                 for dtype in dtypes

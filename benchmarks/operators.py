@@ -19,6 +19,7 @@ from torch import Tensor
 import sr_kernels
 from sr_kernels import reference
 from sr_kernels.nn import shift_weight
+from sr_kernels.ops._registration import memory_format_of
 from sr_kernels.reference.window_attention import (
     _from_windows,
     _to_windows,
@@ -318,11 +319,9 @@ def _grouped_window_reuse(case: Case) -> Problem:
         return run
 
     def ours(inputs: Inputs, backend: str) -> Function:
-        channels_last = inputs["v"].is_contiguous(memory_format=torch.channels_last)
-        format_ = torch.channels_last if channels_last else torch.contiguous_format
         like = inputs["v"].detach()
         _, scores = sr_kernels.grouped_window_attention(
-            qv.to(like).contiguous(memory_format=format_),
+            qv.to(like).contiguous(memory_format=memory_format_of(like)),
             windows=WINDOWS,
             shifted=True,
             return_scores=True,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sr_kernels._files import whole_or_nothing
+
 from . import table
 from .cases import MissingExtra
 from .networks import NETWORKS
@@ -18,9 +20,8 @@ __all__ = ["MARKERS", "draw", "latest", "readme_section"]
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
-# Told apart without colour: shade, hatching, marker and dash differ. Shades are of one hue.
+# Told apart without colour: shade, marker and dash differ. Shades are of one hue.
 _SHADES = ("#111111", "#888888", "#cccccc", "#444444", "#aaaaaa", "#666666", "#e0e0e0")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 _SIGNS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _DASHES = ("-", "--", ":", "-.")
 
@@ -84,6 +85,8 @@ def draw(folder: Path, root: Path | None = None) -> list[Path]:
     except ImportError as error:
         raise MissingExtra("matplotlib") from error
     matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
     # The same numbers give the same file.
     matplotlib.rcParams["svg.hashsalt"] = "sr_kernels"
     matplotlib.rcParams["font.size"] = 9
@@ -104,29 +107,21 @@ def draw(folder: Path, root: Path | None = None) -> list[Path]:
             for suffix in ("png", "svg"):
                 file = folder / f"{title}-{name}.{suffix}"
                 metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-                partial = file.with_suffix(f".{suffix}.partial")
-                figure.savefig(
-                    partial, format=suffix, dpi=110, bbox_inches="tight", metadata=metadata
-                )
-                partial.replace(file)
+                with whole_or_nothing(file) as stream:
+                    figure.savefig(
+                        stream, format=suffix, dpi=110, bbox_inches="tight", metadata=metadata
+                    )
                 written.append(file)
-            _close(figure)
+            plt.close(figure)
     readme = root / "README.md"
     if folder.resolve() == root / "benchmarks" / "results" and readme.is_file():
         text = readme.read_text()
         renewed = _replaced(text, readme_section(folder, root))
         if renewed != text:
-            partial = readme.with_suffix(".md.partial")
-            partial.write_text(renewed)
-            partial.replace(readme)
+            with whole_or_nothing(readme) as stream:
+                stream.write(renewed.encode())
             written.append(readme)
     return written
-
-
-def _close(figure: Any) -> None:
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:

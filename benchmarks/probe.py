@@ -9,12 +9,13 @@ there is dies here, and not the run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,12 +55,13 @@ def growth(
 ) -> int:
     """Bytes; raises Unavailable and ProbeFailed. Linux only."""
     # A server that has imported torch and never run anything forks in milliseconds.
+    build = functools.partial(subject, weights=weights, image=image, folder=folder)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sr_kernels.benchmarks.probe"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_child,
-        args=(theirs, case, provider, threads, weights, image, folder, best_format),
+        args=(theirs, build, case, provider, threads, best_format),
         daemon=True,
     )
     with _without_main():
@@ -109,12 +111,10 @@ def _without_main() -> Iterator[None]:
 
 def _child(
     pipe: Connection,
+    build: Callable[[Case], Subject],
     case: Case,
     provider: str,
     threads: int,
-    weights: Path | None,
-    image: Path,
-    folder: Path,
     best_format: str,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
@@ -123,14 +123,13 @@ def _child(
             Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
         torch.set_num_threads(threads)
         toy = replace(case, batch=1, height=TOY_SIDE, width=TOY_SIDE)
-        full = subject(case, weights=weights, image=image, folder=folder)
-        chosen = _find(full, provider, best_format)
+        chosen = _find(build(case), provider, best_format)
         if chosen.foreign:
             with contextlib.suppress(ImportError):  # building it will say so
                 importlib.import_module(provider)
         else:
             # Whatever torch and its libraries load and set up at their first calls.
-            small = subject(toy, weights=weights, image=image, folder=folder)
+            small = build(toy)
             _find(small, "eager", "").build().call(case.mode)()
             if not chosen.compiles:
                 _find(small, provider, "").build().call(case.mode)()
@@ -155,7 +154,7 @@ def _child(
 
 
 def _find(all_of_them: Subject, name: str, best_format: str) -> Provider:
-    all_of_them.choose_format(best_format)
+    all_of_them.best_format = best_format
     for provider in all_of_them.providers:
         if provider.name == name:
             return provider

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import backends, models
+from sr_kernels._files import whole_or_nothing
+from sr_kernels.ops._registration import memory_format_of
 from sr_kernels.testing import make_tensor
 
 from . import networks, operators
@@ -41,14 +43,11 @@ class Running:
 
     forward: Callable[[], Tensor]
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    _retained: tuple[Tensor, Tensor] | None = None
 
     def _gradient_for(self, out: Tensor) -> Tensor:
         # The same rounded numbers for every dtype.
         g = make_tensor(out.shape, torch.bfloat16, seed=99, device=out.device)
-        last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-        format_ = torch.channels_last if last else torch.contiguous_format
-        return g.to(out.dtype).contiguous(memory_format=format_)
+        return g.to(out.dtype).contiguous(memory_format=memory_format_of(out))
 
     def call(self, mode: str) -> Callable[[], object]:
         """What is timed."""
@@ -104,9 +103,10 @@ class Provider:
 
 @dataclass
 class Subject:
-    """A case with its providers. `choose_format` must be called before `torch.compile` is built.
+    """A case with its providers.
 
-    stock: builds the definition in another dtype, the oracle.
+    stock: builds the definition in another dtype, the oracle.  best_format: "" or "_channels_last",
+    the format that stock runs faster in; `torch.compile` gets it and reads it when it is built.
     """
 
     case: Case
@@ -115,10 +115,6 @@ class Subject:
     stock: Callable[[torch.dtype], Running]
     weights: str = ""
     best_format: str = ""
-
-    def choose_format(self, suffix: str) -> None:
-        """ "" or "_channels_last": the format that stock runs faster in; compile gets it."""
-        self.best_format = suffix
 
 
 def subject(case: Case, *, weights: Path | None, image: Path, folder: Path) -> Subject:
@@ -138,6 +134,11 @@ def our_backends(device: str, op: str, like: Tensor) -> Iterator[tuple[str, str]
             continue
         able, reason = backends.can_run(name, op, [like])
         yield name, "" if able else reason
+
+
+def stem(provider: str) -> str:
+    """A provider's name without what says how it is called: "cpu" of "cpu_plan"."""
+    return provider.removesuffix(CHANNELS_LAST).removesuffix(PLAN)
 
 
 def _memory_format(suffix: str) -> torch.memory_format:
@@ -282,10 +283,8 @@ def _export(model: nn.Module, x: Tensor, file: Path) -> None:
         import onnx  # noqa: F401
     except ImportError as error:
         raise Unavailable(str(MissingExtra("onnx"))) from error
-    partial_file = file.with_suffix(".partial")
-    with _silent(), torch.no_grad():
-        torch.onnx.export(model, (x,), str(partial_file), dynamo=False, opset_version=18)
-    partial_file.replace(file)
+    with _silent(), torch.no_grad(), whole_or_nothing(file) as stream:
+        torch.onnx.export(model, (x,), stream, dynamo=False, opset_version=18)  # type: ignore[arg-type]
 
 
 def _onnxruntime(file: Path, x: Tensor) -> Callable[[], Tensor]:

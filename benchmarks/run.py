@@ -8,8 +8,8 @@ import importlib.metadata
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from sr_kernels.cli.demo import PHOTOGRAPH
 
 from . import ceilings, measure, probe, table
 from .cases import Case
-from .providers import CHANNELS_LAST, OURS, PLAN, Provider, Running, Subject, Unavailable, subject
+from .providers import OURS, Provider, Running, Subject, Unavailable, stem, subject
 from .table import Row
 from .verify import Truth
 from .work import bound
@@ -46,12 +46,12 @@ class Settings:
     seconds: float = 3.0
     memory: bool = True
     providers: tuple[str, ...] = ()
-    weights: dict[str, Path] | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)
     image: Path = PHOTOGRAPH
 
     def wants(self, provider: str) -> bool:
-        stem = provider.removesuffix(CHANNELS_LAST).removesuffix(PLAN)
-        return not self.providers or provider in self.providers or stem in self.providers
+        asked = {provider, stem(provider)} & set(self.providers)
+        return not self.providers or bool(asked)
 
 
 def run(
@@ -132,7 +132,7 @@ def measure_case(
 
     run: what identifies the run, in every row of it.
     """
-    weights = (settings.weights or {}).get(case.op)
+    weights = settings.weights.get(case.op)
     this = subject(case, weights=weights, image=settings.image, folder=folder)
     chosen = [p for p in this.providers if settings.wants(p.name)]
     blank = Row(
@@ -154,7 +154,7 @@ def measure_case(
     rows: dict[str, Row] = {}
     ready: dict[str, Running] = {}
     if any(p.name == "compile" for p in chosen):
-        this.choose_format(_faster_format(this))
+        this.best_format = _faster_format(this)
     for provider in chosen:
         row = replace(blank, provider=provider.name, versions=_versions(provider.name))
         memory = None
@@ -200,7 +200,8 @@ def measure_case(
             row = replace(rows[name], cache=cache, other_load=busy)
             result.append(_timed(row, timing, this, limits))
     if case.device != "cpu" and settings.memory:
-        result = [_with_gpu_memory(row, ready, case) for row in result]
+        peaks = {name: _gpu_memory(running, case) for name, running in ready.items()}
+        result = [replace(row, memory_mb=peaks.get(row.provider)) for row in result]
     order = {p.name: i for i, p in enumerate(chosen)}
     return sorted(result, key=lambda row: (row.cache, order[row.provider]))
 
@@ -242,7 +243,7 @@ def _memory(
             case,
             provider.name,
             threads=settings.threads,
-            weights=(settings.weights or {}).get(case.op),
+            weights=settings.weights.get(case.op),
             image=settings.image,
             folder=folder,
             best_format=this.best_format,
@@ -260,13 +261,11 @@ def _faster_format(this: Subject) -> str:
     clock = measure.Clock(case.device)
     times = {}
     for provider in this.providers:
-        stem, suffix = provider.name.removesuffix(CHANNELS_LAST), ""
-        if stem != provider.name:
-            suffix = CHANNELS_LAST
-        if stem != "eager":
+        if stem(provider.name) != "eager":
             continue
         call = provider.build().call(case.mode)
         call()
+        suffix = provider.name.removeprefix("eager")
         times[suffix] = min(clock.time(call) for _ in range(2))
     return min(times, key=lambda suffix: times[suffix])
 
@@ -315,17 +314,15 @@ def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Cei
     )
 
 
-def _with_gpu_memory(row: Row, ready: dict[str, Running], case: Case) -> Row:
-    """Peak of torch's allocator during one call, over what was allocated before it."""
-    if row.provider not in ready:
-        return row
-    call = ready[row.provider].call(case.mode)
+def _gpu_memory(running: Running, case: Case) -> float:
+    """Megabytes: peak of torch's allocator during one call, over what was allocated before it."""
+    call = running.call(case.mode)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return replace(row, memory_mb=(torch.cuda.max_memory_allocated() - before) / 1e6)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def _versions(provider: str) -> str:
@@ -348,8 +345,7 @@ def provider_names(case: Case) -> set[str]:
     with tempfile.TemporaryDirectory() as folder:
         this = subject(toy, weights=None, image=PHOTOGRAPH, folder=Path(folder))
         names = {provider.name for provider in this.providers}
-    stems = {name.removesuffix(CHANNELS_LAST).removesuffix(PLAN) for name in names}
-    return names | stems
+    return names | {stem(name) for name in names}
 
 
 def fastest_other(rows: Sequence[Row]) -> Row | None:
@@ -360,7 +356,7 @@ def fastest_other(rows: Sequence[Row]) -> Row | None:
 
 def is_ours(provider: str) -> bool:
     """Whether a row's provider is this package: "cpu", "cpu_plan", "cuda_channels_last", ..."""
-    return provider.partition("_")[0] in OURS
+    return stem(provider) in OURS
 
 
 def report(rows: Sequence[Row]) -> list[str]:

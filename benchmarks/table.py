@@ -11,17 +11,18 @@ import contextlib
 import csv
 import fcntl
 import functools
+import io
 import os
-import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
+from sr_kernels._files import whole_or_nothing
 from sr_kernels._version import __version__
+from sr_kernels.cli.env import cpu_info, cpu_name
 
 __all__ = ["FILE_NAME", "KEY", "Row", "add", "commit", "device_name", "read"]
 
@@ -188,18 +189,13 @@ def add(folder: Path, rows: Iterable[Row]) -> None:
         kept = [
             row for row in read(folder) if row.key not in replaced and _failed(row) not in failed
         ]
-        handle, name = tempfile.mkstemp(dir=folder, prefix=FILE_NAME, suffix=".partial")
-        try:
-            with os.fdopen(handle, "w", newline="") as stream:
-                writer = csv.writer(stream, lineterminator="\n")
-                writer.writerow([f.name for f in fields(Row)])
-                for row in kept + new:
-                    writer.writerow([_text(value) for value in asdict(row).values()])
-            os.chmod(name, 0o644)
-            os.replace(name, folder / FILE_NAME)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole_or_nothing(folder / FILE_NAME) as file:
+            stream = io.TextIOWrapper(file, newline="")
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([f.name for f in fields(Row)])
+            for row in kept + new:
+                writer.writerow([_text(value) for value in asdict(row).values()])
+            stream.detach()
 
 
 def _failed(row: Row) -> tuple[str, ...]:
@@ -246,10 +242,4 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     from sr_kernels import backends
 
-    name = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores, {backends.cpu_capability()}"
+    return f"{cpu_name(cpu_info())}, {os.cpu_count()} cores, {backends.cpu_capability()}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from sr_kernels._files import whole_or_nothing
 
 from .checkpoints import load_checkpoint
 from .evaluate import Pair, image_files, make_pair, psnr_y, to_tensor, upscale
@@ -108,10 +109,9 @@ def learning_rate(peak: float, progress: float, warmup: float) -> float:
 
 
 def save_atomically(state: dict[str, object], path: Path) -> None:
-    """Write beside, then rename: an interrupted save leaves the previous file whole."""
-    temporary = path.with_name(path.name + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """An interrupted save leaves the previous file whole."""
+    with whole_or_nothing(path) as file:
+        torch.save(state, file)
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -241,9 +241,8 @@ def export(args: argparse.Namespace) -> None:
         "scale": str(model.scale),
         "rgb_range": str(model.rgb_range),
     }
-    temporary = args.weights.with_name(args.weights.name + ".part")
-    temporary.write_bytes(to_bytes(tensors, metadata))
-    os.replace(temporary, args.weights)
+    with whole_or_nothing(args.weights) as file:
+        file.write(to_bytes(tensors, metadata))
     print(f"{args.weights}: {sum(value.numel() for value in tensors.values())} parameters")
 
 

@@ -46,11 +46,17 @@ SR_INLINE void row_product_tile(const T* bias, bool accumulate, int64_t k_count,
     for (int j = 0; j < V; ++j) store<T>(c + i * ldc + j * W, acc[i][j]);
 }
 
+// At most M rows.
 template <typename T, int M>
-SR_INLINE void row_product_panel(const T* bias, bool accumulate, int64_t k_count, const T* a,
-                                 int64_t m_stride, int64_t k_stride, const T* b, int64_t ldb,
-                                 int64_t p_count, T* c, int64_t ldc) {
+SR_INLINE void row_product_panel(int64_t row_count, const T* bias, bool accumulate, int64_t k_count,
+                                 const T* a, int64_t m_stride, int64_t k_stride, const T* b,
+                                 int64_t ldb, int64_t p_count, T* c, int64_t ldc) {
   constexpr int W = Simd<T>::width;
+  if constexpr (M > 1) {
+    if (row_count < M)
+      return row_product_panel<T, M - 1>(row_count, bias, accumulate, k_count, a, m_stride,
+                                         k_stride, b, ldb, p_count, c, ldc);
+  }
   int64_t p = 0;
   for (; p + kTileVectors * W <= p_count; p += kTileVectors * W)
     row_product_tile<T, M, kTileVectors>(bias, accumulate, k_count, a, m_stride, k_stride, b + p,
@@ -70,32 +76,10 @@ void row_product(const T* bias, bool accumulate, int64_t m_count, int64_t k_coun
   constexpr int64_t kBlock = 8 * Simd<T>::width;  // columns of B that stay in L1 meanwhile
   for (int64_t p = 0; p < p_count; p += kBlock) {
     const int64_t columns = min64(kBlock, p_count - p);
-    for (int64_t m = 0; m < m_count; m += kRowsAtOnce) {
-      const T* bias_m = bias == nullptr ? nullptr : bias + m;
-      const T* a_m = a + m * m_stride;
-      T* c_m = c + m * ldc + p;
-      switch (min64(kRowsAtOnce, m_count - m)) {
-        case 1:
-          row_product_panel<T, 1>(bias_m, accumulate, k_count, a_m, m_stride, k_stride, b + p, ldb,
-                                  columns, c_m, ldc);
-          break;
-        case 2:
-          row_product_panel<T, 2>(bias_m, accumulate, k_count, a_m, m_stride, k_stride, b + p, ldb,
-                                  columns, c_m, ldc);
-          break;
-        case 3:
-          row_product_panel<T, 3>(bias_m, accumulate, k_count, a_m, m_stride, k_stride, b + p, ldb,
-                                  columns, c_m, ldc);
-          break;
-        case 4:
-          row_product_panel<T, 4>(bias_m, accumulate, k_count, a_m, m_stride, k_stride, b + p, ldb,
-                                  columns, c_m, ldc);
-          break;
-        default:
-          row_product_panel<T, kRowsAtOnce>(bias_m, accumulate, k_count, a_m, m_stride, k_stride,
-                                            b + p, ldb, columns, c_m, ldc);
-      }
-    }
+    for (int64_t m = 0; m < m_count; m += kRowsAtOnce)
+      row_product_panel<T, kRowsAtOnce>(m_count - m, bias == nullptr ? nullptr : bias + m,
+                                        accumulate, k_count, a + m * m_stride, m_stride, k_stride,
+                                        b + p, ldb, columns, c + m * ldc + p, ldc);
   }
 }
 

@@ -649,11 +649,17 @@ SR_INLINE void product_tile(Start start, int64_t k_count, const T* a, int64_t a_
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, acc[i][j]);
 }
 
+// At most M rows.
 template <typename T, typename Rows, int M>
-SR_INLINE void product_row_tile(Start start, int64_t k_count, int64_t p_begin, int64_t p_end,
-                                const T* a, int64_t a_k_stride, const Rows& b, const T* bias, T* c,
-                                int64_t ldc) {
+SR_INLINE void product_row_tile(int64_t row_count, Start start, int64_t k_count, int64_t p_begin,
+                                int64_t p_end, const T* a, int64_t a_k_stride, const Rows& b,
+                                const T* bias, T* c, int64_t ldc) {
   constexpr int W = Simd<T>::width;
+  if constexpr (M > 1) {
+    if (row_count < M)
+      return product_row_tile<T, Rows, M - 1>(row_count, start, k_count, p_begin, p_end, a,
+                                              a_k_stride, b, bias, c, ldc);
+  }
   int64_t p = p_begin;
   for (; p + kTileVectors * W <= p_end; p += kTileVectors * W)
     product_tile<T, Rows, M, kTileVectors>(start, k_count, a, a_k_stride, b, p, bias, c + p, ldc);
@@ -672,28 +678,8 @@ void product(Start start, int64_t m_count, int64_t k_count, int64_t p_count, Lef
     const int64_t p1 = min64(p0 + kBlock, p_count);
     for (int64_t m = 0; m < m_count; m += kTileRows) {
       const T* left = a.data + m / kTileRows * a.panel_stride;
-      const T* b_m = bias == nullptr ? nullptr : bias + m;
-      T* c_m = c + m * ldc;
-      switch (min64(kTileRows, m_count - m)) {
-        case 1:
-          product_row_tile<T, Rows, 1>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
-          break;
-        case 2:
-          product_row_tile<T, Rows, 2>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
-          break;
-        case 3:
-          product_row_tile<T, Rows, 3>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
-          break;
-        case 4:
-          product_row_tile<T, Rows, 4>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
-          break;
-        case 5:
-          product_row_tile<T, Rows, 5>(start, k_count, p0, p1, left, a.k_stride, b, b_m, c_m, ldc);
-          break;
-        default:
-          product_row_tile<T, Rows, kTileRows>(start, k_count, p0, p1, left, a.k_stride, b, b_m,
-                                               c_m, ldc);
-      }
+      product_row_tile<T, Rows, kTileRows>(m_count - m, start, k_count, p0, p1, left, a.k_stride, b,
+                                           bias == nullptr ? nullptr : bias + m, c + m * ldc, ldc);
     }
   }
 }

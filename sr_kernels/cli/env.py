@@ -121,9 +121,8 @@ def _weights() -> Iterator[tuple[str, str]]:
         yield name, f"{file}{'' if Path(file).is_file() else ' (missing)'}"
 
 
-def _cpu() -> Iterator[tuple[str, str]]:
-    from sr_kernels import backends, inference
-
+def cpu_info() -> dict[str, str]:
+    """What the system says of the first processor; empty where it says nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -132,8 +131,20 @@ def _cpu() -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         key, _, value = line.partition(":")
         info.setdefault(key.strip(), value.strip())
+    return info
+
+
+def cpu_name(info: dict[str, str]) -> str:
+    """ "AMD EPYC", or the kind of machine where there is no name."""
+    return info.get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu() -> Iterator[tuple[str, str]]:
+    from sr_kernels import backends, inference
+
+    info = cpu_info()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    yield "name", info.get("model name") or platform.processor() or platform.machine()
+    yield "name", cpu_name(info)
     yield "cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
     yield "features", " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "unknown"
     try:

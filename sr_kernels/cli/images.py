@@ -9,17 +9,16 @@ What a file is, is told by its first bytes, never by its name.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
+
+from sr_kernels._files import temporary_name, whole_or_nothing
 
 _T = TypeVar("_T")
 
@@ -348,7 +347,7 @@ def check_writable(path: Path) -> None:
     """Raises ImageError where no file can be made beside `path`: before the work, not after it."""
     if path.is_dir():
         raise ImageError(f"the output {path} is a folder")
-    probe = _temporary_name(path)
+    probe = temporary_name(path)
     try:
         with open(probe, "xb"):
             pass
@@ -357,27 +356,6 @@ def check_writable(path: Path) -> None:
         raise ImageError(
             f"nothing can be written to the folder {path.parent}: {error.strerror or error}"
         ) from error
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.parent / f".sr-kernels-{secrets.token_hex(8)}.part"
-
-
-@contextlib.contextmanager
-def whole_or_nothing(path: Path) -> Iterator[IO[bytes]]:
-    """An open file that takes the place of `path` once everything is on the disk, and vanishes if
-    anything at all (Ctrl-C included) goes wrong before."""
-    temporary = _temporary_name(path)
-    try:
-        # "x+": a TIFF writer reads back; and nothing that exists is ever opened.
-        with open(temporary, "x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_vips(
