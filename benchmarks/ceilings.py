@@ -34,6 +34,14 @@ class Ceilings:
                 return rate
         return self.copy[-1][1]
 
+    def best(self, again: Ceilings) -> Ceilings:
+        """The higher of two measurements of the same machine, in everything."""
+        return Ceilings(
+            tuple(max(a, b) for a, b in zip(self.copy, again.copy, strict=True)),
+            {dtype: max(rate, again.flops[dtype]) for dtype, rate in self.flops.items()},
+            max(self.exps, again.exps),
+        )
+
 
 def measure(device: str, dtypes: tuple[str, ...], *, toy: bool = False) -> Ceilings:
     """Takes a few seconds, with the number of threads that torch has now."""

@@ -1,4 +1,4 @@
-"""Time and memory of callables that were verified before.
+"""Time and memory of what was verified before.
 
 Samples of all candidates are taken in turn, in an order that rotates from round to round, so that
 whatever the machine does meanwhile (other programs, a changing clock) meets all of them.
@@ -20,9 +20,13 @@ import torch
 
 Call = Callable[[], object]
 
+# Seconds per call, of this many calls in a row; if the second argument is true, after one call
+# outside the sample: the caches then hold what this call needs, not its predecessor's data.
+Sampler = Callable[[int, bool], float]
+
 # A sample lasts at least this long: shorter ones would measure the clock and the scheduler.
 SAMPLE_SECONDS = 0.02
-MIN_ROUNDS = 7
+MIN_ROUNDS, MAX_ROUNDS = 5, 30  # each time that samples are taken
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,6 @@ class Timing:
     p20: float
     p80: float
     samples: int
-
-    def divided(self, count: int) -> Timing:
-        """Of one of the `count` calls that each timed call makes."""
-        return Timing(self.median / count, self.p20 / count, self.p80 / count, self.samples)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -89,6 +89,14 @@ class Clock:
         torch.cuda.synchronize()
         return sum(a.elapsed_time(b) for a, b in pairs) / 1e3 / repeats
 
+    def sampler(self, call: Call) -> Sampler:
+        def sample(repeats: int, warm: bool) -> float:
+            if warm:
+                call()
+            return self.time(call, repeats)
+
+        return sample
+
 
 GRAPH_CALLS = 20
 
@@ -121,45 +129,41 @@ def graphed(call: Call) -> Call:
 
 
 def interleaved(
-    calls: Mapping[str, Call],
-    clock: Clock,
+    samplers: Mapping[str, Sampler],
     *,
     seconds: float,
     pause: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Timing]:
-    """Times all calls in turn for about `seconds` each, at least MIN_ROUNDS rounds.
+) -> dict[str, list[float]]:
+    """Samples of all in turn, for about `seconds` each, at least MIN_ROUNDS rounds.
 
     pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
     while after a call and would slow the next one down.
     """
     repeats, estimate = {}, {}
     with quiet():
-        for name, call in calls.items():
-            call()
+        for name, sampler in samplers.items():
             began = time.perf_counter()
-            once = max(clock.time(call), 1e-7)
+            once = max(sampler(1, True), 1e-7)
             wall = time.perf_counter() - began
             # What a sample costs besides (overwriting a GPU's cache) has its limit too.
-            repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.2 / wall)))
+            repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
             estimate[name] = once * repeats[name]
         slowest = max(estimate.values())
-        rounds = max(MIN_ROUNDS, min(60, round(seconds / slowest)))
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        names = list(calls)
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, round(seconds / slowest)))
+        samples: dict[str, list[float]] = {name: [] for name in samplers}
+        names = list(samplers)
         for turn in range(rounds):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 if pause:
                     time.sleep(pause)
-                # Once outside the sample: the caches hold what this call needs, not its
-                # predecessor's data. Not for calls that are longer than that can matter.
-                if estimate[name] < 2 * SAMPLE_SECONDS:
-                    calls[name]()
-                samples[name].append(clock.time(calls[name], repeats[name]))
+                # Not for calls that are longer than that can matter.
+                warm = estimate[name] < 2 * SAMPLE_SECONDS
+                samples[name].append(samplers[name](repeats[name], warm))
             if progress is not None:
                 progress(turn + 1, rounds)
-    return {name: summarize(values) for name, values in samples.items()}
+    return samples
 
 
 class OtherLoad:
@@ -178,14 +182,14 @@ class OtherLoad:
         user, nice, system, _, _, irq, softirq, steal = numbers[:8]
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
-    def cores(self) -> float | None:
-        """Their mean number since the beginning."""
+    def cores(self, workers: float = 0.0) -> float | None:
+        """Their mean number since the beginning; `workers`: CPU seconds that are ours as well."""
         wall, busy, own = self._start
         now = self._busy()
         if now is None or busy is None:
             return None
         elapsed = max(time.perf_counter() - wall, 1e-9)
-        return max(0.0, (now - busy - (time.process_time() - own)) / elapsed)
+        return max(0.0, (now - busy - (time.process_time() - own) - workers) / elapsed)
 
 
 @contextlib.contextmanager

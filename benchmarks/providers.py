@@ -107,6 +107,8 @@ class Subject:
 
     stock: builds the definition in another dtype, the oracle.  best_format: "" or "_channels_last",
     the format that stock runs faster in; `torch.compile` gets it and reads it when it is built.
+    export: writes the file that foreign runtimes read, unless it is there; they do it themselves if
+    nobody has.
     """
 
     case: Case
@@ -115,6 +117,7 @@ class Subject:
     stock: Callable[[torch.dtype], Running]
     weights: str = ""
     best_format: str = ""
+    export: Callable[[], None] = lambda: None
 
 
 def subject(case: Case, *, weights: Path | None, image: Path, folder: Path) -> Subject:
@@ -239,10 +242,15 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
     if case.device == "cpu" and case.mode == "forward" and case.dtype == "float32":
         file = folder / f"{case.op}-{case.shape}.onnx"
 
-        def runtime(session: Callable[[Path, Tensor], Callable[[], Tensor]]) -> Running:
+        def export() -> None:
             if not file.exists():
                 _export(copy.deepcopy(network).float().eval(), picture, file)
+
+        def runtime(session: Callable[[Path, Tensor], Callable[[], Tensor]]) -> Running:
+            export()
             return Running(session(file, picture))
+
+        result.export = export
 
         for name, session in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
             result.providers.append(Provider(name, partial(runtime, session), foreign=True))

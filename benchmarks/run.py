@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import datetime
+import functools
 import gc
 import importlib.metadata
 import math
@@ -17,14 +20,15 @@ from torch import Tensor
 
 from sr_kernels.cli.demo import PHOTOGRAPH
 
-from . import ceilings, measure, probe, table
+from . import ceilings, measure, table
 from .cases import Case
-from .providers import OURS, Provider, Running, Subject, Unavailable, stem, subject
+from .providers import OURS, Provider, Subject, Unavailable, stem, subject
 from .table import Row
 from .verify import Truth
 from .work import bound
+from .worker import Apart, Failed, Here
 
-__all__ = ["PHOTOGRAPH", "Settings", "measure_case", "run"]
+__all__ = ["PHOTOGRAPH", "Measurement", "Settings", "run"]
 
 # The definition in float64 writes out whole attention matrices: beyond this many pixels results are
 # held against stock in the dtype under test.
@@ -34,12 +38,23 @@ NETWORK_ORACLE_PIXELS = {**ORACLE_PIXELS, "forward": 400 * 640}
 # Cores that other programs may use during a measurement before the report warns.
 BUSY = 0.2
 
+# Each case is sampled twice, and between its two halves every other case of its group once: what a
+# machine does differently from minute to minute is then in the spread. Of a group everything stays
+# in memory meanwhile, so it ends early when that becomes this share of the machine's.
+GROUP, GROUP_MEMORY = 9, 0.25
+# Two providers of a case prepare at once, up to this many pixels.
+CROWD_PIXELS = 400 * 640
+# Before each sample: torch's threads spin for some milliseconds after a call, other runtimes' for
+# longer.
+PAUSE, FOREIGN_PAUSE = 0.01, 0.05
+
 
 @dataclass(frozen=True)
 class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
-    weights: by network.  image: the photograph.
+    weights: by network.  image: the photograph.  apart: on a CPU, each provider in a process of its
+    own; without it memory is measured on a GPU only.
     """
 
     threads: int
@@ -48,10 +63,13 @@ class Settings:
     providers: tuple[str, ...] = ()
     weights: Mapping[str, Path] = field(default_factory=dict)
     image: Path = PHOTOGRAPH
+    apart: bool = True
 
     def wants(self, provider: str) -> bool:
-        asked = {provider, stem(provider)} & set(self.providers)
-        return not self.providers or bool(asked)
+        if not self.providers or {provider, stem(provider)} & set(self.providers):
+            return True
+        # It gets the memory format that stock is faster in, and that has to be found out.
+        return stem(provider) == "eager" and "compile" in self.providers
 
 
 def run(
@@ -80,32 +98,61 @@ def run(
         dtypes = tuple(sorted({case.dtype for case in cases if case.device == device}))
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
-    everything: list[Row] = []
+    everything: dict[Case, list[Row]] = {}
     failed: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:
-        for index, case in enumerate(cases):
-            label = f"{index + 1}/{len(cases)} {case}"
+
+        def half(number: int, measurement: Measurement, index: int) -> bool:
+            """Prepares it if need be, and takes half of its samples; whether that was possible."""
+            case = measurement.case
             try:
-                rows = measure_case(
-                    case,
-                    settings,
-                    limits[case.device],
-                    Path(folder),
-                    run=name,
-                    progress=progress(label),
-                )
+                if number == 1:
+                    measurement.prepare()
+                label = f"{index + 1}/{len(cases)} {case}, half {number} of 2"
+                measurement.sample(settings.seconds / 2, progress(label))
             except Exception as problem:
                 # Of the case itself (a size that windows do not divide, no memory for the
                 # definition): the cases behind it are measured all the same.
                 say(f"\n{case}: failed: {type(problem).__name__}: {_line(problem)}")
                 failed.append(case)
-                continue
-            table.add(out, rows)
-            everything.extend(rows)
-            say("\n".join(report(rows)))
+                return False
+            everything[case] = measurement.rows(limits[case.device])
+            table.add(out, everything[case])
+            return True
+
+        rest = list(enumerate(cases))
+        while rest:
+            group: list[tuple[int, Measurement]] = []
+            try:
+                while rest and len(group) < GROUP and _room(group):
+                    index, case = rest.pop(0)
+                    new = Measurement(case, settings, Path(folder), run=name)
+                    group.append((index, new))
+                    if not half(1, new, index):
+                        group.pop()[1].close()
+                for device in devices:
+                    again = ceilings.measure(device, (*limits[device].flops,), toy=toy)
+                    limits[device] = limits[device].best(again)
+                for index, measurement in group:
+                    if half(2, measurement, index):
+                        say("\n".join(report(everything[measurement.case])))
+                    measurement.close()
+            finally:
+                for _, measurement in group:
+                    measurement.close()
             gc.collect()
-            torch.compiler.reset()  # what was compiled for this case
-    return everything, failed
+            torch.compiler.reset()  # what was compiled for these cases
+    for device in devices:
+        say("\n" + _describe(device, limits[device], settings.threads))
+    return [row for rows in everything.values() for row in rows], failed
+
+
+def _room(group: Sequence[tuple[int, Measurement]]) -> bool:
+    """Whether another case may join."""
+    if group and not group[0][1].apart:  # on a GPU: its memory is for one
+        return False
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(measurement.resident for _, measurement in group) < GROUP_MEMORY * installed
 
 
 def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
@@ -119,91 +166,195 @@ def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
     )
 
 
-def measure_case(
-    case: Case,
-    settings: Settings,
-    limits: ceilings.Ceilings,
-    folder: Path,
-    *,
-    run: str = "",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Row]:
-    """The rows of one case, one per provider (and state of the cache, on a GPU).
+class Measurement:
+    """One case: every provider made ready and verified once, then sampled as often as one likes.
 
-    run: what identifies the run, in every row of it.
+    run: what identifies the run, in every row of it.  apart: whether providers have processes of
+    their own.  resident: bytes that these keep in memory.
     """
-    weights = settings.weights.get(case.op)
-    this = subject(case, weights=weights, image=settings.image, folder=folder)
-    chosen = [p for p in this.providers if settings.wants(p.name)]
-    blank = Row(
-        op=case.op,
-        mode=case.mode,
-        shape=case.shape,
-        dtype=case.dtype,
-        provider="",
-        cache="hot" if case.device != "cpu" else "warm",
-        threads=settings.threads,
-        device=table.device_name(case.device),
-        versions="",
-        commit=table.commit(),
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        run=run,
-        weights=this.weights,
-    )
-    truth = truth_of(this)
-    rows: dict[str, Row] = {}
-    ready: dict[str, Running] = {}
-    if any(p.name == "compile" for p in chosen):
-        this.best_format = _faster_format(this)
-    for provider in chosen:
-        row = replace(blank, provider=provider.name, versions=_versions(provider.name))
-        memory = None
-        try:
-            if settings.memory and case.device == "cpu":
-                memory, why = _memory(provider, this, settings, folder)
-                row = replace(row, reason=why)
-            running, error = _verified(provider, case, truth)
-        except Unavailable as problem:
-            rows[provider.name] = replace(row, status="unavailable", reason=_line(problem))
-            continue
-        except AssertionError as problem:
-            rows[provider.name] = replace(row, status="wrong", reason=_line(problem))
-            continue
-        except Exception as problem:
-            reason = f"{type(problem).__name__}: {_line(problem)}"
-            rows[provider.name] = replace(row, status="failed", reason=reason)
-            continue
-        ready[provider.name] = running
-        if provider.name == "compile" and this.best_format:
-            row = replace(row, reason="in channels_last")
-        rows[provider.name] = replace(row, error=error, memory_mb=memory)
-    del truth
-    foreign = any(p.foreign for p in chosen if p.name in ready)
-    result = [row for row in rows.values() if row.status != "ok"]
-    variants, uncaptured = _variants(ready, case)
-    for name, why in uncaptured.items():
-        result.append(replace(rows[name], cache="graph", status="failed", reason=why, error=None))
-    for cache, calls in variants.items():
-        clock = measure.Clock(case.device, cold=cache == "cold")
-        others = measure.OtherLoad()
-        timings = measure.interleaved(
-            calls,
-            clock,
-            seconds=settings.seconds,
-            pause=0.05 if foreign else 0.0,
-            progress=progress,
+
+    def __init__(self, case: Case, settings: Settings, folder: Path, *, run: str = "") -> None:
+        self.case = case
+        self.resident = 0
+        self.apart = settings.apart and case.device == "cpu"
+        self._settings, self._folder = settings, folder
+        self._rows: dict[str, Row] = {}
+        self._stations: dict[str, Here | Apart] = {}
+        self._samplers: dict[str, dict[str, measure.Sampler]] = {}
+        self._samples: dict[tuple[str, str], list[float]] = {}
+        self._busy: dict[str, float] = {}
+        self._run = run
+
+    @functools.cached_property
+    def _subject(self) -> Subject:
+        return self._build(self.case)
+
+    @property
+    def _build(self) -> Callable[[Case], Subject]:
+        settings = self._settings
+        return functools.partial(
+            subject,
+            weights=settings.weights.get(self.case.op),
+            image=settings.image,
+            folder=self._folder,
         )
-        busy = others.cores()
-        for name, timing in timings.items():
-            if cache == "graph":
-                timing = timing.divided(measure.GRAPH_CALLS)
-            row = replace(rows[name], cache=cache, other_load=busy)
-            result.append(_timed(row, timing, this, limits))
-    if case.device != "cpu" and settings.memory:
-        peaks = {name: _gpu_memory(running, case) for name, running in ready.items()}
-        result = [replace(row, memory_mb=peaks.get(row.provider)) for row in result]
-    order = {p.name: i for i, p in enumerate(chosen)}
-    return sorted(result, key=lambda row: (row.cache, order[row.provider]))
+
+    @functools.cached_property
+    def _truth(self) -> Truth:
+        return truth_of(self._subject)
+
+    def prepare(self) -> Measurement:
+        """Every provider that can be, verified and ready to be sampled."""
+        this = self._subject
+        chosen = [p for p in this.providers if self._settings.wants(p.name)]
+        blank = Row(
+            op=self.case.op,
+            mode=self.case.mode,
+            shape=self.case.shape,
+            dtype=self.case.dtype,
+            provider="",
+            cache="hot" if self.case.device != "cpu" else "warm",
+            threads=self._settings.threads,
+            device=table.device_name(self.case.device),
+            versions="",
+            commit=table.commit(),
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            run=self._run,
+            weights=this.weights,
+        )
+        self._rows = {p.name: replace(blank, provider=p.name) for p in chosen}
+        eager = [p for p in chosen if stem(p.name) == "eager"]
+        self._make_ready(eager)
+        if "compile" in self._rows:
+            this.best_format = self._faster_format()
+        self._make_ready([p for p in chosen if p not in eager])
+        self.__dict__.pop("_truth", None)  # it may be large
+        for name, station in self._stations.items():
+            samplers, missing = station.samplers()
+            for cache, sampler in samplers.items():
+                self._samplers.setdefault(cache, {})[name] = sampler
+            for cache, why in missing.items():
+                self._rows[f"{name} {cache}"] = replace(
+                    self._rows[name], cache=cache, status="failed", reason=why, error=None
+                )
+        return self
+
+    def _make_ready(self, providers: Sequence[Provider]) -> None:
+        crowd = min(2, self._settings.threads) if self.case.pixels <= CROWD_PIXELS else 1
+        waiting: collections.deque[tuple[Provider, Here | Apart]] = collections.deque()
+        try:
+            for provider in providers:
+                if provider.foreign:
+                    with contextlib.suppress(Unavailable):  # its reader will say so
+                        self._subject.export()
+                waiting.append((provider, self._station(provider)))
+                if len(waiting) >= crowd:
+                    self._verify(*waiting[0])
+                    waiting.popleft()
+            while waiting:
+                self._verify(*waiting[0])
+                waiting.popleft()
+        finally:
+            for _, station in waiting:
+                station.close()
+
+    def _station(self, provider: Provider) -> Here | Apart:
+        settings = self._settings
+        if not self.apart:
+            return Here(provider, self.case, memory=settings.memory)
+        return Apart(
+            self._build,
+            self.case,
+            provider.name,
+            threads=settings.threads,
+            best_format=self._subject.best_format,
+            file=self._folder / f"{provider.name}.pt",
+            memory=settings.memory,
+        )
+
+    def _verify(self, provider: Provider, station: Here | Apart) -> None:
+        row = replace(self._rows[provider.name], versions=_versions(provider.name))
+        truth = self._truth
+        try:
+            ready = station.ready()
+            row = replace(
+                row,
+                error=truth.check(ready.results),
+                memory_mb=None if ready.memory is None else ready.memory / 1e6,
+                reason=ready.note,
+            )
+        except Exception as problem:
+            station.close()
+            self._rows[provider.name] = _without_time(row, problem)
+            return
+        if provider.name == "compile" and self._subject.best_format:
+            row = replace(row, reason="in channels_last")
+        self._rows[provider.name] = row
+        self._stations[provider.name] = station
+        self.resident += ready.resident
+
+    def _faster_format(self) -> str:
+        """Which of stock's two formats torch.compile gets: a short race."""
+        times = {}
+        for name, station in self._stations.items():
+            samplers, _ = station.samplers()
+            sampler = samplers.get("hot") or samplers["warm"]
+            times[name.removeprefix("eager")] = min(sampler(1, True), sampler(1, False))
+        return min(times, key=lambda suffix: times[suffix], default="")
+
+    def sample(self, seconds: float, progress: Callable[[int, int], None] | None = None) -> None:
+        """Samples of all in turn, for about so many seconds of each, added to those there are."""
+        pause = 0.0
+        if self.apart:
+            foreign = [p for p in self._subject.providers if p.foreign and p.name in self._stations]
+            pause = FOREIGN_PAUSE if foreign else PAUSE
+        for cache in self._samplers:
+            while samplers := self._samplers[cache]:
+                others = measure.OtherLoad()
+                ours = -sum(station.cpu_seconds for station in self._stations.values())
+                try:
+                    samples = measure.interleaved(
+                        samplers, seconds=seconds, pause=pause, progress=progress
+                    )
+                except Failed as problem:
+                    self._bury(problem)
+                    continue
+                ours += sum(station.cpu_seconds for station in self._stations.values())
+                self._busy[cache] = max(self._busy.get(cache, 0.0), others.cores(ours) or 0.0)
+                for name, values in samples.items():
+                    self._samples.setdefault((cache, name), []).extend(values)
+                break
+
+    def _bury(self, problem: Failed) -> None:
+        self._stations.pop(problem.provider).close()
+        for samplers in self._samplers.values():
+            samplers.pop(problem.provider, None)
+        self._rows[problem.provider] = _without_time(self._rows[problem.provider], problem)
+
+    def rows(self, limits: ceilings.Ceilings) -> list[Row]:
+        """One per provider (and state of the cache, on a GPU), of the samples up to now."""
+        result = [row for row in self._rows.values() if row.status != "ok"]
+        for (cache, name), values in self._samples.items():
+            if self._rows[name].status == "ok":
+                row = replace(self._rows[name], cache=cache, other_load=self._busy[cache])
+                result.append(_timed(row, measure.summarize(values), self._subject, limits))
+        order = {p.name: i for i, p in enumerate(self._subject.providers)}
+        return sorted(result, key=lambda row: (row.cache, order[row.provider]))
+
+    def close(self) -> None:
+        """Ends the processes and lets go of what they needed. May be called again."""
+        while self._stations:
+            self._stations.popitem()[1].close()
+        self._samplers.clear()
+
+
+def _without_time(row: Row, problem: Exception) -> Row:
+    if isinstance(problem, Unavailable):
+        return replace(row, status="unavailable", reason=_line(problem))
+    if isinstance(problem, AssertionError):
+        return replace(row, status="wrong", reason=_line(problem))
+    kind = "" if isinstance(problem, Failed) else f"{type(problem).__name__}: "
+    return replace(row, status="failed", reason=kind + _line(problem))
 
 
 def _line(problem: BaseException) -> str:
@@ -228,68 +379,6 @@ def _on_cpu(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu") for name, value in results.items()}
 
 
-def _verified(provider: Provider, case: Case, truth: Truth) -> tuple[Running, float]:
-    running = provider.build()
-    return running, truth.check(running.results(case.mode))
-
-
-def _memory(
-    provider: Provider, this: Subject, settings: Settings, folder: Path
-) -> tuple[float | None, str]:
-    """Megabytes, or None and why; raises what says that the provider is not to be run here."""
-    case = this.case
-    try:
-        grown = probe.growth(
-            case,
-            provider.name,
-            threads=settings.threads,
-            weights=settings.weights.get(case.op),
-            image=settings.image,
-            folder=folder,
-            best_format=this.best_format,
-        )
-    except probe.ProbeFailed as problem:
-        if problem.killed:
-            raise
-        return None, f"memory: {_line(problem)}"
-    return grown / 1e6, ""
-
-
-def _faster_format(this: Subject) -> str:
-    """Which of stock's two formats torch.compile gets: a short race."""
-    case = this.case
-    clock = measure.Clock(case.device)
-    times = {}
-    for provider in this.providers:
-        if stem(provider.name) != "eager":
-            continue
-        call = provider.build().call(case.mode)
-        call()
-        suffix = provider.name.removeprefix("eager")
-        times[suffix] = min(clock.time(call) for _ in range(2))
-    return min(times, key=lambda suffix: times[suffix])
-
-
-def _variants(
-    ready: dict[str, Running], case: Case
-) -> tuple[dict[str, dict[str, Callable[[], object]]], dict[str, str]]:
-    """By state of the cache, what is timed; and by provider, why it has no CUDA graph."""
-    calls = {name: running.call(case.mode) for name, running in ready.items()}
-    if not calls:
-        return {}, {}
-    if case.device == "cpu":
-        return {"warm": calls}, {}
-    graphs, failed = {}, {}
-    if case.mode != "backward":  # it goes through a graph of autograd's that was made outside
-        for name, call in calls.items():
-            try:
-                graphs[name] = measure.graphed(call)
-            except Exception as problem:
-                failed[name] = f"{type(problem).__name__}: {_line(problem)}"
-    variants = {"hot": calls, "cold": calls, **({"graph": graphs} if graphs else {})}
-    return variants, failed
-
-
 def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Ceilings) -> Row:
     case = this.case
     work = this.work[case.mode]
@@ -312,17 +401,6 @@ def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Cei
         matmul_gflops=flops / 1e9,
         exp_gs=limits.exps / 1e9 if math.isfinite(limits.exps) else None,
     )
-
-
-def _gpu_memory(running: Running, case: Case) -> float:
-    """Megabytes: peak of torch's allocator during one call, over what was allocated before it."""
-    call = running.call(case.mode)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def _versions(provider: str) -> str:

@@ -21,7 +21,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def toy_settings() -> Settings:
-    return Settings(threads=1, seconds=0.0, memory=False)
+    return Settings(threads=1, seconds=0.0, memory=False, apart=False)
 
 
 @pytest.fixture

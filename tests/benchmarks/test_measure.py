@@ -15,25 +15,43 @@ def test_percentiles_are_numpys():
     assert timing.p80 == pytest.approx(4.2)
 
 
-def test_the_order_rotates(monkeypatch):
+def test_the_order_rotates():
     order = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    clock = measure.Clock("cpu")
-    monkeypatch.setattr(clock, "time", lambda call, repeats=1: call() or 0.1)
-    timings = measure.interleaved(calls, clock, seconds=0.7)
-    assert {t.samples for t in timings.values()} == {7}
-    rounds = ["".join(order[-21:][i : i + 3]) for i in range(0, 21, 3)]
-    assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab", "abc"]
+
+    def sampler(name):
+        def sample(repeats, warm):
+            order.append(name)
+            return 0.1
+
+        return sample
+
+    samples = measure.interleaved({name: sampler(name) for name in "abc"}, seconds=0.5)
+    assert {len(values) for values in samples.values()} == {5}
+    rounds = ["".join(order[-15:][i : i + 3]) for i in range(0, 15, 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
 
 
 def test_times_are_seconds_per_call():
-    timings = measure.interleaved(
-        {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)},
-        measure.Clock("cpu"),
+    clock = measure.Clock("cpu")
+    samples = measure.interleaved(
+        {
+            "slow": clock.sampler(lambda: time.sleep(0.004)),
+            "fast": clock.sampler(lambda: time.sleep(0.001)),
+        },
         seconds=0.1,
     )
+    timings = {name: measure.summarize(values) for name, values in samples.items()}
     assert 0.004 <= timings["slow"].median < 0.02
     assert 0.001 <= timings["fast"].median < timings["slow"].median
+
+
+def test_a_sample_has_its_warm_call_outside():
+    calls = []
+    sampler = measure.Clock("cpu").sampler(lambda: calls.append(time.sleep(0.01)))
+    assert 0.01 <= sampler(3, True) < 0.02
+    assert len(calls) == 4
+    sampler(3, False)
+    assert len(calls) == 7
 
 
 def test_peak_memory_is_measured_anew():
@@ -67,3 +85,6 @@ def test_ceilings_are_plausible_and_choose_the_rate_of_the_size():
     assert measured.copy[0][1] > 1e8
     some = Ceilings(((100, 50.0), (1000, 20.0)), {"float32": 1.0}, 1.0)
     assert [some.bytes_per_s(n) for n in (1, 100, 101, 5000)] == [50.0, 50.0, 20.0, 20.0]
+    other = Ceilings(((100, 40.0), (1000, 30.0)), {"float32": 2.0}, 0.5)
+    best = Ceilings(((100, 50.0), (1000, 30.0)), {"float32": 2.0}, 1.0)
+    assert some.best(other) == other.best(some) == best

@@ -1,5 +1,6 @@
 """Runs at toy size: every case, every provider, wrong results, and a run that is cut off."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sr_kernels.benchmarks import cases, ceilings, operators, probe, providers, run, table
+from sr_kernels.benchmarks import cases, ceilings, measure, operators, providers, run, table, worker
 from sr_kernels.benchmarks.cases import Case
 
 from sr_kernels import models
@@ -25,7 +26,12 @@ def limits():
 
 
 def _measure(case, settings, limits, folder):
-    return {row.provider: row for row in run.measure_case(case, settings, limits, folder)}
+    measurement = run.Measurement(case, settings, folder)
+    try:
+        measurement.prepare().sample(settings.seconds)
+        return {row.provider: row for row in measurement.rows(limits)}
+    finally:
+        measurement.close()
 
 
 @pytest.mark.slow
@@ -46,7 +52,7 @@ def test_every_operator_at_toy_size(op, mode, toy_settings, limits, tmp_path):
     for row in rows.values():
         assert row.status == "ok", row
         assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
-        assert row.samples >= 7
+        assert row.samples >= measure.MIN_ROUNDS
         assert row.bound in ("bytes", "flops", "exponentials")
         assert row.fraction == pytest.approx(row.floor_ms / row.median_ms)
         assert 0 <= row.error < 1e-2
@@ -189,61 +195,139 @@ def test_a_crash_of_one_provider_is_not_the_runs(toy_settings, limits, tmp_path,
     assert rows["eager"].median_ms > 0
 
 
+def _apart(case, provider, folder, memory=False):
+    build = functools.partial(providers.subject, weights=None, image=run.PHOTOGRAPH, folder=folder)
+    file = folder / f"{provider}.pt"
+    return worker.Apart(build, case, provider, threads=1, best_format="", file=file, memory=memory)
+
+
 @pytest.mark.unpoisoned
 def test_memory_is_that_of_the_call(tmp_path):
     """Stock's attention matrices of 64 KiB pixels: 4 (16 + 64 + 256) bytes a pixel, twice (before
     and after softmax); ours stays near the output."""
     case = Case("grouped_window_attention", 1, 24, 256, 256)
-    arguments = {
-        "threads": 1,
-        "weights": None,
-        "image": run.PHOTOGRAPH,
-        "folder": tmp_path,
-        "best_format": "",
-    }
-    stock = probe.growth(case, "eager", **arguments) / case.pixels
-    ours = probe.growth(case, "cpu", **arguments) / case.pixels
+    grown = {}
+    for name in ("eager", "cpu"):
+        station = _apart(case, name, tmp_path, memory=True)
+        grown[name] = station.ready().memory / case.pixels
+        station.close()
     # All four windows' matrices are not alive at once; the largest pair is.
-    assert 2 * 4 * 256 < stock < 3 * 4 * (16 + 64 + 256)
-    assert 4 * 24 <= ours < 600
+    assert 2 * 4 * 256 < grown["eager"] < 3 * 4 * (16 + 64 + 256)
+    assert 4 * 24 <= grown["cpu"] < 600
 
 
 @pytest.mark.unpoisoned
-def test_a_provider_that_dies_is_reported(tmp_path, monkeypatch):
-    arguments = {
-        "threads": 1,
-        "weights": None,
-        "image": run.PHOTOGRAPH,
-        "folder": tmp_path,
-        "best_format": "",
-    }
+def test_a_provider_in_its_own_process_is_verified_and_sampled(tmp_path, limits):
+    case = Case("gated_conv1x1", 1, 24, 16, 32, "both")
+    settings = run.Settings(threads=1, seconds=0.0, providers=("eager", "cpu"))
+    rows = _measure(case, settings, limits, tmp_path)
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert all(row.memory_mb > 0 and 0 <= row.error < 1e-2 for row in rows.values())
+    assert not list(tmp_path.iterdir())  # what they handed over is gone
+
+
+@pytest.mark.unpoisoned
+def test_a_provider_that_dies_is_reported(tmp_path):
+    case = Case("channel_gate", 1, 8, 8, 8)
+    station = _apart(case, "abacus", tmp_path)
     with pytest.raises(providers.Unavailable, match="no provider 'abacus'"):
-        probe.growth(Case("channel_gate", 1, 8, 8, 8), "abacus", **arguments)
-    with pytest.raises(probe.ProbeFailed, match="no result within 0 s"):
-        probe.growth(Case("channel_gate", 1, 8, 8, 8), "cpu", seconds=0.0, **arguments)
+        station.ready()
+    station.close()
+    station = _apart(case, "cpu", tmp_path)
+    with pytest.raises(worker.Failed, match="no answer within 0 s"):
+        station.ready(patience=0.0)
+    station.ready()
+    os.kill(station._process.pid, signal.SIGKILL)
+    sampler = station.samplers()[0]["warm"]
+    with pytest.raises(worker.Failed, match="was killed: probably out of memory") as caught:
+        sampler(1, True)
+    assert caught.value.provider == "cpu"
+    station.close()
+
+
+@pytest.mark.unpoisoned
+def test_a_provider_that_dies_while_it_is_sampled_ends_alone(tmp_path, limits):
+    settings = run.Settings(threads=1, seconds=0.0, providers=("eager", "cpu"), memory=False)
+    measurement = run.Measurement(Case("channel_gate", 1, 8, 8, 8), settings, tmp_path)
+    try:
+        measurement.prepare().sample(0.0)
+        first = {row.provider: row for row in measurement.rows(limits)}
+        assert {row.status for row in first.values()} == {"ok"}
+        os.kill(measurement._stations["cpu"]._process.pid, signal.SIGKILL)
+        measurement.sample(0.0)
+        second = {row.provider: row for row in measurement.rows(limits)}
+    finally:
+        measurement.close()
+    assert second["cpu"].status == "failed"
+    assert "was killed" in second["cpu"].reason
+    assert second["cpu"].median_ms is None
+    # The others keep what they had and go on.
+    assert second["eager"].samples == 2 * first["eager"].samples
+
+
+def test_compile_brings_the_formats_it_chooses_from(toy_settings):
+    settings = replace(toy_settings, providers=("compile",))
+    wanted = [n for n in ("eager", "eager_channels_last", "compile", "cpu") if settings.wants(n)]
+    assert wanted == ["eager", "eager_channels_last", "compile"]
+
+
+def _run(chosen, settings, folder, say=lambda text: None):
+    return run.run(
+        chosen,
+        settings,
+        folder,
+        say=say,
+        progress=lambda label: lambda done, total: None,
+        toy=True,
+    )
 
 
 def test_rows_are_written_case_by_case(toy_settings, tmp_path, monkeypatch):
     chosen = [Case("channel_gate", 1, 8, 8, 8), Case("channel_gate", 1, 8, 16, 16)]
-    measure_case = run.measure_case
+    prepare = run.Measurement.prepare
 
-    def interrupted(case, *arguments, **options):
-        if case.height == 16:
+    def interrupted(self):
+        if self.case.height == 16:
             raise KeyboardInterrupt
-        return measure_case(case, *arguments, **options)
+        return prepare(self)
 
-    monkeypatch.setattr(run, "measure_case", interrupted)
-    settings = replace(toy_settings, providers=("cpu",))
+    monkeypatch.setattr(run.Measurement, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.run(
-            chosen,
-            settings,
-            tmp_path,
-            say=lambda text: None,
-            progress=lambda label: lambda done, total: None,
-            toy=True,
-        )
+        _run(chosen, replace(toy_settings, providers=("cpu",)), tmp_path)
     assert [row.shape for row in table.read(tmp_path)] == ["1x8x8x8", "1x8x8x8"]
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(("group", "order"), [(2, "abab" + "cc"), (9, "abcabc")])
+def test_a_group_is_sampled_twice(tmp_path, monkeypatch, group, order):
+    """What the machine does in between is in the spread; and the second half adds to the first."""
+    monkeypatch.setattr(run, "GROUP", group)
+    chosen = [Case("channel_gate", 1, 8, side, 8) for side in (8, 16, 32)]
+    seen = []
+    sample = run.Measurement.sample
+
+    def noted(self, *arguments):
+        seen.append("abc"[chosen.index(self.case)])
+        sample(self, *arguments)
+
+    monkeypatch.setattr(run.Measurement, "sample", noted)
+    settings = run.Settings(threads=1, seconds=0.0, providers=("cpu",), memory=False)
+    rows, failed = _run(chosen, settings, tmp_path)
+    assert "".join(seen) == order
+    assert not failed
+    assert {row.samples for row in rows} == {2 * measure.MIN_ROUNDS}
+    assert len(table.read(tmp_path)) == len(rows) == 6
+
+
+def test_a_group_ends_where_memory_does(toy_settings, tmp_path, monkeypatch):
+    apart, here = (
+        run.Measurement(Case("channel_gate", 1, 8, 8, 8), replace(toy_settings, apart=a), tmp_path)
+        for a in (True, False)
+    )
+    assert run._room([(0, apart)])
+    assert not run._room([(0, here)])
+    apart.resident = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert not run._room([(0, apart)])
 
 
 @pytest.mark.slow

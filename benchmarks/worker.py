@@ -1,0 +1,278 @@
+"""Where a provider runs while it is verified and measured: a process of its own, or this one.
+
+On a CPU each has a fresh process (`Apart`). It meets there what it meets in a program that uses
+nothing else: a heap that nobody has grown before it, and no other runtime's threads. That decides
+more than it seems: stock's ELAN-light takes a third less time in a process whose heap a larger
+computation has left behind, since its buffers then cost no page faults. A provider that is killed
+takes only its own process with it, and what it took at its peak can be read.
+
+On a GPU all share this process (`Here`): the contexts of several would take turns on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import multiprocessing
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure
+from .cases import Case
+from .measure import Sampler
+from .providers import Provider, Running, Subject, Unavailable
+
+__all__ = ["Apart", "Failed", "Here", "Ready"]
+
+TOY_SIDE = 16  # divided by every window, so that any network and operator takes it
+PATIENCE = 900.0  # seconds for one answer
+
+
+class Failed(RuntimeError):
+    """What became of a provider's process: it raised something, was killed, or does not answer."""
+
+    def __init__(self, provider: str, message: str) -> None:
+        super().__init__(message)
+        self.provider = provider
+
+
+@dataclass(frozen=True)
+class Ready:
+    """results: for verification, on the CPU.  memory: bytes at the peak of one call over those
+    before it, None where not measured.  resident: bytes that the process keeps.  note: what the
+    table should say of it."""
+
+    results: dict[str, Tensor]
+    memory: int | None = None
+    resident: int = 0
+    note: str = ""
+
+
+class Here:
+    """In this process, on the CPU or a GPU. Memory is measured on a GPU only."""
+
+    cpu_seconds = 0.0  # is in this process's own
+
+    def __init__(self, provider: Provider, case: Case, *, memory: bool) -> None:
+        self._provider, self._case, self._memory = provider, case, memory
+        self._running: Running | None = None
+
+    def ready(self) -> Ready:
+        """Builds the provider; raises Unavailable, and whatever it raises."""
+        self._running = self._provider.build()
+        results = self._running.results(self._case.mode)
+        memory = None
+        if self._memory and self._case.device != "cpu":
+            call = self._running.call(self._case.mode)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() - before
+        return Ready({name: value.detach().to("cpu") for name, value in results.items()}, memory)
+
+    def samplers(self) -> tuple[dict[str, Sampler], dict[str, str]]:
+        """By state of the cache, what takes a sample; and why there is none."""
+        assert self._running is not None
+        mode = self._case.mode
+        call = self._running.call(mode)
+        if self._case.device == "cpu":
+            return {"warm": measure.Clock("cpu").sampler(call)}, {}
+        result = {
+            "hot": measure.Clock("cuda").sampler(call),
+            "cold": measure.Clock("cuda", cold=True).sampler(call),
+        }
+        if mode == "backward":  # it goes through a graph of autograd's that was made outside
+            return result, {}
+        try:
+            replay = measure.graphed(call)
+        except Exception as problem:
+            return result, {"graph": f"{type(problem).__name__}: {problem}"}
+        sampler = measure.Clock("cuda").sampler(replay)
+        result["graph"] = lambda repeats, warm: sampler(repeats, warm) / measure.GRAPH_CALLS
+        return result, {}
+
+    def close(self) -> None:
+        self._running = None
+
+
+class Apart:
+    """In a process of its own, which begins to build the provider at once. Linux only.
+
+    build: makes the case's providers there.  file: a name for what is handed back.
+    memory: measure it, which takes a call more.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Case], Subject],
+        case: Case,
+        provider: str,
+        *,
+        threads: int,
+        best_format: str,
+        file: Path,
+        memory: bool,
+    ) -> None:
+        self.cpu_seconds = 0.0
+        self._name, self._file = provider, file
+        # A server that has imported torch and never run anything forks in milliseconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, build, case, provider, threads, best_format, file, memory),
+            daemon=True,
+        )
+        with _without_main():
+            self._process.start()
+        theirs.close()
+
+    def ready(self, patience: float = PATIENCE) -> Ready:
+        """Waits for the provider; raises Unavailable and Failed."""
+        memory, resident, note, self.cpu_seconds = self._answer(patience)
+        results = torch.load(self._file, weights_only=True)
+        self._file.unlink()
+        return Ready(results, memory, resident, note)
+
+    def samplers(self) -> tuple[dict[str, Sampler], dict[str, str]]:
+        return {"warm": self._sample}, {}
+
+    def _sample(self, repeats: int, warm: bool) -> float:
+        with contextlib.suppress(BrokenPipeError):  # reading then says more
+            self._pipe.send((repeats, warm))
+        seconds, self.cpu_seconds = self._answer(PATIENCE)
+        return float(seconds)
+
+    def _answer(self, patience: float) -> tuple[Any, ...]:
+        try:
+            if not self._pipe.poll(patience):
+                raise Failed(self._name, f"no answer within {patience:.0f} s")
+            kind, *values = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            raise Failed(
+                self._name,
+                "its process was killed: probably out of memory"
+                if code == -signal.SIGKILL
+                else f"its process ended with status {code}",
+            ) from None
+        if kind == "unavailable":
+            raise Unavailable(values[0])
+        if kind == "failed":
+            raise Failed(self._name, values[0])
+        return tuple(values)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+        self._file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keeps the child from importing the program that we run in: it needs nothing of it."""
+    main = sys.modules["__main__"]
+    saved = {n: getattr(main, n) for n in ("__file__", "__spec__") if hasattr(main, n)}
+    try:
+        if "__file__" in saved:
+            del main.__file__
+        main.__spec__ = None
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(main, name, value)
+
+
+# ------------------------------------------------------------------------------ over there
+
+
+def _serve(
+    pipe: Connection,
+    build: Callable[[Case], Subject],
+    case: Case,
+    name: str,
+    threads: int,
+    best_format: str,
+    file: Path,
+    memory: bool,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    try:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
+        torch.set_num_threads(threads)
+        running, grown, note = _started(build, case, name, best_format, memory)
+        torch.save({n: t.detach() for n, t in running.results(case.mode).items()}, file)
+        sampler = measure.Clock("cpu").sampler(running.call(case.mode))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        pipe.send(("ready", grown, measure.resident(), note, time.process_time()))
+        while True:
+            seconds = sampler(*pipe.recv())
+            pipe.send(("seconds", seconds, time.process_time()))
+    except EOFError:
+        pass  # the parent is done with us
+    except Unavailable as error:
+        pipe.send(("unavailable", str(error)))
+    except Exception as error:
+        pipe.send(("failed", "".join(traceback.format_exception_only(error)).strip()))
+    finally:
+        pipe.close()
+
+
+def _started(
+    build: Callable[[Case], Subject], case: Case, name: str, best_format: str, memory: bool
+) -> tuple[Running, int | None, str]:
+    chosen = _find(build(case), name, best_format)
+    if not memory:
+        return chosen.build(), None, ""
+    if chosen.foreign:
+        with contextlib.suppress(ImportError):  # building it will say so
+            importlib.import_module(name)
+    else:
+        # Whatever torch and its libraries load and set up at their first calls.
+        small = build(replace(case, batch=1, height=TOY_SIDE, width=TOY_SIDE))
+        _find(small, "eager", "").build().call(case.mode)()
+        if not chosen.compiles:
+            _find(small, name, "").build().call(case.mode)()
+        del small
+    try:
+        before = measure.resident()
+        measure.reset_peak()
+    except (OSError, RuntimeError) as error:
+        return chosen.build(), None, f"memory: {error}"
+    running = chosen.build()
+    if chosen.compiles:
+        # Compiled at the first call: what stays in memory from that does not count.
+        built = measure.resident()
+        running.call(case.mode)()
+        before += measure.resident() - built
+    call = running.call(case.mode)
+    measure.reset_peak()
+    call()
+    return running, max(0, measure.peak() - before), ""
+
+
+def _find(subject: Subject, name: str, best_format: str) -> Provider:
+    subject.best_format = best_format
+    for provider in subject.providers:
+        if provider.name == name:
+            return provider
+    raise Unavailable(f"there is no provider {name!r} for {subject.case}")
