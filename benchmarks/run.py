@@ -118,6 +118,9 @@ def run(
                 return False
             everything[case] = measurement.rows(limits[case.device])
             table.add(out, everything[case])
+            if number == 1:
+                timed = sum(row.median_ms is not None for row in everything[case])
+                say(f"{label}: {timed} of {len(everything[case])} rows timed")
             return True
 
         rest = list(enumerate(cases))

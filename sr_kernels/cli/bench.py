@@ -15,8 +15,9 @@ SUMMARY = "measure operators and networks against stock PyTorch and other runtim
 DESCRIPTION = """\
 Measure operators and networks against stock PyTorch, torch.compile, library kernels, ONNX Runtime
 and OpenVINO. A provider is verified against the definition in float64 before it gets a time; all
-are timed in turn; every case's rows are in OUT/results.csv before the next case begins, so an
-interrupted run loses nothing that was finished. Run it on an idle machine.
+are timed in turn, on a CPU each in a process of its own; a case's rows are in OUT/results.csv
+before the next case begins, so an interrupted run loses nothing that was measured. Run it on an
+idle machine.
 
 Needs the extra packages of sr_kernels[bench].
 """
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help=f"of samples per provider (default: {FULL_SECONDS:g}, with --quick "
-        f"{QUICK_SECONDS:g}); never fewer than 7 samples",
+        f"{QUICK_SECONDS:g}); never fewer than 10 samples",
     )
     how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     how.add_argument(
