@@ -3,7 +3,8 @@
 // Conventions. x, q, k, v, ... are (N, C, H, W). A *_backward operator takes the gradient of the
 // output first, then what the forward took, then `need_*` flags; a gradient that was not asked for
 // comes back as an empty tensor of shape (0,). Enumerations travel as integers (shift_pattern.h,
-// activation.h): strings would be copied at every call.
+// activation.h): strings would be copied at every call. A *_out operator, for inference, writes
+// into a feature map that shares no memory with what it reads.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -24,6 +25,10 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   m.def(
       "shift_conv_block(Tensor x, Tensor w0, Tensor? b0, Tensor w1, Tensor? b1, int activation, "
       "float negative_slope, bool residual, int pattern, int groups) -> Tensor");
+  m.def(
+      "shift_conv_block_out(Tensor x, Tensor w0, Tensor? b0, Tensor w1, Tensor? b1, "
+      "int activation, float negative_slope, bool residual, int pattern, int groups, "
+      "Tensor(a!) out) -> ()");
   m.def(
       "shift_conv_block_backward(Tensor grad, Tensor x, Tensor w0, Tensor? b0, Tensor w1, "
       "int activation, float negative_slope, bool residual, int pattern, int groups, "
@@ -63,6 +68,12 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   m.def(
       "apply_grouped_attention_block(Tensor x, Tensor q, Tensor w_v, Tensor? b_v, Tensor w_out, "
       "Tensor? b_out, int[] windows, bool shifted) -> Tensor");
+  m.def(
+      "grouped_attention_block_out(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, "
+      "Tensor? b_out, int[] windows, bool shifted, Tensor(a!) out, Tensor(b!)? q) -> ()");
+  m.def(
+      "apply_grouped_attention_block_out(Tensor x, Tensor q, Tensor w_v, Tensor? b_v, "
+      "Tensor w_out, Tensor? b_out, int[] windows, bool shifted, Tensor(a!) out) -> ()");
 
   // ------------------------------------------------------------ attention gates
   m.def("pixel_attention(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

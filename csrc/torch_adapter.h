@@ -151,6 +151,15 @@ inline Tensor new_feature_map(const Tensor& like, int64_t channels) {
   });
 }
 
+// Where an operator writes a feature map: `out`, or a new one.
+inline Tensor output_or_new(const std::optional<Tensor>& out, const Tensor& like,
+                            int64_t channels) {
+  if (!out.has_value()) return new_feature_map(like, channels);
+  require_shape(*out, {like.size(0), channels, like.size(2), like.size(3)}, "out");
+  require_like(*out, like, "out", "x");
+  return *out;
+}
+
 // What a backward operator returns for a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}); }
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sr_kernels.ops._registration import memory_format_of
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -114,3 +116,18 @@ def divisible(x: torch.Tensor, window: tuple[int, int], name: str) -> None:
             f"{name} {window[0]}x{window[1]} does not divide the image: H x W is "
             f"{height}x{width}; pad the input to multiples of the window first"
         )
+
+
+def output(out: torch.Tensor, x: torch.Tensor, channels: int, name: str = "out") -> None:
+    """What an operator may write its result into, instead of into a new tensor."""
+    feature_map(out, name)
+    like(out, x, name, "x")
+    n, _, h, w = x.shape
+    if out.shape != (n, channels, h, w):
+        raise ValueError(f"{name} must have shape {(n, channels, h, w)}, got {_shape(out)}")
+    if not out.is_contiguous(memory_format=memory_format_of(x)):
+        raise ValueError(f"{name} must be dense and in the memory format of x")
+    if torch.compiler.is_compiling() or not x.numel():
+        return
+    if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        raise ValueError(f"{name} must not share its memory with x, which is read meanwhile")

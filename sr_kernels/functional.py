@@ -15,7 +15,7 @@ size, device or option, ``RuntimeError`` for a backend asked for by name that ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -130,6 +130,7 @@ def shift_conv_block(
     pattern: Pattern = "plus",
     groups: int = 5,
     negative_slope: float = 0.05,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """ELAN's local feature extraction: ``y = W1 shift(act(W0 shift(x) + b0)) + b1 (+ x)``.
@@ -146,6 +147,9 @@ def shift_conv_block(
         activation: between the two; as in :func:`shift_conv2d`.
         residual: add x; needs C_out = C.
         pattern, groups, negative_slope: as in :func:`shift_conv2d`, for both shifts.
+        out: (N, C_out, H, W) in the memory format of x, where the result is written; for inference.
+            A network that hands two maps back and forth saves the memory and the page faults of new
+            ones. Must share no memory with x.
         backend: see :mod:`sr_kernels.backends`.
 
     Returns:
@@ -165,8 +169,12 @@ def shift_conv_block(
             "residual=True needs as many output channels as input channels, got w1 with "
             f"{w1.shape[0]} and x with {x.shape[1]}"
         )
-    if backends.choose("shift_conv_block", (x,), backend) == "reference":
-        return reference.shift_conv_block(
+    if out is not None:
+        _checks.output(out, x, w1.shape[0])
+        _require_no_gradient("shift_conv_block with out=", x, w0, b0, w1, b1, out)
+    chosen = backends.choose("shift_conv_block", (x,), backend)
+    if chosen == "reference":
+        y = reference.shift_conv_block(
             x,
             w0,
             b0,
@@ -178,10 +186,28 @@ def shift_conv_block(
             groups=groups,
             negative_slope=negative_slope,
         )
+        return y if out is None else out.copy_(y)
     activation_code, slope, pattern_code, groups = options
-    return torch.ops.sr_kernels.shift_conv_block(
-        x, w0, b0, w1, b1, activation_code, slope, residual, pattern_code, groups
-    )
+    arguments = (x, w0, b0, w1, b1, activation_code, slope, residual, pattern_code, groups)
+    return _run("shift_conv_block", chosen, arguments, out)
+
+
+def _run(op: str, backend: str, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    """The operator's result, in ``out`` if that is a tensor."""
+    if out is None:
+        return getattr(torch.ops.sr_kernels, op)(*arguments)
+    if backend != "cpu":  # allocators of GPUs keep what was freed: there is nothing to save
+        return out.copy_(getattr(torch.ops.sr_kernels, op)(*arguments))
+    getattr(torch.ops.sr_kernels, f"{op}_out")(*arguments, out)
+    return out
+
+
+def _require_no_gradient(what: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{what} has no gradient, but an argument requires one: call it under "
+            "torch.inference_mode() or torch.no_grad(), or without out"
+        )
 
 
 def _window_tensors(
@@ -520,6 +546,7 @@ def grouped_attention_block(
     windows: Sequence[int] = ...,
     shifted: bool = ...,
     return_scores: Literal[False] = ...,
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -533,6 +560,7 @@ def grouped_attention_block(
     windows: Sequence[int] = ...,
     shifted: bool = ...,
     return_scores: Literal[True],
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, WindowScores]: ...
 def grouped_attention_block(
@@ -545,6 +573,7 @@ def grouped_attention_block(
     windows: Sequence[int] = (4, 8, 16),
     shifted: bool = False,
     return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, WindowScores]:
     """ELAN's attention with its projections and its residual, for inference::
@@ -566,6 +595,8 @@ def grouped_attention_block(
         windows, shifted: as in :func:`grouped_window_attention`.
         return_scores: also return the :class:`WindowScores` for
             :func:`apply_grouped_attention_block`.
+        out: as in :func:`shift_conv_block`; with ``return_scores`` a pair, of that and a contiguous
+            (N, C, H, W) tensor for what the scores keep.
         backend: see :mod:`sr_kernels.backends`.
 
     Returns:
@@ -578,8 +609,10 @@ def grouped_attention_block(
     _checks.boolean(return_scores, "return_scores")
     sizes = _grouped_windows(windows, x.shape[1], "x's channels", x)
     _block_weights(x, w_in, b_in, w_out, b_out, 2 * x.shape[1], "in")
-    if backends.choose("grouped_attention_block", (x,), backend) == "reference":
-        return reference.grouped_attention_block(
+    y, q = _block_outputs(out, return_scores, x)
+    chosen = backends.choose("grouped_attention_block", (x,), backend)
+    if chosen == "reference":
+        found = reference.grouped_attention_block(
             x,
             w_in,
             b_in,
@@ -589,13 +622,39 @@ def grouped_attention_block(
             shifted=shifted,
             return_scores=return_scores,
         )
+        if y is None:
+            return found
+        return y.copy_(found) if isinstance(found, Tensor) else (y.copy_(found[0]), found[1])
     _require_inference("grouped_attention_block", x, w_in, b_in, w_out, b_out)
-    y, q = torch.ops.sr_kernels.grouped_attention_block(
-        x, w_in, b_in, w_out, b_out, list(sizes), shifted, return_scores
-    )
+    arguments = (x, w_in, b_in, w_out, b_out, list(sizes), shifted)
+    if y is not None and chosen == "cpu":
+        torch.ops.sr_kernels.grouped_attention_block_out(*arguments, y, q)
+    else:
+        new, q = torch.ops.sr_kernels.grouped_attention_block(*arguments, return_scores)
+        y = new if y is None else y.copy_(new)
     if not return_scores:
         return y
+    assert q is not None
     return y, WindowScores(kind="block", q=q, windows=sizes, shifted=shifted)
+
+
+def _block_outputs(
+    out: Tensor | tuple[Tensor, Tensor] | None, return_scores: bool, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The checked parts of grouped_attention_block's ``out``."""
+    if out is None:
+        return None, None
+    pair = isinstance(out, tuple)
+    if pair != return_scores or (pair and len(out) != 2):
+        wanted = "a pair of tensors" if return_scores else "one tensor"
+        raise ValueError(f"with return_scores={return_scores}, out must be {wanted}")
+    y, q = out if isinstance(out, tuple) else (out, None)
+    _checks.output(y, x, x.shape[1])
+    if q is not None:
+        _checks.shaped(q, tuple(x.shape), "out[1]", x)
+        if not q.is_contiguous():
+            raise ValueError("out[1] must be contiguous")
+    return y, q
 
 
 def apply_grouped_attention_block(
@@ -606,6 +665,7 @@ def apply_grouped_attention_block(
     w_out: Tensor,
     b_out: Tensor | None,
     *,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`grouped_attention_block` with the scores of an earlier one: only v is projected.
@@ -616,6 +676,7 @@ def apply_grouped_attention_block(
         w_v: (C, C, 1, 1), groups in order.
         b_v: (C,) or None.
         w_out, b_out: as in :func:`grouped_attention_block`.
+        out: as in :func:`shift_conv_block`.
         backend: see :mod:`sr_kernels.backends`.
 
     Returns:
@@ -637,19 +698,21 @@ def apply_grouped_attention_block(
             f"x must have shape {tuple(wanted)} to match the scores, got {tuple(x.shape)}"
         )
     _block_weights(x, w_v, b_v, w_out, b_out, x.shape[1], "v")
+    if out is not None:
+        _checks.output(out, x, x.shape[1])
     chosen = backends.choose("apply_grouped_attention_block", (x,), backend)
     free_to_choose = (backend or backends.current_backend()) == "auto"
     if scores.kind == "grouped" and (chosen == "reference" or free_to_choose):
-        return reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)
+        y = reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)
+        return y if out is None else out.copy_(y)
     if scores.kind == "grouped" or chosen == "reference":
         raise RuntimeError(
             f"backend {chosen!r} cannot apply these scores: they come from another backend's "
             "grouped_attention_block, or from grouped_window_attention"
         )
     _require_inference("apply_grouped_attention_block", x, w_v, b_v, w_out, b_out)
-    return torch.ops.sr_kernels.apply_grouped_attention_block(
-        x, q, w_v, b_v, w_out, b_out, list(scores.windows), scores.shifted
-    )
+    arguments = (x, q, w_v, b_v, w_out, b_out, list(scores.windows), scores.shifted)
+    return _run("apply_grouped_attention_block", chosen, arguments, out)
 
 
 def pixel_attention(

@@ -43,18 +43,33 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv2d_backward_cpu(
   return {dx, dweight, dbias};
 }
 
-Tensor shift_conv_block_cpu(const Tensor& x, const Tensor& w0_in,
-                            const std::optional<Tensor>& b0_in, const Tensor& w1_in,
-                            const std::optional<Tensor>& b1_in, int64_t activation,
-                            double negative_slope, bool residual, int64_t pattern, int64_t groups) {
+Tensor shift_conv_block_to(const std::optional<Tensor>& out, const Tensor& x, const Tensor& w0_in,
+                           const std::optional<Tensor>& b0_in, const Tensor& w1_in,
+                           const std::optional<Tensor>& b1_in, int64_t activation,
+                           double negative_slope, bool residual, int64_t pattern, int64_t groups) {
   const Tensor w0 = dense(w0_in), w1 = dense(w1_in);
   const std::optional<Tensor> b0 = dense(b0_in), b1 = dense(b1_in);
   ShiftConvBlockParams p = block_params("shift_conv_block", x, w0, b0, w1, b1, activation,
                                         negative_slope, residual, pattern, groups);
-  Tensor y = new_feature_map(x, p.c_out);
+  Tensor y = output_or_new(out, x, p.c_out);
   p.y = feature_map(y);
   if (y.numel() > 0) SR_KERNELS_CALL_CPU(shift_conv_block, p, torch_parallel);
   return y;
+}
+
+Tensor shift_conv_block_cpu(const Tensor& x, const Tensor& w0, const std::optional<Tensor>& b0,
+                            const Tensor& w1, const std::optional<Tensor>& b1, int64_t activation,
+                            double negative_slope, bool residual, int64_t pattern, int64_t groups) {
+  return shift_conv_block_to(std::nullopt, x, w0, b0, w1, b1, activation, negative_slope, residual,
+                             pattern, groups);
+}
+
+void shift_conv_block_out_cpu(const Tensor& x, const Tensor& w0, const std::optional<Tensor>& b0,
+                              const Tensor& w1, const std::optional<Tensor>& b1, int64_t activation,
+                              double negative_slope, bool residual, int64_t pattern, int64_t groups,
+                              const Tensor& out) {
+  shift_conv_block_to(out, x, w0, b0, w1, b1, activation, negative_slope, residual, pattern,
+                      groups);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shift_conv_block_backward_cpu(
@@ -91,5 +106,6 @@ STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
   m.impl("shift_conv2d", TORCH_BOX(&sr_kernels::shift_conv2d_cpu));
   m.impl("shift_conv2d_backward", TORCH_BOX(&sr_kernels::shift_conv2d_backward_cpu));
   m.impl("shift_conv_block", TORCH_BOX(&sr_kernels::shift_conv_block_cpu));
+  m.impl("shift_conv_block_out", TORCH_BOX(&sr_kernels::shift_conv_block_out_cpu));
   m.impl("shift_conv_block_backward", TORCH_BOX(&sr_kernels::shift_conv_block_backward_cpu));
 }

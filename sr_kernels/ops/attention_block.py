@@ -49,6 +49,12 @@ def _(
     return empty_feature_map(x, x.shape[1])
 
 
+@register_fake("grouped_attention_block_out")
+@register_fake("apply_grouped_attention_block_out")
+def _(*arguments: Any) -> None:
+    return None
+
+
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     return None
 

@@ -88,6 +88,11 @@ def _(
     return empty_feature_map(x, w1.shape[0])
 
 
+@register_fake("shift_conv_block_out")
+def _(*arguments: Any) -> None:
+    return None
+
+
 @register_fake("shift_conv_block_backward")
 def _(
     grad: Tensor,
