@@ -7,6 +7,7 @@
 #                   (default: the CPU build of torch 2.13.0)
 #   BENCH_ARGS      more arguments for the benchmarks, as in: make bench BENCH_ARGS="--threads 1"
 #   PYTEST_ARGS     more arguments for pytest, as in: make test PYTEST_ARGS="-k shift -x"
+#   PYTEST_JOBS     processes that share the tests, a file at a time (default: one a core, at most 8)
 #   MAX_JOBS, SR_KERNELS_*   see setup.py
 
 SHELL := /bin/bash
@@ -20,6 +21,7 @@ ENV := $(abspath $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv))
 PYTHON := $(ENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+PYTEST_JOBS ?= auto
 BENCH_ARGS ?=
 TORCH_VERSION := 2.13.0
 # The plain version first: it is found where pip's own index or wheel folder has the CPU build. PyTorch's
@@ -46,7 +48,7 @@ bench: $(STAMPS)/bench setup  ## the quick set of benchmarks; rows and charts in
 	@$(ENV)/bin/sr-kernels bench --quick --plot $(BENCH_ARGS)
 
 test: setup-dev  ## all tests that this machine can run
-	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q -n $(PYTEST_JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup-dev  ## ruff, mypy, clang-format: changes nothing
 	$(PYTHON) -m ruff check $(PYTHON_FILES)

@@ -7,6 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Test processes that run side by side share the cores: threads that wait for one another while a
+# core is another's take a hundred times as long. Read by OpenMP when torch is imported, here and in
+# the processes that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import pytest
 import torch
 

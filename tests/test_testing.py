@@ -384,3 +384,13 @@ def test_check_operator_rejects_bad_requests() -> None:
         T.check_operator("x", as_operator(linear), linear, inputs_of(), gradients=[("y",)])
     with pytest.raises(ValueError, match="no tensor"):
         T.check_operator("x", as_operator(linear), linear, {"x": None})
+
+
+def test_rounding_is_never_nothing_by_luck() -> None:
+    """0.25 + 0.3 - 0.3 is exactly 0.25 in float32; a sum that ends at 0.25 has been rounded."""
+    lucky = torch.tensor([0.25], dtype=torch.float64)
+    assert (lucky.float() + 0.3) - 0.3 == lucky.float()
+    assert T.rounding_error(lucky, torch.float32) == pytest.approx(0.25 * 2**-25)
+    many = torch.randn(1000, dtype=torch.float64)
+    assert T.rounding_error(many, torch.float32) > float(many.abs().max()) * 2**-26
+    assert T.rounding_error(torch.tensor([torch.inf]), torch.float32) == 0
