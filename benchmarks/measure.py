@@ -26,7 +26,9 @@ Sampler = Callable[[int, bool], float]
 
 # A sample lasts at least this long: shorter ones would measure the clock and the scheduler.
 SAMPLE_SECONDS = 0.02
-MIN_ROUNDS, MAX_ROUNDS = 5, 30  # each time that samples are taken
+# Each time that samples are taken; fewer where one takes longer than LONG_SECONDS.
+MIN_ROUNDS, MIN_LONG_ROUNDS, MAX_ROUNDS = 5, 3, 30
+LONG_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def interleaved(
     pause: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of all in turn, for about `seconds` each, at least MIN_ROUNDS rounds.
+    """Samples of all in turn, for about `seconds` each, but at least MIN_ROUNDS or MIN_LONG_ROUNDS rounds.
 
     pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
     while after a call and would slow the next one down.
@@ -150,7 +152,8 @@ def interleaved(
             repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
             estimate[name] = once * repeats[name]
         slowest = max(estimate.values())
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, round(seconds / slowest)))
+        least = MIN_LONG_ROUNDS if slowest > LONG_SECONDS else MIN_ROUNDS
+        rounds = max(least, min(MAX_ROUNDS, round(seconds / slowest)))
         samples: dict[str, list[float]] = {name: [] for name in samplers}
         names = list(samplers)
         for turn in range(rounds):

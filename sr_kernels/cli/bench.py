@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help=f"of samples per provider (default: {FULL_SECONDS:g}, with --quick "
-        f"{QUICK_SECONDS:g}); never fewer than 10 samples",
+        f"{QUICK_SECONDS:g}); never fewer than 10 samples, or 6 of calls that take seconds",
     )
     how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     how.add_argument(

@@ -15,6 +15,14 @@ def test_percentiles_are_numpys():
     assert timing.p80 == pytest.approx(4.2)
 
 
+def test_long_calls_get_fewer_rounds():
+    def rounds(seconds):
+        samples = measure.interleaved({"a": lambda repeats, warm: seconds}, seconds=0.0)
+        return len(samples["a"])
+
+    assert [rounds(s) for s in (0.1, 1.9, 2.1, 60.0)] == [5, 5, 3, 3]
+
+
 def test_the_order_rotates():
     order = []
 
