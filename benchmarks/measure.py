@@ -137,7 +137,7 @@ def interleaved(
     pause: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of all in turn, for about `seconds` each, but at least MIN_ROUNDS or MIN_LONG_ROUNDS rounds.
+    """Samples of all in turn, for about `seconds` each, but at least MIN_(LONG_)ROUNDS rounds.
 
     pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
     while after a call and would slow the next one down.
