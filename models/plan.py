@@ -252,9 +252,18 @@ class _PlannedMAFDB(MAFDB):
     """A block without gradients: what only follows a convolution is done in it or in its output."""
 
     def _refined(self, r: Tensor, k: int) -> Tensor:
-        y = self.refine[k - 1](r)
-        y += r
-        return nn.functional.leaky_relu_(y, NEGATIVE_SLOPE)
+        convolution, gate = self.refine[k - 1], self.pixel[0]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(gate, PixelAttention)
+        return F.conv3x3(
+            r,
+            convolution.weight,
+            convolution.bias,
+            skip=r,
+            activation="leaky_relu",
+            negative_slope=NEGATIVE_SLOPE,
+            backend=gate.backend,
+        )
 
     def _distilled(self, r: Tensor, k: int) -> Tensor:
         convolution, gate = self.distill[k], self.pixel[0]
