@@ -25,6 +25,7 @@ constexpr int kMaxVectors = 2;
 constexpr int rows_of(int vectors) { return vectors == 1 ? 6 : 4; }
 #endif
 constexpr int64_t kRowMultiple = 12;
+constexpr int64_t kStrip = 2 * kRowMultiple;  // tiles that are transformed and multiplied together
 
 // C_out in groups of at most kMaxVectors vectors, all nearly equally wide.
 template <typename T>
@@ -130,25 +131,30 @@ SR_INLINE void transform_input(const Patch<T>& patch, int64_t channels, T* v, in
   constexpr int W = Simd<T>::width;
   for (int64_t c0 = 0; c0 < channels; c0 += W) {
     const int64_t c = min64(c0, channels - W);
-    Vec<T> t[4][4];
+    const auto d = [&](int i, int j) { return load(patch.row[i] + j * patch.pixel + c); };
+    const auto finish = [&](int i, const Vec<T>* t) {
+      T* out = v + 4 * i * v_plane + c;
+      store<T>(out, t[0] - t[2]);
+      store<T>(out + v_plane, t[1] + t[2]);
+      store<T>(out + 2 * v_plane, t[2] - t[1]);
+      store<T>(out + 3 * v_plane, t[1] - t[3]);
+    };
+    // Row by row: all at once would not fit into registers.
+    Vec<T> sum[4], difference[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      Vec<T> d[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) d[i] = load(patch.row[i] + j * patch.pixel + c);
-      t[0][j] = d[0] - d[2];
-      t[1][j] = d[1] + d[2];
-      t[2][j] = d[2] - d[1];
-      t[3][j] = d[1] - d[3];
+      const Vec<T> d1 = d(1, j), d2 = d(2, j);
+      sum[j] = d1 + d2;
+      difference[j] = d2 - d1;
     }
+    finish(1, sum);
+    finish(2, difference);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      T* out = v + 4 * i * v_plane + c;
-      store<T>(out, t[i][0] - t[i][2]);
-      store<T>(out + v_plane, t[i][1] + t[i][2]);
-      store<T>(out + 2 * v_plane, t[i][2] - t[i][1]);
-      store<T>(out + 3 * v_plane, t[i][1] - t[i][3]);
-    }
+    for (int j = 0; j < 4; ++j) difference[j] = d(0, j) - d(2, j);
+    finish(0, difference);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) difference[j] = d(1, j) - d(3, j);
+    finish(3, difference);
   }
 }
 
@@ -178,9 +184,13 @@ SR_INLINE void transform_output(const T* m, int64_t m_plane, const T* bias, Acti
       s[1][j] = m1 - m2 - load(column + 12 * m_plane);
     }
     const Vec<T> b = load(bias + c);
-    for (int i = 0; i < out.rows; ++i) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if (i >= out.rows) break;
       Vec<T> y[2] = {s[i][0] + s[i][1] + s[i][2] + b, s[i][1] - s[i][2] - s[i][3] + b};
-      for (int j = 0; j < out.columns; ++j) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        if (j >= out.columns) break;
         if (out.skip != nullptr)
           y[j] += load(out.skip + i * out.skip_row + j * out.skip_pixel + c);
         T* target = out.y + i * out.y_row + j * out.y_pixel + c;
@@ -259,15 +269,13 @@ class Convolution {
         tiles(p.batch * tiles_h * tiles_w),
         v_ld(padded<T>(p.c_in)),
         m_ld(padded<T>(p.c_out)),
-        u_plane(p.c_in * m_ld),
+        u_plane(spread_stride<T>(p.c_in * m_ld)),
+        strip(min64(kStrip, ceil_div(tiles, kRowMultiple) * kRowMultiple)),
+        v_plane(spread_stride<T>(strip * v_ld)),
+        m_plane(spread_stride<T>(strip * m_ld)),
         x_in_place(in_place<S, T>(p.x, p.c_in)),
         y_in_place(in_place<S, T>(p.y, p.c_out) &&
                    (p.skip.data == nullptr || in_place<S, T>(p.skip, p.c_out))) {
-    int64_t at_once = 36;
-    if (getenv("T_TILES")) at_once = atoi(getenv("T_TILES"));
-    strip = min64(at_once, ceil_div(tiles, kRowMultiple) * kRowMultiple);
-    v_plane = spread_stride<T>(strip * v_ld);
-    m_plane = spread_stride<T>(strip * m_ld);
   }
 
   void run(ParallelFor parallel) {
@@ -303,9 +311,10 @@ class Convolution {
 
  private:
   const Conv3x3Params& p;
-  const int64_t tiles_h, tiles_w, tiles, v_ld, m_ld, u_plane;
+  const int64_t tiles_h, tiles_w, tiles;
+  const int64_t v_ld, m_ld, u_plane;  // elements of a pixel's channels, of a frequency's matrix
+  const int64_t strip, v_plane, m_plane;
   const bool x_in_place, y_in_place;
-  int64_t strip, v_plane, m_plane;
 
   // Calls visit(run, t) for the runs of `count` tiles from `first`, the t-th first of which it is.
   template <typename Visit>
