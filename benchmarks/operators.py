@@ -417,6 +417,29 @@ def _window_attention(case: Case) -> Problem:
     )
 
 
+# ------------------------------------------------------------------------------ 3x3 convolution
+
+
+def _conv3x3(case: Case) -> Problem:
+    """As MAFDN refines: with a skip and leaky ReLU. The work is the formula's; a kernel that takes
+    fewer multiplications may beat its floor."""
+    make, c = _Maker(case), case.channels
+    inputs = {
+        "x": make.map(c),
+        "weight": make.tensor((c, c, 3, 3), (9 * c) ** -0.5),
+        "bias": make.vector(c),
+        "skip": make.map(c),
+    }
+    options: dict[str, Any] = {"activation": "leaky_relu"}
+    return Problem(
+        inputs,
+        plain(reference.conv3x3, **options),
+        public(sr_kernels.conv3x3, **options),
+        _work(case, inputs, c, 18.0 * c * c * case.pixels),
+        maps=("x", "skip"),
+    )
+
+
 # ------------------------------------------------------------------------------ gates
 
 
@@ -523,6 +546,7 @@ OPERATORS: dict[str, Callable[[Case], Problem]] = {
     "grouped_window_attention": _grouped_window_attention,
     "grouped_window_reuse": _grouped_window_reuse,
     "window_attention": _window_attention,
+    "conv3x3": _conv3x3,
     "pixel_attention": _pixel_attention,
     "spatial_attention": _spatial_attention,
     "pixel_spatial_attention": _pixel_spatial_attention,

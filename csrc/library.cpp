@@ -75,6 +75,12 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
       "apply_grouped_attention_block_out(Tensor x, Tensor q, Tensor w_v, Tensor? b_v, "
       "Tensor w_out, Tensor? b_out, int[] windows, bool shifted, Tensor(a!) out) -> ()");
 
+  // ------------------------------------------------------------ 3x3 convolution
+  // Inference only.
+  m.def(
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? skip, int activation, "
+      "float negative_slope) -> Tensor");
+
   // ------------------------------------------------------------ attention gates
   m.def("pixel_attention(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

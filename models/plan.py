@@ -94,6 +94,14 @@ def _constant(tensor: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(own, requires_grad=False)
 
 
+def _conv3x3(layer: nn.Module, x: Tensor, backend: str | None, **options: Any) -> Tensor:
+    """A convolution of 3x3, stride 1 and padding 1, with what follows it."""
+    assert isinstance(layer, nn.Conv2d)
+    return F.conv3x3(
+        x, layer.weight, layer.bias, negative_slope=NEGATIVE_SLOPE, backend=backend, **options
+    )
+
+
 # ------------------------------------------------------------------------------------------ ELAN
 
 
@@ -227,7 +235,7 @@ class ELANPlan(Plan):
         image = image.contiguous(memory_format=torch.channels_last)
         x = self._body(self._head(image))
         x += self._head(image)
-        x = nn.functional.conv2d(x, self.tail_weight, self.tail_bias, padding=1)  # type: ignore[arg-type]
+        x = F.conv3x3(x, self.tail_weight, self.tail_bias, backend=self.backend)  # type: ignore[arg-type]
         x = nn.functional.pixel_shuffle(x, self.scale)
         return x[:, :, : height * self.scale, : width * self.scale].contiguous()
 
@@ -272,17 +280,14 @@ class ELANPlan(Plan):
 
 
 class _PlannedMAFDB(MAFDB):
-    """A block without gradients: what only follows a convolution is done in it or in its output."""
+    """A block without gradients: what only follows a convolution is done in it."""
 
     def _refined(self, r: Tensor, k: int) -> Tensor:
-        y = self.refine[k - 1](r)
-        y += r
-        return nn.functional.leaky_relu_(y, NEGATIVE_SLOPE)
+        return _conv3x3(self.refine[k - 1], r, self._backend, skip=r, activation="leaky_relu")
 
     def _distilled(self, r: Tensor, k: int) -> Tensor:
-        convolution, gate = self.distill[k], self.pixel[0]
+        convolution = self.distill[k]
         assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(gate, PixelAttention)
         return F.shift_conv2d(
             r,
             convolution.weight,
@@ -290,13 +295,23 @@ class _PlannedMAFDB(MAFDB):
             activation="leaky_relu",
             negative_slope=NEGATIVE_SLOPE,
             pattern="none",
-            backend=gate.backend,
+            backend=self._backend,
         )
+
+    @property
+    def _backend(self) -> str | None:
+        gate = self.pixel[0]
+        assert isinstance(gate, PixelAttention)
+        return gate.backend
 
 
 class MAFDNPlan(Plan):
-    """MAFDN with its over-parameterised convolutions folded, feature maps channels_last, and the
-    activation of its 1x1 convolutions fused with them."""
+    """MAFDN with its over-parameterised convolutions folded, feature maps channels_last, and what
+    follows its convolutions fused with them.
+
+    The 1x1 convolution of all blocks' outputs is summed up block by block: they are never alive
+    together.
+    """
 
     def __init__(self, model: MAFDN) -> None:
         super().__init__(model)
@@ -310,13 +325,30 @@ class MAFDNPlan(Plan):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(N, colors, H, W) -> (N, colors, sH, sW)."""
-        return self.network(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        network = self.network
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = f = _conv3x3(network.head, x, self.backend)
+        weights = network.fuse.weight.split(f.shape[1], 1)
+        fused, bias = None, network.fuse.bias
+        for block, weight in zip(network.blocks, weights, strict=True):
+            f = block(f)
+            fused = F.shift_conv2d(
+                f, weight, bias, residual=fused, pattern="none", backend=self.backend
+            )
+            bias = None
+        assert fused is not None
+        fused = nn.functional.leaky_relu_(fused, NEGATIVE_SLOPE)
+        y = _conv3x3(network.smooth, fused, self.backend, skip=h)
+        y = _conv3x3(network.tail, y, self.backend)
+        return nn.functional.pixel_shuffle(y, self.scale).contiguous()
 
     def describe(self) -> str:
         convolutions = "folded" if self.folds else "were folded before"
         return (
             f"{self.name} x{self.scale}, for inference, feature maps channels_last\n"
+            "3x3 convolutions: with skip and activation, in conv3x3\n"
             "1x1 convolutions of the branches: with their activation, in shift_conv2d\n"
+            "1x1 convolution of all blocks: summed up block by block, in shift_conv2d\n"
             f"over-parameterised convolutions: {convolutions}"
         )
 

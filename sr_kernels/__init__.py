@@ -1,8 +1,8 @@
 """Hand-written kernels for lightweight image super-resolution, as ordinary PyTorch operators.
 
-Three families: shift convolution, windowed (grouped) self-attention with score reuse, and
-attention gates. Functions in :mod:`sr_kernels.functional` (re-exported here), modules in
-:mod:`sr_kernels.nn`, networks in :mod:`sr_kernels.models`.
+Shift convolution, windowed (grouped) self-attention with score reuse, attention gates, and the
+3x3 convolution for inference. Functions in :mod:`sr_kernels.functional` (re-exported here),
+modules in :mod:`sr_kernels.nn`, networks in :mod:`sr_kernels.models`.
 """
 
 import sr_kernels.ops  # noqa: F401  (registers fake kernels, autograd and autocast)
@@ -14,6 +14,7 @@ from sr_kernels.functional import (
     apply_window_scores,
     channel_attention,
     channel_gate,
+    conv3x3,
     gated_conv1x1,
     grouped_attention_block,
     grouped_window_attention,
@@ -33,6 +34,7 @@ __all__ = [
     "apply_window_scores",
     "channel_attention",
     "channel_gate",
+    "conv3x3",
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",

@@ -154,7 +154,7 @@ def test_every_copy_of_the_kernels_passes_the_smoke_tests(isa):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-FAMILIES = ("shift_conv", "window_attention", "attention_gates")
+FAMILIES = ("shift_conv", "window_attention", "attention_gates", "conv3x3")
 NOT_HERE = ("-p", "no:cacheprovider")
 
 

@@ -102,6 +102,19 @@ def register_no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"sr_kernels::{name}", raise_error)
 
 
+def register_no_gradient(name: str, instead: str) -> None:
+    """Makes differentiating ``sr_kernels::name``, an operator for inference, an error that says
+    what to train with instead."""
+
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"sr_kernels::{name} is for inference and has no gradient: train with {instead}, or "
+            'with backend="reference"'
+        )
+
+    torch.library.register_autograd(f"sr_kernels::{name}", raise_error)
+
+
 def register_autocast(name: str, keep: tuple[int, ...] = ()) -> None:
     """Casts the tensors of ``sr_kernels::name`` to autocast's dtype, on CPU and CUDA.
 

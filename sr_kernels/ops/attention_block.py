@@ -13,8 +13,8 @@ import torch
 from sr_kernels.ops._registration import (
     empty_feature_map,
     register_autocast,
-    register_autograd,
     register_fake,
+    register_no_gradient,
 )
 
 Tensor = torch.Tensor
@@ -55,17 +55,6 @@ def _(*arguments: Any) -> None:
     return None
 
 
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _no_gradient(ctx: Any, *gradients: OptionalTensor) -> Any:
-    raise RuntimeError(
-        "sr_kernels::grouped_attention_block is for inference and has no gradient: train with "
-        'grouped_window_attention between two convolutions, or with backend="reference"'
-    )
-
-
 for _name in ("grouped_attention_block", "apply_grouped_attention_block"):
-    register_autograd(_name, _no_context, _no_gradient)
+    register_no_gradient(_name, "grouped_window_attention between two convolutions")
     register_autocast(_name)

@@ -14,6 +14,7 @@ from .attention_gates import (
     pixel_spatial_attention,
     spatial_attention,
 )
+from .conv3x3 import conv3x3
 from .shift_conv import shift, shift_conv2d, shift_conv_block
 from .window_attention import (
     apply_window_scores,
@@ -26,6 +27,7 @@ __all__ = [
     "apply_window_scores",
     "channel_attention",
     "channel_gate",
+    "conv3x3",
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",
