@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_autograd,
+    declare_fake,
     empty_feature_map,
-    register_autocast,
-    register_autograd,
-    register_fake,
 )
 
 Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-@register_fake("grouped_attention_block")
+@declare_fake("grouped_attention_block")
 def _(
     x: Tensor,
     w_in: Tensor,
@@ -35,7 +35,7 @@ def _(
     return empty_feature_map(x, x.shape[1]), x.new_empty(x.shape if return_q else 0)
 
 
-@register_fake("apply_grouped_attention_block")
+@declare_fake("apply_grouped_attention_block")
 def _(
     x: Tensor,
     q: Tensor,
@@ -61,5 +61,5 @@ def _no_gradient(ctx: Any, *gradients: OptionalTensor) -> Any:
 
 
 for _name in ("grouped_attention_block", "apply_grouped_attention_block"):
-    register_autograd(_name, _no_context, _no_gradient)
-    register_autocast(_name)
+    declare_autograd(_name, _no_context, _no_gradient)
+    declare_autocast(_name)
