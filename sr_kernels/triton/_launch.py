@@ -163,7 +163,7 @@ def sum_kernel(
     partials,
     out,
     count,
-    SIZE: tl.constexpr,
+    size,
     BLOCK: tl.constexpr,
 ):
     """out[i] = sum over k < count of partials[k, i], in the order of k: the second stage of a
@@ -171,12 +171,12 @@ def sum_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(count):
-        total += tl.load(partials + tl.cast(k, tl.int64) * SIZE + i, mask=i < SIZE, other=0.0)
-    tl.store(out + i, total, mask=i < SIZE)
+        total += tl.load(partials + tl.cast(k, tl.int64) * size + i, mask=i < size, other=0.0)
+    tl.store(out + i, total, mask=i < size)
 
 
 def sum_partials(partials: Tensor, out: Tensor) -> None:
     """out = partials.sum(0), in a fixed order."""
     size, block = out.numel(), 128
     grid = (triton.cdiv(size, block),)
-    launch(sum_kernel, grid, partials, out, partials.shape[0], SIZE=size, BLOCK=block)
+    launch(sum_kernel, grid, partials, out, partials.shape[0], size, BLOCK=block)
