@@ -99,8 +99,6 @@ class TritonResult:
         return self.error is None
 
 
-# Traced code takes the answer of the first call as a constant: nothing is imported while tracing.
-@torch.compiler.assume_constant_result
 @functools.cache
 def triton() -> TritonResult:
     """Imports Triton and `sr_kernels.triton` on the first call."""

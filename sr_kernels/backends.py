@@ -125,6 +125,8 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
     return True, ""
 
 
+# Traced code takes the answer as a constant: an import cannot be traced.
+@torch.compiler.assume_constant_result
 def _why_no_triton(device: str) -> str:
     """Why Triton's kernels cannot run on tensors of this device, or nothing."""
     if device not in ("cuda", "cpu"):

@@ -25,7 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import sr_kernels
 from sr_kernels.triton import attention_block, attention_gates, shift_conv, window_attention
 
 TABLE = Path(__file__).with_name("triton_codegen.json")
@@ -108,7 +107,7 @@ def compiled(launch: Launch, target: GPUTarget):
 
 
 def measure(binary) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, shared bytes of a block, tensor-core instructions."""
+    """Registers and stack bytes a thread, shared bytes a block, tensor-core instructions."""
     shared = binary.metadata.shared
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -117,7 +116,8 @@ def measure(binary) -> dict[str, int]:
         code = _tool("nvdisasm", "-c", file.name)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1])
+        + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "shared": shared,
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", code)),
     }
@@ -134,8 +134,40 @@ def feature(channels, h=48, w=64, dtype=torch.float16, n=2):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def has_product(launch: Launch) -> bool:
+    return "PRECISION" in dict(launch.constants)
+
+
+def gate() -> dict[str, dict[str, dict[str, int]]]:
+    """{label: {target: figures}}: every kernel in float16 for sm_90; for sm_80 the first launch of
+    each kernel with a product; in float32, whose products must be exact, the first of each too."""
+    figures: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add(launch: Launch, target: str) -> None:
+        entry = figures.setdefault(label(launch), {})
+        if target not in entry:
+            entry[target] = measure(compiled(launch, TARGETS[target]))
+
+    launches = all_launches()
+    for launch in launches:
+        add(launch, "sm_90")
+    for launch in first_of_each(launches):
+        add(launch, "sm_80")
+    for launch in first_of_each(all_launches(torch.float32)):
+        if launch.name in ("conv_kernel", "attention_kernel"):
+            add(launch, "sm_90")
+    return figures
+
+
+def first_of_each(launches: list[Launch]) -> list[Launch]:
+    """The first launch of each kernel that has a product."""
+    first = {launch.name: launch for launch in reversed(launches) if has_product(launch)}
+    return list(first.values())
+
+
 def all_launches(dtype=torch.float16) -> list[Launch]:
     """The launches of every operator, at the channel counts of ELAN-light and MAFDN."""
+
     def weight(*size):
         return torch.empty(size, dtype=dtype)
 
@@ -192,3 +224,10 @@ def label(launch: Launch) -> str:
         parts = [f"{n}={int(constants[n])}" for n in shown if n in constants]
     kinds = sorted({kind.removeprefix("*") for _, kind in launch.signature if kind[0] == "*"})
     return f"{launch.name}[{','.join(parts)}|{','.join(kinds)}]"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(f"usage: {sys.argv[0]} --write")
+    table = {"triton": triton.__version__, "kernels": gate()}
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -12,7 +12,6 @@ change its rounding, with every new picture. Without an entry for exactly these 
 entry of the same kernel and dtype is taken; without a file for this device, that of the nearest
 device that has no more shared memory, with one warning; without any, `DEFAULTS`.
 
-This module imports no Triton.
 """
 
 from __future__ import annotations

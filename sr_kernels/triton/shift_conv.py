@@ -634,9 +634,11 @@ def block_kernel(
         weights = load(
             w1 + o[None, :] * C_HIDDEN + r[:, None], valid_r[:, None] & (o < C_OUT)[None, :]
         )
-        # Outside the image there is no hidden activation, not act(b0).
+        # Outside the image there is no hidden activation, not act(b0); and in the columns of
+        # channels that the tile does not have, z may be infinity times a masked weight.
         inside = (h + dy >= 0) & (h + dy < H) & (w + dx >= 0) & (w + dx < W)
-        hidden = tl.where(inside[:, None], activate(z, slope, ACTIVATION), 0.0)
+        exists = inside[:, None] & valid_r[None, :]
+        hidden = tl.where(exists, activate(z, slope, ACTIVATION), 0.0)
         y = tl.dot(hidden.to(weights.dtype), weights, y, input_precision=PRECISION)
     if HAS_BIAS_1:
         y += load(b1 + o, o < C_OUT).to(tl.float32)[None, :]

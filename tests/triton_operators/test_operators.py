@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
 
 import sr_kernels
-from sr_kernels import reference
-from sr_kernels.testing import (
-    assert_within_tolerance,
-    bitwise_equal,
-    check_operator,
-    make_tensor,
-)
+from sr_kernels import reference, testing
+from sr_kernels.testing import assert_within_tolerance, bitwise_equal, check_operator
 
+# In the interpreter on the CPU; else these are the GPU tests of the backend.
+DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares with what runs on the CPU")
+make_tensor = partial(testing.make_tensor, device=DEVICE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -141,7 +140,7 @@ CASES = {
     "attention": Case(
         attention, attention_inputs, window=(2, 5), shift=(1, -2), num_heads=2, mask=True
     ),
-    "grouped": Case(grouped, grouped_inputs, windows=(2, 5), shifted=True),
+    "grouped": Case(grouped, grouped_inputs, windows=(2, 4), shifted=True),
     "pixel": Case(plain("pixel_attention"), pixel_inputs),
     "spatial": Case(plain("spatial_attention"), spatial_inputs),
     "pixel_spatial": Case(plain("pixel_spatial_attention"), chain_inputs),
@@ -157,7 +156,7 @@ ALL = pytest.mark.parametrize("name", CASES)
 def size_of(name):
     """Small: every program of a grid costs the interpreter tens of milliseconds. The windows of
     the grouped case are 2 and 5."""
-    return {"attention": (1, 4, 10), "grouped": (1, 10, 10)}.get(name, (2, 5, 7))
+    return {"attention": (1, 4, 10), "grouped": (1, 4, 8)}.get(name, (2, 5, 7))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -198,6 +197,7 @@ def test_every_single_gradient(name):
     case.check(*size, gradients=[(one,) for one in names])
 
 
+@on_cpu
 @ALL
 def test_against_the_cpu_kernels(name):
     case = CASES[name]
@@ -228,7 +228,7 @@ def test_without_optional_tensors(name):
 def test_shift_is_the_definition(pattern):
     """With the identity as weight the operator shifts: bit by bit."""
     x = make_tensor((2, 11, 4, 5))
-    eye = torch.eye(11).reshape(11, 11, 1, 1)
+    eye = torch.eye(11, device=DEVICE).reshape(11, 11, 1, 1)
     actual = sr_kernels.shift_conv2d(x, eye, pattern=pattern, backend="triton")
     assert bitwise_equal(actual, reference.shift(x, pattern=pattern))
 
@@ -246,9 +246,7 @@ def test_groups(name, groups):
     CASES[name].check(1, 4, 5, options={"groups": groups})
 
 
-@pytest.mark.parametrize(
-    ("channels", "hidden", "c_out"), [(1, 5, 1), (60, 120, 60), (67, 150, 67)]
-)
+@pytest.mark.parametrize(("channels", "hidden", "c_out"), [(1, 5, 1), (60, 120, 60), (67, 150, 67)])
 def test_channels_beyond_a_tile(channels, hidden, c_out):
     t = torch.float32
     inputs = {
@@ -268,7 +266,7 @@ def test_channels_beyond_a_tile(channels, hidden, c_out):
 @pytest.mark.parametrize(
     "size",
     [
-        (1, 1, 20, 20, 16, 16, (16, 16), (8, 8)),  # four tiles of queries, four of keys
+        (1, 1, 20, 20, 12, 12, (12, 12), (8, 8)),  # three tiles of queries, three of keys
         (1, 2, 3, 5, 9, 9, (9, 9), (-1, -4)),  # 81 tokens: a tile and a rest
         (1, 1, 1, 3, 12, 1, (6, 1), (-2, 0)),
         (2, 2, 5, 5, 2, 3, (1, 1), (1, 1)),
@@ -304,13 +302,16 @@ def test_shared_keys(mask):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", [2, 3])
-def test_reuse_accumulates_gradients(depth):
-    CASES["grouped"].check(*size_of("grouped"), options={"depth": depth}, gradient_atol=1e-5)
+def test_three_reuses_accumulate_gradients():
+    options = {"depth": 3, "windows": (2, 4)}
+    CASES["grouped"].check(1, 4, 4, options=options, gradient_atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [877.0, 47000.0])
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    # Stock's scores overflow in float16 at 47,000; ours are float32.
+    [(877.0, dtype) for dtype in DTYPES] + [(47000.0, torch.float32), (47000.0, torch.bfloat16)],
+)
 def test_extreme_scores(norm, dtype):
     """|q|^2 = 877 is in trained weights, 47,000 in untrained ones. Reuse must not lose the digits
     that the log-sum-exp has lost."""
@@ -345,6 +346,7 @@ def test_a_nan_stays_in_its_window():
     assert bitwise_equal(out, clean)
 
 
+@on_cpu
 def test_a_constant_channel_has_no_deviation():
     inputs = channel_inputs(1, 5, 7, torch.float32, "contiguous")
     inputs["x"][:, 4] = 0.1
@@ -378,17 +380,19 @@ def test_expanded_gradient():
 
 def test_offsets_beyond_2_to_31():
     """A view with a huge stride, of which the kernel touches the first and the last channel."""
-    memory = torch.empty(2**31 + 64, dtype=torch.float16)  # 4 GiB of addresses, 4 pages of memory
+    memory = torch.empty(
+        2**31 + 64, dtype=torch.float16, device=DEVICE
+    )  # 4 GiB of addresses, 4 pages of memory
     x = memory.as_strided((1, 2, 2, 3), (0, 2**31 + 16, 3, 1))
     x.copy_(make_tensor((1, 2, 2, 3), torch.float16))
-    eye = torch.eye(2, dtype=torch.float16).reshape(2, 2, 1, 1)
+    eye = torch.eye(2, dtype=torch.float16, device=DEVICE).reshape(2, 2, 1, 1)
     out = sr_kernels.shift_conv2d(x, eye, pattern="none", backend="triton")
     assert torch.equal(out, x)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_attention_block(shifted):
-    x = make_tensor((1, 6, 10, 10))
+    x = make_tensor((1, 6, 4, 4))
     w_in, b_in = weight(torch.float32, 12, 6, 1), vector(torch.float32, 12, 2)
     w_out, b_out = weight(torch.float32, 6, 6, 3), vector(torch.float32, 6, 4)
     w_v, b_v = weight(torch.float32, 6, 6, 5), vector(torch.float32, 6, 6)
@@ -397,11 +401,11 @@ def test_attention_block(shifted):
                        ("reference", torch.float64)):  # fmt: skip
         p = [a.to(t) for a in (x, w_in, b_in, w_out, b_out, w_v, b_v)]
         y, scores = sr_kernels.grouped_attention_block(
-            *p[:5], windows=(2, 5), shifted=shifted, return_scores=True, backend=backend
+            *p[:5], windows=(2, 4), shifted=shifted, return_scores=True, backend=backend
         )
         z = sr_kernels.apply_grouped_attention_block(scores, y, *p[5:], *p[3:5], backend=backend)
         alone = sr_kernels.grouped_attention_block(
-            *p[:5], windows=(2, 5), shifted=shifted, backend=backend
+            *p[:5], windows=(2, 4), shifted=shifted, backend=backend
         )
         assert torch.equal(alone, y)
         results.append((y, z))
@@ -409,6 +413,7 @@ def test_attention_block(shifted):
         assert_within_tolerance(ours, stock, oracle)
 
 
+@on_cpu
 def test_scores_of_a_block_belong_to_their_backend():
     x = make_tensor((1, 6, 4, 4))
     w_in, w = weight(torch.float32, 12, 6, 1), weight(torch.float32, 6, 6, 2)
@@ -475,6 +480,7 @@ def test_opcheck(name):
     torch.library.opcheck(operator, arguments)
 
 
+@on_cpu
 def test_schemas_are_those_of_the_compiled_operators():
     sr_kernels.backends.can_run("triton", "shift_conv2d", (torch.ones(1),))
     declared = sr_kernels.ops._registration.DECLARED
@@ -515,15 +521,16 @@ def test_compile_fullgraph_and_train():
     assert all(map(bitwise_equal, actual, expected))
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype):
     leaves = {
         key: tensor.requires_grad_()
-        for key, tensor in grouped_inputs(1, 10, 10, torch.float32, "contiguous").items()
+        for key, tensor in grouped_inputs(1, 4, 8, torch.float32, "contiguous").items()
     }
     with torch.autocast("cpu", dtype):
-        ours = grouped(sr_kernels)(**leaves, windows=(2, 5), backend="triton")
-        theirs = grouped(sr_kernels)(**leaves, windows=(2, 5), backend="cpu")
+        ours = grouped(sr_kernels)(**leaves, windows=(2, 4), backend="triton")
+        theirs = grouped(sr_kernels)(**leaves, windows=(2, 4), backend="cpu")
     assert ours.dtype == theirs.dtype == dtype
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
     gradients = torch.autograd.grad(ours.float().square().sum(), list(leaves.values()))
@@ -561,6 +568,7 @@ def test_what_triton_does_not_take():
         sr_kernels.shift_conv2d(x, x.new_ones(5, 5, 1, 1), backend="triton")
 
 
+@on_cpu
 def test_auto_does_not_take_the_interpreter_for_cpu_tensors():
     assert sr_kernels.backends.choose("shift_conv2d", (make_tensor((1, 5, 2, 3)),)) == "cpu"
     rows = {name: rest for name, *rest in sr_kernels.backends.report()}
@@ -568,6 +576,7 @@ def test_auto_does_not_take_the_interpreter_for_cpu_tensors():
     assert "interpreted" in rows["triton"][1]
 
 
+@on_cpu
 def test_a_small_elan():
     """A whole network, forward and backward, as a user would run it."""
     from sr_kernels.models import ELAN
@@ -579,8 +588,8 @@ def test_a_small_elan():
     for backend in ("triton", "cpu"):
         with sr_kernels.use_backend(backend):
             out = model(x)
-            gradients = torch.autograd.grad(out.mean(), list(model.parameters()), allow_unused=True)
-        results.append([out, *[g for g in gradients if g is not None]])
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        results.append([out, *torch.autograd.grad(out.mean(), leaves)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
@@ -590,4 +599,3 @@ def test_all_cases_name_an_operator():
     forwards = {n for n in sr_kernels.ops._registration.DECLARED if not n.endswith("_backward")}
     blocks = {"grouped_attention_block", "apply_grouped_attention_block"}
     assert forwards == {*OPERATORS, *blocks}
-    assert len(set(itertools.chain(OPERATORS))) == len(OPERATORS)

@@ -1,7 +1,7 @@
-"""Tests of the Triton kernels in Triton's interpreter: a process of their own, since the variable
-must be set before anything imports triton. `tests/test_triton.py` starts it; by hand:
+"""Tests of the Triton kernels: in Triton's interpreter, in a process of their own, since the
+variable must be set before anything imports triton (`tests/test_triton.py` starts it); or on a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreter
+    TRITON_INTERPRET=1 python -m pytest tests/triton_operators
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import functools
 import os
 from typing import Any
 
+import torch
+
 if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["test_*.py"]
+    if not torch.cuda.is_available():
+        collect_ignore_glob = ["test_*.py"]
 else:
     import pytest
-    import torch
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
