@@ -125,8 +125,6 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
     return True, ""
 
 
-# Traced code takes the answer as a constant: an import cannot be traced.
-@torch.compiler.assume_constant_result
 def _why_no_triton(device: str) -> str:
     """Why Triton's kernels cannot run on tensors of this device, or nothing."""
     if device not in ("cuda", "cpu"):
@@ -140,6 +138,11 @@ def _why_no_triton(device: str) -> str:
             "start Python with TRITON_INTERPRET=1"
         )
     return ""
+
+
+# Traced code takes the answer as a constant: an import cannot be traced. What
+# torch.compiler.assume_constant_result does, without importing all of torch._dynamo with it.
+_why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Operators with a CUDA implementation in this version.

@@ -76,11 +76,11 @@ def test_compiled_code_of_every_kernel(codegen):
         for target, figures in targets.items():
             allowed = table["kernels"][label][target]
             where = f"{label} for {target}: {figures}, table {allowed}"
-            assert figures["spills"] == 0, where
             product = "WH" in label or ("kernel[" in label and allowed["tensor_core"] > 0)
             if product:
                 assert figures["tensor_core"] > 0, where
             if same_compiler:
+                assert figures["spills"] == 0, where
                 assert figures["registers"] <= allowed["registers"], where
                 assert figures["shared"] <= allowed["shared"], where
 

@@ -34,7 +34,7 @@ Key = tuple[str, str, tuple[tuple[str, int], ...]]  # kernel, dtype, sizes
 
 _POINTWISE = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
 _BLOCK = {
-    "BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_R": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2,
+    "BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_R": 32, "BLOCK_I": 64, "num_warps": 8, "num_stages": 2,
 }  # fmt: skip
 # BLOCK_Q and BLOCK_K are the most tokens of a tile; a smaller window has a smaller tile.
 _ATTENTION = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}

@@ -257,8 +257,8 @@ class _Call:
         return {
             "BLOCK_Q": block_q,
             "BLOCK_K": tile(self.tokens, config["BLOCK_K"]),
-            # A tile of 16 rows is one warp's.
-            "num_warps": min(config["num_warps"], max(1, block_q // 16)),
+            # A tile of 16 rows is one warp's: windows of up to 16 tokens are many.
+            "num_warps": 1 if block_q == 16 else config["num_warps"],
             "num_stages": config["num_stages"],
         }
 
