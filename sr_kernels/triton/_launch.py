@@ -49,6 +49,8 @@ if INTERPRET:
 
 # Tiles of matrix products are at least this in every dimension.
 SMALLEST_TILE = 16
+# Along the second and third axis of a grid: CUDA's limit.
+MOST_PROGRAMS = 65535
 
 
 def allocate(name: str, *arguments: Any) -> Any:
@@ -72,6 +74,11 @@ def launch(
     """Starts ``kernel`` on the device of the first tensor; does nothing on an empty grid."""
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        raise RuntimeError(
+            f"the Triton kernels take at most {MOST_PROGRAMS} images or heads at once, and these "
+            f"are {max(grid[1:])}: split the batch"
+        )
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
