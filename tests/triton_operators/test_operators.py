@@ -402,14 +402,15 @@ def test_expanded_gradient():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.unpoisoned
 def test_offsets_beyond_2_to_31():
-    """A view with a huge stride, of which the kernel touches the first and the last channel."""
-    memory = torch.empty(
-        2**31 + 64, dtype=torch.float16, device=DEVICE
-    )  # 4 GiB of addresses, 4 pages of memory
-    x = memory.as_strided((1, 2, 2, 3), (0, 2**31 + 16, 3, 1))
-    x.copy_(make_tensor((1, 2, 2, 3), torch.float16))
-    eye = torch.eye(2, dtype=torch.float16, device=DEVICE).reshape(2, 2, 1, 1)
+    """A stride that fits 32 bits, and whose multiples do not: 6 GiB of addresses, of which four
+    pages are touched."""
+    stride = 2**30 + 16
+    memory = torch.empty(3 * stride + 16, dtype=torch.float16, device=DEVICE)
+    x = memory.as_strided((1, 4, 2, 3), (0, stride, 3, 1))
+    x.copy_(make_tensor((1, 4, 2, 3), torch.float16))
+    eye = torch.eye(4, dtype=torch.float16, device=DEVICE).reshape(4, 4, 1, 1)
     out = sr_kernels.shift_conv2d(x, eye, pattern="none", backend="triton")
     assert torch.equal(out, x)
 
