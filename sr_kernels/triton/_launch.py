@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -80,8 +81,15 @@ def launch(
             f"are {max(grid[1:])}: split the batch"
         )
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    with _surroundings(first):
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def _surroundings(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The tensor's device; for the interpreter, quiet about log(0) in elements that masks drop."""
+    if INTERPRET:
+        return np.errstate(all="ignore")
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     if not torch.cuda.is_available():
         collect_ignore_glob = ["test_*.py"]
 else:
-    import pytest
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
@@ -45,11 +44,3 @@ else:
 
     interpreter.GridExecutor.__call__ = _start_grid
     interpreter.InterpretedFunction.__call__ = _call_device_function
-
-    @pytest.fixture(autouse=True)
-    def quiet() -> Any:
-        """NumPy warns of log(0) and inf - inf in elements that the kernels' masks drop."""
-        import numpy as np
-
-        with np.errstate(all="ignore"):
-            yield

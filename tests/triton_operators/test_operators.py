@@ -332,6 +332,18 @@ def test_extreme_scores(norm, dtype):
     )  # fmt: skip
 
 
+def test_reuse_recovers_the_digits_that_the_log_sum_exp_has_lost():
+    """A row's weights sum to one, even where exp(s - lse) alone is off by 2^-9 of itself."""
+    qv = make_tensor((1, 12, 4, 4))
+    qv[:, :6] *= (47000 / qv[:, :6].square().sum(1, keepdim=True).mean()).sqrt()
+    _, scores = sr_kernels.grouped_window_attention(
+        qv, windows=(4,), return_scores=True, backend="triton"
+    )
+    ones = torch.ones(1, 6, 4, 4, device=DEVICE)
+    out = sr_kernels.apply_window_scores(scores, ones, backend="triton")
+    torch.testing.assert_close(out, ones, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("attention", "grouped")])
 def test_nan_and_inf_pass_as_in_the_reference(name, value):
