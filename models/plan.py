@@ -94,12 +94,17 @@ def _constant(tensor: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(own, requires_grad=False)
 
 
-def _conv3x3(layer: nn.Module, x: Tensor, backend: str | None, **options: Any) -> Tensor:
+def _conv3x3(x: Tensor, weight: Any, bias: Any, backend: str | None, **options: Any) -> Tensor:
     """A convolution of 3x3, stride 1 and padding 1, with what follows it."""
+    if x.device.type != "cpu" or backend == "triton":  # torch's own: the kernel is the CPU's
+        backend = "reference"
+    return F.conv3x3(x, weight, bias, backend=backend, **options)
+
+
+def _layer3x3(layer: nn.Module, x: Tensor, backend: str | None, **options: Any) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    return F.conv3x3(
-        x, layer.weight, layer.bias, negative_slope=NEGATIVE_SLOPE, backend=backend, **options
-    )
+    options["negative_slope"] = NEGATIVE_SLOPE
+    return _conv3x3(x, layer.weight, layer.bias, backend, **options)
 
 
 # ------------------------------------------------------------------------------------------ ELAN
@@ -235,7 +240,7 @@ class ELANPlan(Plan):
         image = image.contiguous(memory_format=torch.channels_last)
         x = self._body(self._head(image))
         x += self._head(image)
-        x = F.conv3x3(x, self.tail_weight, self.tail_bias, backend=self.backend)  # type: ignore[arg-type]
+        x = _conv3x3(x, self.tail_weight, self.tail_bias, self.backend)
         x = nn.functional.pixel_shuffle(x, self.scale)
         return x[:, :, : height * self.scale, : width * self.scale].contiguous()
 
@@ -283,7 +288,7 @@ class _PlannedMAFDB(MAFDB):
     """A block without gradients: what only follows a convolution is done in it."""
 
     def _refined(self, r: Tensor, k: int) -> Tensor:
-        return _conv3x3(self.refine[k - 1], r, self._backend, skip=r, activation="leaky_relu")
+        return _layer3x3(self.refine[k - 1], r, self._backend, skip=r, activation="leaky_relu")
 
     def _distilled(self, r: Tensor, k: int) -> Tensor:
         convolution = self.distill[k]
@@ -327,7 +332,7 @@ class MAFDNPlan(Plan):
         """(N, colors, H, W) -> (N, colors, sH, sW)."""
         network = self.network
         x = x.contiguous(memory_format=torch.channels_last)
-        h = f = _conv3x3(network.head, x, self.backend)
+        h = f = _layer3x3(network.head, x, self.backend)
         weights = network.fuse.weight.split(f.shape[1], 1)
         fused, bias = None, network.fuse.bias
         for block, weight in zip(network.blocks, weights, strict=True):
@@ -338,8 +343,8 @@ class MAFDNPlan(Plan):
             bias = None
         assert fused is not None
         fused = nn.functional.leaky_relu_(fused, NEGATIVE_SLOPE)
-        y = _conv3x3(network.smooth, fused, self.backend, skip=h)
-        y = _conv3x3(network.tail, y, self.backend)
+        y = _layer3x3(network.smooth, fused, self.backend, skip=h)
+        y = _layer3x3(network.tail, y, self.backend)
         return nn.functional.pixel_shuffle(y, self.scale).contiguous()
 
     def describe(self) -> str:

@@ -1,13 +1,16 @@
-"""Loads the compiled libraries and remembers, with its true cause, why one is absent.
+"""Loads the compiled libraries, and Triton's kernels, and remembers the true cause of an absence.
 
 ``_C`` holds every operator's schema and the CPU kernels, ``_C_cuda`` the CUDA kernels. Neither is
 a Python module: both register their operators with torch when they are loaded, so that one build
-serves every Python and every torch from 2.10 on.
+serves every Python and every torch from 2.10 on. Triton is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,3 +75,46 @@ def cpu_isa() -> str | None:
             "this processor have"
         )
     return _CPU_ISAS[index]
+
+
+OLDEST_TRITON = (3, 4)
+
+
+@dataclass(frozen=True)
+class TritonResult:
+    """What became of Triton's kernels.
+
+    Attributes:
+        version: of the installed Triton, or None.
+        error: None if the kernels are loaded; otherwise a sentence that says why not.
+        interpreted: whether they run in Triton's interpreter, which takes CPU tensors.
+    """
+
+    version: str | None
+    error: str | None
+    interpreted: bool = False
+
+    @property
+    def loaded(self) -> bool:
+        return self.error is None
+
+
+@functools.cache
+def triton() -> TritonResult:
+    """Imports Triton and `sr_kernels.triton` on the first call."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            version = importlib.import_module("triton").__version__
+        except ImportError:
+            return TritonResult(None, "triton is not installed")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return TritonResult(version, f"triton {version} is older than {oldest}")
+    try:
+        kernels = importlib.import_module("sr_kernels.triton")
+    except Exception as error:
+        return TritonResult(version, f"the Triton kernels do not load: {error}")
+    return TritonResult(version, None, kernels.INTERPRET)

@@ -4,7 +4,8 @@ Backends, in the order in which ``auto`` tries them:
 
 ========== =====================================================================
 cuda       hand-written CUDA kernels (``_C_cuda``), for CUDA tensors
-triton     Triton kernels, for GPU tensors
+triton     Triton kernels, for GPU tensors; by name also for CPU tensors under
+           Triton's interpreter (``TRITON_INTERPRET=1``)
 cpu        SIMD C++ kernels (``_C``), for CPU tensors
 reference  plain PyTorch, anywhere: the definition of every operator
 ========== =====================================================================
@@ -21,6 +22,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,6 +33,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
 
 
@@ -100,14 +103,21 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
         return True, ""
     device = tensors[0].device.type
     if backend == "triton":
-        return False, "this version has no Triton kernels yet"
-    library = _library.CPU_LIBRARY if backend == "cpu" else _library.CUDA_LIBRARY
-    if not library.loaded:
-        return False, str(library.error)
-    if device != backend:
-        return False, f"the tensors are on {device}, backend {backend!r} needs {backend} tensors"
-    if backend == "cuda" and op not in _CUDA_OPERATORS:
-        return False, f"this version has no CUDA kernel for {op} yet"
+        reason = _why_no_triton(device)
+    else:
+        library = _library.CPU_LIBRARY if backend == "cpu" else _library.CUDA_LIBRARY
+        if not library.loaded:
+            reason = str(library.error)
+        elif device != backend:
+            reason = f"the tensors are on {device}, backend {backend!r} needs {backend} tensors"
+        elif backend == "cuda" and op not in _CUDA_OPERATORS:
+            reason = f"this version has no CUDA kernel for {op} yet"
+        else:
+            reason = ""
+    if backend != "cpu" and op in _CPU_OPERATORS:
+        reason = reason or f"{op} has a kernel for the CPU only"
+    if reason:
+        return False, reason
     for tensor in tensors:
         if tensor.dtype not in _DTYPES[backend]:
             accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
@@ -116,6 +126,29 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
             return False, f"tensors on different devices: {device} and {tensor.device.type}"
     return True, ""
 
+
+def _why_no_triton(device: str) -> str:
+    """Why Triton's kernels cannot run on tensors of this device, or nothing."""
+    if device not in ("cuda", "cpu"):
+        return f"the tensors are on {device}, backend 'triton' needs GPU tensors"
+    triton = _library.triton()
+    if not triton.loaded:
+        return str(triton.error)
+    if device == "cpu" and not triton.interpreted:
+        return (
+            "the tensors are on cpu, and Triton's kernels run there only in Triton's interpreter: "
+            "start Python with TRITON_INTERPRET=1"
+        )
+    return ""
+
+
+# Traced code takes the answer as a constant: an import cannot be traced. What
+# torch.compiler.assume_constant_result does, without importing all of torch._dynamo with it.
+_why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Operators of the CPU backend alone: elsewhere torch's own convolution is what there is.
+_CPU_OPERATORS = frozenset({"conv3x3"})
 
 # Operators with a CUDA implementation in this version.
 _CUDA_OPERATORS: frozenset[str] = frozenset()
@@ -139,13 +172,22 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
         if not ok:
             raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
         return wanted
-    native = "cuda" if tensors[0].is_cuda else "cpu"
-    ok, reason = can_run(native, op, tensors)
-    if ok:
-        return native
+    if tensors[0].is_cuda and op in _CPU_OPERATORS:
+        return "reference"
+    reasons = []
+    for native in ("cuda", "triton") if tensors[0].is_cuda else ("cpu",):
+        ok, reason = can_run(native, op, tensors)
+        if ok:
+            return native
+        reasons.append(reason)
     if not torch.compiler.is_compiling():
-        _warn_once(f"{op} runs on the reference implementation: {reason}")
+        _warn_once(f"{op} runs on the reference implementation: {'; '.join(reasons)}")
     return "reference"
+
+
+def operators(backend: str) -> Any:
+    """Where the operators of a backend that `choose` returned live: ``torch.ops.<namespace>``."""
+    return torch.ops.sr_kernels_triton if backend == "triton" else torch.ops.sr_kernels
 
 
 def _warn_once(message: str) -> None:
@@ -163,6 +205,20 @@ def cpu_capability() -> str:
     return _library.cpu_isa() or "none"
 
 
+def _triton_report() -> tuple[bool, str]:
+    triton = _library.triton()
+    if not triton.loaded:
+        return False, str(triton.error)
+    if triton.interpreted:
+        return True, f"Triton {triton.version}, interpreted (TRITON_INTERPRET): by name, and slow"
+    if torch.cuda.is_available():
+        return True, f"Triton {triton.version}"
+    return False, (
+        f"Triton {triton.version} is installed, but torch sees no GPU (TRITON_INTERPRET=1 runs the "
+        "kernels in Triton's interpreter)"
+    )
+
+
 def report() -> list[tuple[str, bool, str]]:
     """``(backend, available, detail)`` for each backend: what ``sr-kernels env`` prints."""
     rows: list[tuple[str, bool, str]] = []
@@ -174,7 +230,7 @@ def report() -> list[tuple[str, bool, str]]:
         rows.append(("cuda", False, "_C_cuda is loaded; no operator of it is enabled yet"))
     else:
         rows.append(("cuda", True, f"{len(_CUDA_OPERATORS)} operators"))
-    rows.append(("triton", False, "this version has no Triton kernels yet"))
+    rows.append(("triton", *_triton_report()))
     if _library.CPU_LIBRARY.loaded:
         try:
             rows.append(("cpu", True, f"{cpu_capability()} kernels"))

@@ -109,7 +109,8 @@ def shift_conv2d(
         _checks.feature_map(residual, "residual")
         n, _, h, w = x.shape
         _checks.shaped(residual, (n, weight.shape[0], h, w), "residual", x)
-    if backends.choose("shift_conv2d", (x,), backend) == "reference":
+    chosen = backends.choose("shift_conv2d", (x,), backend)
+    if chosen == "reference":
         return reference.shift_conv2d(
             x,
             weight,
@@ -120,7 +121,7 @@ def shift_conv2d(
             groups=groups,
             negative_slope=negative_slope,
         )
-    return torch.ops.sr_kernels.shift_conv2d(x, weight, bias, residual, *options)
+    return backends.operators(chosen).shift_conv2d(x, weight, bias, residual, *options)
 
 
 def shift_conv_block(
@@ -202,9 +203,9 @@ def shift_conv_block(
 def _run(op: str, backend: str, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
     """The operator's result, in ``out`` if that is a tensor."""
     if out is None:
-        return getattr(torch.ops.sr_kernels, op)(*arguments)
+        return getattr(backends.operators(backend), op)(*arguments)
     if backend != "cpu":  # allocators of GPUs keep what was freed: there is nothing to save
-        return out.copy_(getattr(torch.ops.sr_kernels, op)(*arguments))
+        return out.copy_(getattr(backends.operators(backend), op)(*arguments))
     getattr(torch.ops.sr_kernels, f"{op}_out")(*arguments, out)
     return out
 
@@ -344,7 +345,7 @@ def window_attention(
             return_scores=return_scores,
         )
         return result
-    out, lse = torch.ops.sr_kernels.window_attention(
+    out, lse = backends.operators(chosen).window_attention(
         q, shared_k, v, bias, *window_size, *shift_size, num_heads, float(scale), mask
     )
     if not return_scores:
@@ -437,11 +438,12 @@ def grouped_window_attention(
     if qv.shape[1] % 2 != 0:
         raise ValueError(f"qv must have an even number of channels (2C), got {qv.shape[1]}")
     sizes = _grouped_windows(windows, qv.shape[1] // 2, "half of qv's channels", qv)
-    if backends.choose("grouped_window_attention", (qv,), backend) == "reference":
+    chosen = backends.choose("grouped_window_attention", (qv,), backend)
+    if chosen == "reference":
         return reference.grouped_window_attention(
             qv, windows=sizes, shifted=shifted, return_scores=return_scores
         )
-    out, lse = torch.ops.sr_kernels.grouped_window_attention(qv, list(sizes), shifted)
+    out, lse = backends.operators(chosen).grouped_window_attention(qv, list(sizes), shifted)
     if not return_scores:
         return out
     return out, WindowScores(kind="grouped", q=qv, lse=lse, windows=sizes, shifted=shifted)
@@ -493,10 +495,10 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
             "implementation and hold no log-sum-exp"
         )
     if scores.kind == "grouped":
-        return torch.ops.sr_kernels.apply_grouped_window_scores(
+        return backends.operators(chosen).apply_grouped_window_scores(
             q, scores.lse, v, list(scores.windows), scores.shifted
         )
-    return torch.ops.sr_kernels.apply_window_scores(
+    return backends.operators(chosen).apply_window_scores(
         q,
         scores.k,
         scores.lse,
@@ -632,12 +634,12 @@ def grouped_attention_block(
     if y is not None and chosen == "cpu":
         torch.ops.sr_kernels.grouped_attention_block_out(*arguments, y, q)
     else:
-        new, q = torch.ops.sr_kernels.grouped_attention_block(*arguments, return_scores)
+        new, q = backends.operators(chosen).grouped_attention_block(*arguments, return_scores)
         y = new if y is None else y.copy_(new)
     if not return_scores:
         return y
     assert q is not None
-    return y, WindowScores(kind="block", q=q, windows=sizes, shifted=shifted)
+    return y, WindowScores(kind="block", q=q, windows=sizes, shifted=shifted, backend=chosen)
 
 
 def _block_outputs(
@@ -707,7 +709,7 @@ def apply_grouped_attention_block(
     if scores.kind == "grouped" and (chosen == "reference" or free_to_choose):
         y = reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)
         return y if out is None else out.copy_(y)
-    if scores.kind == "grouped" or chosen == "reference":
+    if scores.kind == "grouped" or chosen != scores.backend:
         raise RuntimeError(
             f"backend {chosen!r} cannot apply these scores: they come from another backend's "
             "grouped_attention_block, or from grouped_window_attention"
@@ -785,9 +787,10 @@ def pixel_attention(
     _checks.feature_map(x, "x")
     _checks.conv1x1_weight(weight, x.shape[1], "weight", x, c_out=x.shape[1])
     _checks.optional(bias, (x.shape[1],), "bias", x)
-    if backends.choose("pixel_attention", (x,), backend) == "reference":
+    chosen = backends.choose("pixel_attention", (x,), backend)
+    if chosen == "reference":
         return reference.pixel_attention(x, weight, bias)
-    return torch.ops.sr_kernels.pixel_attention(x, weight, bias)
+    return backends.operators(chosen).pixel_attention(x, weight, bias)
 
 
 def _spatial_weight(weight: Tensor, bias: Tensor | None, x: Tensor, prefix: str = "") -> None:
@@ -817,9 +820,10 @@ def spatial_attention(
     """
     _checks.feature_map(x, "x")
     _spatial_weight(weight, bias, x)
-    if backends.choose("spatial_attention", (x,), backend) == "reference":
+    chosen = backends.choose("spatial_attention", (x,), backend)
+    if chosen == "reference":
         return reference.spatial_attention(x, weight, bias)
-    return torch.ops.sr_kernels.spatial_attention(x, weight, bias)
+    return backends.operators(chosen).spatial_attention(x, weight, bias)
 
 
 def pixel_spatial_attention(
@@ -851,9 +855,10 @@ def pixel_spatial_attention(
     _checks.optional(pixel_bias, (x.shape[1],), "pixel_bias", x)
     _spatial_weight(spatial_weight, spatial_bias, x, "spatial_")
     arguments = (x, pixel_weight, pixel_bias, spatial_weight, spatial_bias)
-    if backends.choose("pixel_spatial_attention", (x,), backend) == "reference":
+    chosen = backends.choose("pixel_spatial_attention", (x,), backend)
+    if chosen == "reference":
         return reference.pixel_spatial_attention(*arguments)
-    return torch.ops.sr_kernels.pixel_spatial_attention(*arguments)
+    return backends.operators(chosen).pixel_spatial_attention(*arguments)
 
 
 def _gate_weights(
@@ -909,9 +914,10 @@ def channel_gate(
     arXiv 1909.11856.
     """
     code = _gate_weights(x, w_down, b_down, w_up, b_up, statistic)
-    if backends.choose("channel_gate", (x,), backend) == "reference":
+    chosen = backends.choose("channel_gate", (x,), backend)
+    if chosen == "reference":
         return reference.channel_gate(x, w_down, b_down, w_up, b_up, statistic=statistic)
-    return torch.ops.sr_kernels.channel_gate(x, w_down, b_down, w_up, b_up, code)
+    return backends.operators(chosen).channel_gate(x, w_down, b_down, w_up, b_up, code)
 
 
 def channel_attention(
@@ -936,9 +942,10 @@ def channel_attention(
     Sources: as in :func:`channel_gate`.
     """
     code = _gate_weights(x, w_down, b_down, w_up, b_up, statistic)
-    if backends.choose("channel_attention", (x,), backend) == "reference":
+    chosen = backends.choose("channel_attention", (x,), backend)
+    if chosen == "reference":
         return reference.channel_attention(x, w_down, b_down, w_up, b_up, statistic=statistic)
-    return torch.ops.sr_kernels.channel_attention(x, w_down, b_down, w_up, b_up, code)
+    return backends.operators(chosen).channel_attention(x, w_down, b_down, w_up, b_up, code)
 
 
 def gated_conv1x1(
@@ -976,6 +983,7 @@ def gated_conv1x1(
     _checks.optional(bias, (weight.shape[0],), "bias", x)
     if residual is not None:
         _checks.shaped(residual, (n, weight.shape[0], h, w), "residual", x)
-    if backends.choose("gated_conv1x1", (x,), backend) == "reference":
+    chosen = backends.choose("gated_conv1x1", (x,), backend)
+    if chosen == "reference":
         return reference.gated_conv1x1(x, gate, weight, bias, residual=residual)
-    return torch.ops.sr_kernels.gated_conv1x1(x, gate, weight, bias, residual)
+    return backends.operators(chosen).gated_conv1x1(x, gate, weight, bias, residual)

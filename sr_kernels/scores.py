@@ -35,6 +35,7 @@ class WindowScores:
         shifted: "grouped", "block": whether the windows are shifted by half their side.
         num_heads: "window": number of heads.
         scale: "window": factor of the logits.
+        backend: "block": which backend made it, and alone can apply it.
         mask: "window": whether tokens that the cyclic shift brought together are kept apart.
     """
 
@@ -50,3 +51,4 @@ class WindowScores:
     num_heads: int = 1
     scale: float = 1.0
     mask: bool = False
+    backend: str | None = None

@@ -1,4 +1,4 @@
-"""The command line: `sr-kernels upscale | demo | bench | env`, also as `python -m sr_kernels`.
+"""The command line: `sr-kernels upscale | demo | bench | tune | env`; also `python -m sr_kernels`.
 
 Exit status: 0 done; 1 something failed, and stderr says what; 2 the command itself is wrong;
 130 interrupted with Ctrl-C. A failure is one sentence; `--debug` adds the traceback.
@@ -26,6 +26,7 @@ Upscale pictures with ELAN and MAFDN on hand-written kernels.
   sr-kernels upscale photo.jpg          write photo_x4.png beside it
   sr-kernels upscale photos/ -o large/  a whole folder tree
   sr-kernels bench --quick              measure the kernels against everything else
+  sr-kernels tune                       fit the Triton kernels to this machine's GPU
   sr-kernels env                        what runs here, and why the rest does not
 """
 
@@ -36,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from sr_kernels.cli import bench, demo, env, upscale
+    from sr_kernels.cli import bench, demo, env, tune, upscale
 
     parser = _Parser(
         prog="sr-kernels",
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (upscale, demo, bench, env):
+    for module in (upscale, demo, bench, tune, env):
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,

@@ -32,6 +32,8 @@ _CPU_FLAGS = (
 )
 _VARIABLES = (
     ("SR_KERNELS_BACKEND", "backend of calls that name none: auto, cuda, triton, cpu, reference"),
+    ("SR_KERNELS_TRITON_CONFIGS", "folder with tuned tiles of the Triton kernels"),
+    ("TRITON_INTERPRET", "1: the Triton kernels run in Triton's interpreter, on CPU tensors too"),
     ("SR_KERNELS_CPU_ISA", "copy of the CPU kernels: portable, avx2, avx512"),
     ("OMP_NUM_THREADS", "threads of the CPU kernels (torch's pool)"),
     ("VIPS_CONCURRENCY", "threads for compressing pictures"),
@@ -87,7 +89,12 @@ def _build() -> Iterator[tuple[str, str]]:
     try:
         build = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        yield "compiled libraries", f"no record of a build ({file.name}: {error})"
+        from sr_kernels import _library
+
+        if not _library.CPU_LIBRARY.loaded and not file.exists():
+            yield "compiled libraries", "none: a pure Python installation (SR_KERNELS_BUILD=0)"
+        else:
+            yield "compiled libraries", f"no record of a build ({file.name}: {error})"
         return
     yield "built with", f"torch {build.get('torch')}, {build.get('compiler')}"
     yield "CPU kernels for", ", ".join(build.get("isas", ())) or "none"

@@ -1,17 +1,20 @@
-"""Fake kernels, autograd and autocast of the compiled operators ``torch.ops.sr_kernels.*``.
+"""Fake kernels, autograd and autocast of the operators, declared once for every namespace.
 
-Importing this package registers them; it does nothing where ``_C`` is not loaded.
+Importing this package registers them for the compiled operators ``torch.ops.sr_kernels.*`` where
+``_C`` is loaded; `sr_kernels.triton` registers them for ``torch.ops.sr_kernels_triton.*``.
 """
 
 from sr_kernels import _library
+from sr_kernels.ops import (
+    attention_block,
+    attention_gates,
+    conv3x3,
+    shift_conv,
+    window_attention,
+)
+from sr_kernels.ops._registration import register_all
+
+__all__ = ["attention_block", "attention_gates", "conv3x3", "shift_conv", "window_attention"]
 
 if _library.CPU_LIBRARY.loaded:
-    from sr_kernels.ops import (
-        attention_block,
-        attention_gates,
-        conv3x3,
-        shift_conv,
-        window_attention,
-    )
-
-    __all__ = ["attention_block", "attention_gates", "conv3x3", "shift_conv", "window_attention"]
+    register_all("sr_kernels")

@@ -1,7 +1,8 @@
 """What every operator's registration shares: fake kernels, autograd glue and autocast.
 
-The operators themselves (schema, CPU and CUDA kernels) are registered by the compiled library.
-Here each gets
+The operators themselves are defined elsewhere: ``sr_kernels::*`` by the compiled library,
+``sr_kernels_triton::*`` by `sr_kernels.triton`. What both need is declared once, in the modules
+beside this one, and given to a namespace by `register_all`. Each operator gets
 
 * a fake kernel: shapes, dtypes and memory formats without data, for ``torch.compile``,
   ``torch.export`` and ``opcheck``;
@@ -14,17 +15,31 @@ Here each gets
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Keeps the registrations alive as long as the process.
-_fragment = torch.library.Library("sr_kernels", "FRAGMENT")
+
+@dataclass
+class Declaration:
+    """What one operator gets in every namespace that has it.
+
+    cpu_only: Triton has none.
+    """
+
+    fake: Callable[..., Any]
+    cpu_only: bool = False
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    autocast: bool = False
+    keep: tuple[int, ...] = ()
 
 
-def operator(name: str) -> Any:
-    """``torch.ops.sr_kernels.<name>``."""
-    return getattr(torch.ops.sr_kernels, name)
+# By the operator's name. Filled by the decorator and functions below.
+DECLARED: dict[str, Declaration] = {}
+# Keeps autocast's registrations alive as long as the process.
+_fragments: list[torch.library.Library] = []
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
@@ -77,19 +92,28 @@ def gradient_or_none(gradient: torch.Tensor, needed: bool) -> torch.Tensor | Non
     return gradient if needed else None
 
 
-def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the fake kernel of ``sr_kernels::name``."""
-    return torch.library.register_fake(f"sr_kernels::{name}")
+def declare_fake(
+    name: str, *, cpu_only: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the fake kernel of operator ``name``; its signature is the operator's."""
+
+    def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
+        DECLARED[name] = Declaration(fake, cpu_only)
+        return fake
+
+    return declare
 
 
-def register_autograd(
+def declare_autograd(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Autograd of ``sr_kernels::name``: backward calls its ``*_backward`` operator."""
-    torch.library.register_autograd(f"sr_kernels::{name}", backward, setup_context=setup_context)
+    """Autograd of operator ``name``. Backward calls operators of the forward's own namespace: it
+    finds them in ``ctx.operators``."""
+    DECLARED[name].setup_context = setup_context
+    DECLARED[name].backward = backward
 
 
-def register_no_double_backward(name: str) -> None:
+def declare_no_double_backward(name: str) -> None:
     """Makes differentiating a ``*_backward`` operator an error that says what to do."""
 
     def raise_error(ctx: Any, *grads: Any) -> Any:
@@ -99,12 +123,12 @@ def register_no_double_backward(name: str) -> None:
             'sr_kernels.use_backend("reference")).'
         )
 
-    torch.library.register_autograd(f"sr_kernels::{name}", raise_error)
+    DECLARED[name].backward = raise_error
 
 
-def register_no_gradient(name: str, instead: str) -> None:
-    """Makes differentiating ``sr_kernels::name``, an operator for inference, an error that says
-    what to train with instead."""
+def declare_no_gradient(name: str, instead: str) -> None:
+    """Makes differentiating operator ``name``, which is for inference, an error that says what to
+    train with instead."""
 
     def raise_error(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -112,36 +136,70 @@ def register_no_gradient(name: str, instead: str) -> None:
             'with backend="reference"'
         )
 
-    torch.library.register_autograd(f"sr_kernels::{name}", raise_error)
+    DECLARED[name].backward = raise_error
 
 
-def register_autocast(name: str, keep: tuple[int, ...] = ()) -> None:
-    """Casts the tensors of ``sr_kernels::name`` to autocast's dtype, on CPU and CUDA.
+def declare_autocast(name: str, keep: tuple[int, ...] = ()) -> None:
+    """Casts the tensors of operator ``name`` to autocast's dtype, on CPU and CUDA.
 
     keep: positions of arguments that stay as they are (statistics such as log-sum-exp).
     """
-    overload = operator(name).default
+    DECLARED[name].autocast = True
+    DECLARED[name].keep = keep
 
-    def register(device: str, key: str) -> None:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-        def cast_and_call(*args: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
+def register_all(namespace: str) -> None:
+    """Gives every operator of ``torch.ops.<namespace>`` what was declared for it."""
+    operators = getattr(torch.ops, namespace)
+    fragment = torch.library.Library(namespace, "FRAGMENT")
+    _fragments.append(fragment)
+    for name, declared in DECLARED.items():
+        if declared.cpu_only and namespace != "sr_kernels":
+            continue
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, declared.fake)
+        if declared.backward is not None:
+            torch.library.register_autograd(
+                qualified,
+                declared.backward,
+                setup_context=_in_namespace(operators, declared.setup_context),
+            )
+        if declared.autocast:
+            overload = getattr(operators, name).default
+            for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+                fragment.impl(name, _casting(overload, device, key, declared.keep), key)
 
-            def cast(position: int, argument: Any) -> Any:
-                eligible = (
-                    position not in keep
-                    and isinstance(argument, torch.Tensor)
-                    and argument.is_floating_point()
-                    and argument.dtype != torch.float64
-                    and argument.device.type == device
-                )
-                return argument.to(dtype) if eligible else argument
 
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*[cast(i, argument) for i, argument in enumerate(args)])
+def _in_namespace(
+    operators: Any, setup_context: Callable[..., None] | None
+) -> Callable[..., None] | None:
+    if setup_context is None:
+        return None
 
-        _fragment.impl(name, cast_and_call, key)
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operators = operators
+        setup_context(ctx, inputs, output)
 
-    register("cpu", "AutocastCPU")
-    register("cuda", "AutocastCUDA")
+    return setup
+
+
+def _casting(overload: Any, device: str, key: str, keep: tuple[int, ...]) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_call(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(position: int, argument: Any) -> Any:
+            eligible = (
+                position not in keep
+                and isinstance(argument, torch.Tensor)
+                and argument.is_floating_point()
+                and argument.dtype != torch.float64
+                and argument.device.type == device
+            )
+            return argument.to(dtype) if eligible else argument
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*[cast(i, argument) for i, argument in enumerate(args)])
+
+    return cast_and_call

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_fake,
+    declare_no_gradient,
     empty_feature_map,
-    register_autocast,
-    register_fake,
-    register_no_gradient,
 )
 
 Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-@register_fake("grouped_attention_block")
+@declare_fake("grouped_attention_block")
 def _(
     x: Tensor,
     w_in: Tensor,
@@ -35,7 +35,7 @@ def _(
     return empty_feature_map(x, x.shape[1]), x.new_empty(x.shape if return_q else 0)
 
 
-@register_fake("apply_grouped_attention_block")
+@declare_fake("apply_grouped_attention_block")
 def _(
     x: Tensor,
     q: Tensor,
@@ -49,12 +49,12 @@ def _(
     return empty_feature_map(x, x.shape[1])
 
 
-@register_fake("grouped_attention_block_out")
-@register_fake("apply_grouped_attention_block_out")
+@declare_fake("grouped_attention_block_out", cpu_only=True)
+@declare_fake("apply_grouped_attention_block_out", cpu_only=True)
 def _(*arguments: Any) -> None:
     return None
 
 
 for _name in ("grouped_attention_block", "apply_grouped_attention_block"):
-    register_no_gradient(_name, "grouped_window_attention between two convolutions")
-    register_autocast(_name)
+    declare_no_gradient(_name, "grouped_window_attention between two convolutions")
+    declare_autocast(_name)

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_autograd,
+    declare_fake,
+    declare_no_double_backward,
     empty_feature_map,
     empty_gradient,
     gradient_or_none,
-    operator,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
 
 Tensor = torch.Tensor
@@ -24,12 +23,12 @@ OptionalTensor = torch.Tensor | None
 # ------------------------------------------------------------------ pixel attention
 
 
-@register_fake("pixel_attention")
+@declare_fake("pixel_attention")
 def _(x: Tensor, weight: Tensor, bias: OptionalTensor) -> Tensor:
     return empty_feature_map(x, x.shape[1])
 
 
-@register_fake("pixel_attention_backward")
+@declare_fake("pixel_attention_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -49,12 +48,12 @@ def _(
 # ------------------------------------------------------------------ spatial attention
 
 
-@register_fake("spatial_attention")
+@declare_fake("spatial_attention")
 def _(x: Tensor, weight: Tensor, bias: OptionalTensor) -> Tensor:
     return empty_feature_map(x, x.shape[1])
 
 
-@register_fake("spatial_attention_backward")
+@declare_fake("spatial_attention_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -71,7 +70,7 @@ def _(
     )
 
 
-@register_fake("pixel_spatial_attention")
+@declare_fake("pixel_spatial_attention")
 def _(
     x: Tensor,
     pixel_weight: Tensor,
@@ -82,7 +81,7 @@ def _(
     return empty_feature_map(x, x.shape[1])
 
 
-@register_fake("pixel_spatial_attention_backward")
+@declare_fake("pixel_spatial_attention_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -108,7 +107,7 @@ def _(
 # ------------------------------------------------------------------ channel gate and attention
 
 
-@register_fake("channel_gate")
+@declare_fake("channel_gate")
 def _(
     x: Tensor,
     w_down: Tensor,
@@ -120,7 +119,7 @@ def _(
     return x.new_empty((x.shape[0], x.shape[1], 1, 1))
 
 
-@register_fake("channel_attention")
+@declare_fake("channel_attention")
 def _(
     x: Tensor,
     w_down: Tensor,
@@ -155,21 +154,21 @@ def _fake_channel_backward(
     )
 
 
-register_fake("channel_gate_backward")(_fake_channel_backward)
-register_fake("channel_attention_backward")(_fake_channel_backward)
+declare_fake("channel_gate_backward")(_fake_channel_backward)
+declare_fake("channel_attention_backward")(_fake_channel_backward)
 
 
 # ------------------------------------------------------------------ gated convolution
 
 
-@register_fake("gated_conv1x1")
+@declare_fake("gated_conv1x1")
 def _(
     x: Tensor, gate: Tensor, weight: Tensor, bias: OptionalTensor, residual: OptionalTensor
 ) -> Tensor:
     return empty_feature_map(x, weight.shape[0])
 
 
-@register_fake("gated_conv1x1_backward")
+@declare_fake("gated_conv1x1_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -197,7 +196,7 @@ def _gated_conv1x1_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *needs, need_residual = ctx.needs_input_grad
     gradients: tuple[Any, ...] = (None,) * 4
     if any(needs):
-        gradients = operator("gated_conv1x1_backward")(grad, *ctx.saved_tensors, *needs)
+        gradients = ctx.operators.gated_conv1x1_backward(grad, *ctx.saved_tensors, *needs)
     return (
         *map(gradient_or_none, gradients, needs),
         gradient_or_none(grad, need_residual),
@@ -217,10 +216,12 @@ def _register(name: str, tensors: int) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[:tensors]
-        gradients = operator(f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.settings, *needs)
+        gradients = getattr(ctx.operators, f"{name}_backward")(
+            grad, *ctx.saved_tensors, *ctx.settings, *needs
+        )
         return (*map(gradient_or_none, gradients, needs), *[None] * len(ctx.settings))
 
-    register_autograd(name, setup_context, backward)
+    declare_autograd(name, setup_context, backward)
 
 
 _register("pixel_attention", 3)
@@ -228,7 +229,7 @@ _register("spatial_attention", 3)
 _register("pixel_spatial_attention", 5)
 _register("channel_gate", 5)
 _register("channel_attention", 5)
-register_autograd("gated_conv1x1", _gated_conv1x1_context, _gated_conv1x1_backward)
+declare_autograd("gated_conv1x1", _gated_conv1x1_context, _gated_conv1x1_backward)
 for _name in (
     "pixel_attention",
     "spatial_attention",
@@ -237,5 +238,5 @@ for _name in (
     "channel_attention",
     "gated_conv1x1",
 ):
-    register_autocast(_name)
-    register_no_double_backward(f"{_name}_backward")
+    declare_autocast(_name)
+    declare_no_double_backward(f"{_name}_backward")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_fake,
+    declare_no_gradient,
     empty_feature_map,
-    register_autocast,
-    register_fake,
-    register_no_gradient,
 )
 
 Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-@register_fake("conv3x3")
+@declare_fake("conv3x3", cpu_only=True)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -27,5 +27,5 @@ def _(
     return empty_feature_map(x, weight.shape[0])
 
 
-register_no_gradient("conv3x3", "torch.nn.functional.conv2d")
-register_autocast("conv3x3")
+declare_no_gradient("conv3x3", "torch.nn.functional.conv2d")
+declare_autocast("conv3x3")

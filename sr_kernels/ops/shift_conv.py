@@ -7,21 +7,20 @@ from typing import Any
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_autograd,
+    declare_fake,
+    declare_no_double_backward,
     empty_feature_map,
     empty_gradient,
     gradient_or_none,
-    operator,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
 
 Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-@register_fake("shift_conv2d")
+@declare_fake("shift_conv2d")
 def _(
     x: Tensor,
     weight: Tensor,
@@ -35,7 +34,7 @@ def _(
     return empty_feature_map(x, weight.shape[0])
 
 
-@register_fake("shift_conv2d_backward")
+@declare_fake("shift_conv2d_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -67,12 +66,12 @@ def _shift_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *needs, need_residual = ctx.needs_input_grad[:4]
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs):
-        computed = operator("shift_conv2d_backward")(grad, x, weight, bias, *ctx.settings, *needs)
+        computed = ctx.operators.shift_conv2d_backward(grad, x, weight, bias, *ctx.settings, *needs)
         gradients = tuple(map(gradient_or_none, computed, needs))
     return (*gradients, gradient_or_none(grad, need_residual), *[None] * len(ctx.settings))
 
 
-@register_fake("shift_conv_block")
+@declare_fake("shift_conv_block")
 def _(
     x: Tensor,
     w0: Tensor,
@@ -88,12 +87,12 @@ def _(
     return empty_feature_map(x, w1.shape[0])
 
 
-@register_fake("shift_conv_block_out")
+@declare_fake("shift_conv_block_out", cpu_only=True)
 def _(*arguments: Any) -> None:
     return None
 
 
-@register_fake("shift_conv_block_backward")
+@declare_fake("shift_conv_block_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -128,14 +127,14 @@ def _shift_conv_block_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _shift_conv_block_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:5]
-    gradients = operator("shift_conv_block_backward")(
+    gradients = ctx.operators.shift_conv_block_backward(
         grad, *ctx.saved_tensors, *ctx.settings, *needs
     )
     return (*map(gradient_or_none, gradients, needs), *[None] * len(ctx.settings))
 
 
-register_autograd("shift_conv2d", _shift_conv2d_context, _shift_conv2d_backward)
-register_autograd("shift_conv_block", _shift_conv_block_context, _shift_conv_block_backward)
+declare_autograd("shift_conv2d", _shift_conv2d_context, _shift_conv2d_backward)
+declare_autograd("shift_conv_block", _shift_conv_block_context, _shift_conv_block_backward)
 for _name in ("shift_conv2d", "shift_conv_block"):
-    register_autocast(_name)
-    register_no_double_backward(f"{_name}_backward")
+    declare_autocast(_name)
+    declare_no_double_backward(f"{_name}_backward")

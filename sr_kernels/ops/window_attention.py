@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from sr_kernels.ops._registration import (
+    declare_autocast,
+    declare_autograd,
+    declare_fake,
+    declare_no_double_backward,
     empty_feature_map,
     gradient_or_none,
-    operator,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
     statistics_dtype,
 )
 
@@ -41,7 +40,7 @@ def _empty_map_gradient(of: OptionalTensor, needed: bool, like: Tensor) -> Tenso
 # ---------------------------------------------------------------- one window size, heads
 
 
-@register_fake("window_attention")
+@declare_fake("window_attention")
 def _(
     q: Tensor,
     k: OptionalTensor,
@@ -58,7 +57,7 @@ def _(
     return empty_feature_map(v, v.shape[1]), _empty_lse(q, num_heads)
 
 
-@register_fake("apply_window_scores")
+@declare_fake("apply_window_scores")
 def _(
     q: Tensor,
     k: OptionalTensor,
@@ -76,7 +75,7 @@ def _(
     return empty_feature_map(v, v.shape[1])
 
 
-@register_fake("window_attention_backward")
+@declare_fake("window_attention_backward")
 def _(
     grad: Tensor,
     q: Tensor,
@@ -117,7 +116,7 @@ def _window_attention_context(
 
 def _window_attention_backward(ctx: Any, grad: Tensor, grad_lse: OptionalTensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:4]
-    gradients = operator("window_attention_backward")(
+    gradients = ctx.operators.window_attention_backward(
         grad, *ctx.saved_tensors, *ctx.settings, *needs
     )
     return (*map(gradient_or_none, gradients, needs), *[None] * len(ctx.settings))
@@ -131,7 +130,7 @@ def _apply_window_scores_context(ctx: Any, inputs: tuple[Any, ...], output: Tens
 
 def _apply_window_scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_q, need_k, _, need_v, need_bias = needs = ctx.needs_input_grad[:5]
-    dq, dk, dv, dbias = operator("window_attention_backward")(
+    dq, dk, dv, dbias = ctx.operators.window_attention_backward(
         grad, *ctx.saved_tensors, *ctx.settings, need_q, need_k, need_v, need_bias
     )
     gradients = map(gradient_or_none, (dq, dk, None, dv, dbias), (*needs[:2], False, *needs[3:]))
@@ -141,22 +140,22 @@ def _apply_window_scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 # ---------------------------------------------------------------- channel groups
 
 
-@register_fake("grouped_window_attention")
+@declare_fake("grouped_window_attention")
 def _(qv: Tensor, windows: Sequence[int], shifted: bool) -> tuple[Tensor, Tensor]:
     return empty_feature_map(qv, qv.shape[1] // 2), _empty_lse(qv, len(windows))
 
 
-@register_fake("apply_grouped_window_scores")
+@declare_fake("apply_grouped_window_scores")
 def _(qv: Tensor, lse: Tensor, v: Tensor, windows: Sequence[int], shifted: bool) -> Tensor:
     return empty_feature_map(v, v.shape[1])
 
 
-@register_fake("grouped_window_attention_backward")
+@declare_fake("grouped_window_attention_backward")
 def _(grad: Tensor, qv: Tensor, lse: Tensor, windows: Sequence[int], shifted: bool) -> Tensor:
     return empty_feature_map(qv, qv.shape[1])
 
 
-@register_fake("apply_grouped_window_scores_backward")
+@declare_fake("apply_grouped_window_scores_backward")
 def _(
     grad: Tensor,
     qv: Tensor,
@@ -183,7 +182,7 @@ def _grouped_window_attention_context(
 def _grouped_window_attention_backward(
     ctx: Any, grad: Tensor, grad_lse: OptionalTensor
 ) -> tuple[Any, ...]:
-    dqv = operator("grouped_window_attention_backward")(grad, *ctx.saved_tensors, *ctx.settings)
+    dqv = ctx.operators.grouped_window_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return (dqv, *[None] * len(ctx.settings))
 
 
@@ -195,7 +194,7 @@ def _apply_grouped_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _apply_grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_qv, _, need_v = ctx.needs_input_grad[:3]
-    dqv, dv = operator("apply_grouped_window_scores_backward")(
+    dqv, dv = ctx.operators.apply_grouped_window_scores_backward(
         grad, *ctx.saved_tensors, *ctx.settings, need_qv, need_v
     )
     return (
@@ -206,24 +205,22 @@ def _apply_grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-register_autograd("window_attention", _window_attention_context, _window_attention_backward)
-register_autograd(
-    "apply_window_scores", _apply_window_scores_context, _apply_window_scores_backward
-)
-register_autograd(
+declare_autograd("window_attention", _window_attention_context, _window_attention_backward)
+declare_autograd("apply_window_scores", _apply_window_scores_context, _apply_window_scores_backward)
+declare_autograd(
     "grouped_window_attention",
     _grouped_window_attention_context,
     _grouped_window_attention_backward,
 )
-register_autograd("apply_grouped_window_scores", _apply_grouped_context, _apply_grouped_backward)
+declare_autograd("apply_grouped_window_scores", _apply_grouped_context, _apply_grouped_backward)
 # lse keeps its precision under autocast: it is a statistic, not data.
-register_autocast("window_attention")
-register_autocast("apply_window_scores", keep=(2,))
-register_autocast("grouped_window_attention")
-register_autocast("apply_grouped_window_scores", keep=(1,))
+declare_autocast("window_attention")
+declare_autocast("apply_window_scores", keep=(2,))
+declare_autocast("grouped_window_attention")
+declare_autocast("apply_grouped_window_scores", keep=(1,))
 for _name in (
     "window_attention_backward",
     "grouped_window_attention_backward",
     "apply_grouped_window_scores_backward",
 ):
-    register_no_double_backward(_name)
+    declare_no_double_backward(_name)

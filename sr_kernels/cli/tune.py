@@ -1,0 +1,66 @@
+"""`sr-kernels tune`: measures tile shapes of the Triton kernels on this machine's GPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sr_kernels.cli import console
+from sr_kernels.cli.errors import Failure
+
+NAME = "tune"
+SUMMARY = "find the fastest tiles of the Triton kernels on this GPU"
+DESCRIPTION = """\
+Measure tile shapes, warps and pipeline stages of the Triton kernels on this machine's GPU, at the
+channel counts and windows of the networks, and write the fastest to a file that the kernels read
+from then on. Without such a file they use a default, or the file of a similar GPU. The file does
+not depend on the size of pictures. Run it on an idle GPU.
+"""
+EPILOG = """\
+examples:
+  sr-kernels tune                              float16, into the cache folder of this user
+  sr-kernels tune --dtype float16 float32
+  sr-kernels tune --output configs/            then set SR_KERNELS_TRITON_CONFIGS=configs/
+"""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", nargs="+", choices=tuple(_DTYPES), default=["float16"], help="default: float16"
+    )
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="GPU N (default: 0)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where to write (default: the user's cache)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sr_kernels import _library
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise Failure(
+            "tune measures kernels on a GPU, and torch finds none here. Nothing needs to be done: "
+            "without a file the Triton kernels use their default tiles"
+        )
+    if not 0 <= arguments.device < count:
+        raise Failure(f"--device {arguments.device}: there are GPUs 0 to {count - 1}")
+    kernels = _library.triton()
+    if not kernels.loaded:
+        raise Failure(f"the Triton kernels cannot run: {kernels.error}")
+    if kernels.interpreted:
+        raise Failure("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
+    from sr_kernels.triton import _configs, tuning
+
+    dtypes = [_DTYPES[name] for name in arguments.dtype]
+    tuned = tuning.tune_gpu(arguments.device, dtypes, say=console.say)
+    folder = arguments.output or _configs.cache_folder()
+    path = folder / _configs.file_name(tuned.device.name)
+    if path.exists():  # what was tuned before for other dtypes or sizes stays
+        tuned.entries = {**_configs.TunedFile.read(path).entries, **tuned.entries}
+    tuned.write(path)
+    console.say(f"wrote {path}")
+    return 0

@@ -1,0 +1,424 @@
+"""The Triton backend: its kernels interpreted and compiled, the choice, tuning, installation."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import sr_kernels
+from sr_kernels import _library, backends
+from sr_kernels.testing import make_tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+X = make_tensor((1, 10, 6, 6))
+W = make_tensor((10, 10, 1, 1), seed=1)
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
+)
+
+
+def run_python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def codegen():
+    spec = importlib.util.spec_from_file_location(
+        "triton_codegen", ROOT / "tests" / "triton_codegen.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+# ------------------------------------------------------------------------------ the kernels
+
+
+@pytest.mark.slow
+def test_all_operators_in_the_interpreter():
+    """tests/triton_operators in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, str(ROOT / "tests" / "triton_operators")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@interpreted
+@pytest.mark.slow
+def test_compiled_code_of_every_kernel(codegen):
+    """No spills; registers and shared memory not above the table; products on tensor cores."""
+    table = json.loads(codegen.TABLE.read_text())
+    found = codegen.gate()
+    assert found.keys() == table["kernels"].keys(), (
+        "new table: python tests/triton_codegen.py --write"
+    )
+    same_compiler = table["triton"] == codegen.triton.__version__
+    for label, targets in found.items():
+        for target, figures in targets.items():
+            allowed = table["kernels"][label][target]
+            where = f"{label} for {target}: {figures}, table {allowed}"
+            product = "WH" in label or ("kernel[" in label and allowed["tensor_core"] > 0)
+            if product:
+                assert figures["tensor_core"] > 0, where
+            if same_compiler:
+                assert figures["spills"] == 0, where
+                assert figures["registers"] <= allowed["registers"], where
+                assert figures["shared"] <= allowed["shared"], where
+
+
+@interpreted
+def test_every_kernel_with_a_product_is_on_tensor_cores_in_the_table(codegen):
+    """The table itself: float16 products on tensor cores, float32 products ("ieee") not."""
+    kernels = json.loads(codegen.TABLE.read_text())["kernels"]
+    for launch in codegen.all_launches():
+        if codegen.has_product(launch):
+            figures = kernels[codegen.label(launch)]["sm_90"]
+            assert figures["tensor_core"] > 0, codegen.label(launch)
+    exact = [label for label in kernels if label.endswith("|fp32]") and "PATTERN" in label]
+    assert exact
+    for label in exact:
+        assert kernels[label]["sm_90"]["tensor_core"] == 0, label
+
+
+@interpreted
+def test_every_launched_kernel_is_every_kernel(codegen):
+    """No kernel escapes the gate."""
+    import ast
+
+    started = {launch.name for launch in codegen.all_launches()}
+    for module in codegen.MODULES:
+        tree = ast.parse(Path(module.__file__).read_text())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        kernels = {name for name in names if name.endswith("_kernel")}
+        assert kernels <= started, module.__name__
+
+
+@interpreted
+def test_compiles_for_amd(codegen):
+    """To a code object for gfx942; never run on one."""
+    wanted = {"conv_kernel", "attention_kernel", "channel_sums_kernel"}
+    for launch in codegen.all_launches():
+        if launch.name in wanted:
+            wanted.remove(launch.name)
+            binary = codegen.compiled(launch, codegen.TARGETS["gfx942"])
+            assert binary.asm["hsaco"][:4] == b"\x7fELF"
+    assert not wanted
+
+
+# ------------------------------------------------------------------------------ the choice
+
+
+def test_importing_the_package_does_not_import_triton():
+    program = "import sys, sr_kernels; print('triton' in sys.modules)"
+    assert run_python(program).stdout.strip() == "False"
+
+
+def test_works_without_triton():
+    """As if it were not installed: everything else runs, and the reason is said."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.metadata as m; found = m.version\n"
+        "def version(name):\n"
+        "    if name == 'triton': raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.version = version\n"
+        "import torch, sr_kernels\n"
+        "x, w = torch.ones(1, 5, 2, 2), torch.ones(1, 5, 1, 1)\n"
+        "sr_kernels.shift_conv2d(x, w)\n"
+        "print(sr_kernels.backends.can_run('triton', 'shift_conv2d', (x,)))"
+    )
+    result = run_python(program)
+    assert result.stdout.strip() == "(False, 'triton is not installed')", result.stderr
+
+
+@interpreted
+def test_cpu_tensors_need_the_interpreter():
+    with pytest.raises(RuntimeError, match=r"tensors are on cpu.*TRITON_INTERPRET=1"):
+        sr_kernels.shift_conv2d(X, W, backend="triton")
+    with pytest.raises(RuntimeError, match="the tensors are on meta"):
+        backends.choose("shift_conv2d", (X.to("meta"),), "triton")
+
+
+def test_an_interpreter_switched_on_too_late_is_an_error():
+    program = (
+        "import os, triton, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import sr_kernels; print(sr_kernels.backends.can_run('triton', 'x', (torch.ones(1),)))"
+    )
+    environment = {"TRITON_INTERPRET": "0"}
+    assert "set it before Python starts" in run_python(program, **environment).stdout
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(_library.importlib.metadata, "version", lambda name: "3.3.1")
+    result = _library.triton.__wrapped__()
+    assert result.error == "triton 3.3.1 is older than 3.4"
+
+
+class GpuTensor:
+    """What `choose` looks at, of a tensor on a GPU that is not here."""
+
+    is_cuda, dtype, device = True, torch.float16, torch.device("cuda")
+
+
+def test_gpu_tensors_get_triton_before_the_reference(monkeypatch):
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    assert backends.choose("shift_conv2d", (GpuTensor(),)) == "triton"
+    missing = _library.TritonResult(None, "triton is not installed")
+    monkeypatch.setattr(_library, "triton", lambda: missing)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(sr_kernels.FallbackWarning, match="; triton is not installed"):
+        assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
+
+
+# ------------------------------------------------------------------------------ configurations
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from sr_kernels.triton import _configs
+
+    monkeypatch.setenv("SR_KERNELS_TRITON_CONFIGS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _configs.tuned_for.cache_clear()
+    yield _configs
+    _configs.tuned_for.cache_clear()
+
+
+def tuned_file(configs, name, capability, shared_memory, block):
+    device = configs.Device(name, capability, shared_memory)
+    key = configs.make_key("conv", "float16", {"c_in": 60, "c_out": 60})
+    return configs.TunedFile(device, {key: {**configs.DEFAULTS["conv"], "BLOCK_P": block}}, "3.6.0")
+
+
+def test_a_file_is_read_as_it_was_written(configs, tmp_path):
+    written = tuned_file(configs, "GPU A", (9, 0), 1000, 128)
+    path = tmp_path / configs.file_name("GPU A")
+    written.write(path)
+    assert path.name == "GPU_A.json"
+    assert configs.TunedFile.read(path) == written
+    assert [file.name for file in tmp_path.iterdir()] == ["GPU_A.json"]
+
+
+def test_this_devices_file_without_a_warning(configs, tmp_path, recwarn):
+    for name, block in (("GPU A", 128), ("GPU B", 32)):
+        tuned = tuned_file(configs, name, (9, 0), 1000, block)
+        tuned.write(tmp_path / configs.file_name(name))
+    found = configs.tuned_for(configs.Device("GPU B", (9, 0), 1000))
+    assert next(iter(found.entries.values()))["BLOCK_P"] == 32
+    assert not recwarn.list
+
+
+def test_the_nearest_device_with_one_warning(configs, tmp_path):
+    for name, capability, shared in (("Far", (7, 5), 500), ("Near", (9, 0), 900),
+                                     ("Larger", (10, 0), 2000)):  # fmt: skip
+        tuned = tuned_file(configs, name, capability, shared, 64)
+        tuned.write(tmp_path / configs.file_name(name))
+    here = configs.Device("Here", (10, 0), 1000)
+    message = "no tuned configurations for Here: .* of Near"
+    with pytest.warns(configs.TuningWarning, match=message):
+        found = configs.tuned_for(here)
+    assert found.device.name == "Near"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert configs.tuned_for(here) is found
+
+
+def test_no_file_is_no_warning(configs, recwarn):
+    assert configs.tuned_for(configs.Device("Here", (10, 0), 1000)) is None
+    assert not recwarn.list
+
+
+def test_the_nearest_sizes(configs):
+    tuned = tuned_file(configs, "GPU A", (9, 0), 1000, 128)
+    for c_in, block in ((180, 32), (16, 256)):
+        key = configs.make_key("conv", "float16", {"c_in": c_in, "c_out": 60})
+        tuned.entries[key] = {**configs.DEFAULTS["conv"], "BLOCK_P": block}
+
+    def nearest(dtype="float16", **sizes):
+        return configs.nearest_entry(tuned, configs.make_key("conv", dtype, sizes))
+
+    assert nearest(c_in=60, c_out=60)["BLOCK_P"] == 128
+    assert nearest(c_in=150, c_out=64)["BLOCK_P"] == 32
+    assert nearest(c_in=8, c_out=60)["BLOCK_P"] == 256
+    assert nearest("float32", c_in=60, c_out=60) is None
+    assert nearest(c=60) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": [{}]}, "kernel"),
+        ({"device": None, "capability": []}, "IndexError"),
+        ("not json", "not a file of tuned configurations"),
+        ({"config": {"BLOCK_P": 64}}, "config of conv has"),
+        (
+            {"config": {"BLOCK_P": 48}, "all": True},
+            "BLOCK_P of conv is 48: it must be a power of two",
+        ),
+        ({"config": {"num_stages": 0}, "all": True}, "num_stages of conv is 0"),
+    ],
+)
+def test_a_wrong_file_is_named(configs, tmp_path, change, message):
+    path = tmp_path / "wrong.json"
+    tuned_file(configs, "GPU A", (9, 0), 1000, 128).write(path)
+    data = json.loads(path.read_text())
+    if change == "not json":
+        path.write_text("{")
+    else:
+        if "config" in change:
+            entry = data["entries"][0]
+            entry["config"] = {**(entry["config"] if change.get("all") else {}), **change["config"]}
+        else:
+            data.update(change)
+        path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message) as error:
+        configs.TunedFile.read(path)
+    assert str(path) in str(error.value)
+
+
+def test_cpu_tensors_have_the_default(configs, tmp_path):
+    tuned_file(configs, "GPU A", (9, 0), 1000, 128).write(tmp_path / "GPU_A.json")
+    x = torch.empty(1, 60, 2, 2, dtype=torch.float16)
+    assert configs.configuration("conv", x, c_in=60, c_out=60) == configs.DEFAULTS["conv"]
+
+
+# ------------------------------------------------------------------------------ tuning
+
+
+def problem_of(configs, tuning, result=lambda config: 1.0):
+    """A problem that asks for one configuration, and a list of those it ran with."""
+    used = []
+    x = torch.empty(1, 60, 2, 2, dtype=torch.float16)
+
+    def run():
+        used.append(configs.configuration("conv", x, c_in=60, c_out=60))
+        return [torch.tensor(result(used[-1]))]
+
+    return tuning.Problem("fake", run), used
+
+
+def test_tune_finds_the_fastest(configs):
+    from sr_kernels.triton import tuning
+
+    best = {"BLOCK_P": 128, "BLOCK_O": 32, "BLOCK_I": 16, "num_warps": 8, "num_stages": 3}
+    problem, used = problem_of(configs, tuning)
+
+    def timer(run):
+        run()
+        return 1.0 + sum(abs(used[-1][name] - value) / value for name, value in best.items())
+
+    device = configs.Device("Fake", (9, 0), 1000)
+    said = []
+    tuned = tuning.tune([problem, problem], device, timer, say=said.append)
+    assert tuned.entries == {configs.make_key("conv", "float16", {"c_in": 60, "c_out": 60}): best}
+    assert len(said) == 1
+    assert (
+        configs.configuration("conv", torch.empty(1, 60, 2, 2), c_in=60, c_out=60)
+        == (configs.DEFAULTS["conv"])
+    )
+
+
+def test_tune_keeps_the_default_where_nothing_is_clearly_faster(configs):
+    from sr_kernels.triton import tuning
+
+    problem, used = problem_of(configs, tuning)
+
+    def timer(run):
+        run()
+        return 1.0 if used[-1] == configs.DEFAULTS["conv"] else 0.99
+
+    tuned = tuning.tune([problem], configs.Device("Fake", (9, 0), 1000), timer)
+    assert list(tuned.entries.values()) == [configs.DEFAULTS["conv"]]
+
+
+def test_tune_skips_what_does_not_fit_and_refuses_what_is_wrong(configs):
+    from sr_kernels.triton import tuning
+
+    class TooLarge(Exception):
+        pass
+
+    def too_large(config):
+        if config["BLOCK_P"] > 64:
+            raise TooLarge
+        return 1.0
+
+    device = configs.Device("Fake", (9, 0), 1000)
+    problem, used = problem_of(configs, tuning, too_large)
+    tuned = tuning.tune([problem], device, lambda run: -used[-1]["BLOCK_P"], unfit=(TooLarge,))
+    assert next(iter(tuned.entries.values()))["BLOCK_P"] <= 64
+    problem, _ = problem_of(configs, tuning, lambda config: float(config["BLOCK_P"]))
+    with pytest.raises(RuntimeError, match="fake gives another result with"):
+        tuning.tune([problem], device, lambda run: 1.0)
+
+
+@interpreted
+def test_the_problems_of_tuning_ask_for_every_kernel(configs, codegen, monkeypatch):
+    """Run with their kernels noted instead of started, at a small size, on the CPU."""
+    from sr_kernels.triton import tuning
+
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None, True))
+    problems = tuning.network_problems(torch.device("cpu"), [torch.float16], size=(16, 16))
+    with codegen.recorded(), configs.recorded() as keys:
+        for problem in problems:
+            problem.run()
+    # The pairs of ELAN's groups are tuned as window attention is.
+    assert {key[0] for key in keys} == set(configs.DEFAULTS)
+
+
+def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
+    from sr_kernels.cli import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune"]) == 1
+    assert "tune measures kernels on a GPU, and torch finds none here" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ installation
+
+
+@pytest.mark.slow
+def test_a_pure_installation_has_reference_and_triton(tmp_path):
+    """SR_KERNELS_BUILD=0: no compiler, no library; `sr-kernels env` says what there is."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
+    command += ["--no-deps", "--no-index", "--target", str(site), str(ROOT)]
+    subprocess.run(command, env={**os.environ, "SR_KERNELS_BUILD": "0"}, check=True)
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import torch, warnings, sr_kernels\n"
+        f"assert sr_kernels.__file__.startswith({str(site)!r}), sr_kernels.__file__\n"
+        "x, w = torch.ones(1, 5, 2, 2), torch.ones(5, 5, 1, 1)\n"
+        "a = sr_kernels.shift_conv2d(x, w, backend='triton')\n"
+        "b = sr_kernels.shift_conv2d(x, w, backend='reference')\n"
+        "torch.testing.assert_close(a, b)\n"
+        "from sr_kernels.cli import main; main(['env'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "none: a pure Python installation (SR_KERNELS_BUILD=0)" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    found = {line[0]: line[1] for line in lines if len(line) > 1 and line[1] in ("yes:", "no:")}
+    assert found == {"cuda": "no:", "triton": "yes:", "cpu": "no:", "reference": "yes:"}

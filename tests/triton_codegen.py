@@ -1,0 +1,233 @@
+"""Compiles every Triton kernel without a GPU and reads what came out.
+
+The launchers of `sr_kernels.triton` run on CPU tensors with `launch` replaced by a function that
+notes kernel, arguments and constants; each note is then compiled for a target and its registers,
+shared memory, spills and tensor-core instructions are read with the tools that Triton's wheel
+carries. No kernel is started.
+
+    python tests/triton_codegen.py --write      writes the table that the test holds results against
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sr_kernels.triton import attention_block, attention_gates, shift_conv, window_attention
+
+TABLE = Path(__file__).with_name("triton_codegen.json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MODULES = (shift_conv, window_attention, attention_gates, attention_block)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel start: what decides the code that is compiled for it."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collects the launches within the block instead of starting them, each once."""
+    launches: list[Launch] = []
+
+    def record(kernel, grid, *arguments, num_warps=4, num_stages=2, **constants):
+        names = kernel.arg_names
+        signature, fixed, divisible = [], dict(constants), []
+        for name, value in zip(names, arguments, strict=False):
+            if isinstance(value, torch.Tensor):
+                kind = {
+                    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+                }[value.dtype]  # fmt: skip
+                signature.append((name, f"*{kind}"))
+                divisible.append(name)
+            elif value is None or (isinstance(value, int) and value == 1):
+                fixed[name] = value  # as Triton specialises them
+            elif isinstance(value, int):
+                signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
+                if value % 16 == 0:
+                    divisible.append(name)
+            else:
+                signature.append((name, "fp32"))
+        signature += [(name, "constexpr") for name in fixed]
+        options = (("num_warps", num_warps), ("num_stages", num_stages))
+        fixed_items = tuple(sorted(fixed.items(), key=lambda item: item[0]))
+        note = Launch(kernel, tuple(signature), fixed_items, tuple(divisible), options)
+        if note not in launches:
+            launches.append(note)
+
+    homes = [sys.modules["sr_kernels.triton._launch"], *MODULES]
+    before = {home: home.launch for home in homes if hasattr(home, "launch")}
+    try:
+        for home in before:
+            home.launch = record
+        yield launches
+    finally:
+        for home, launch in before.items():
+            home.launch = launch
+
+
+def compiled(launch: Launch, target: GPUTarget):
+    names = launch.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in launch.constants}
+    signature = dict(launch.signature)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=constants,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in launch.divisible},
+    )
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def measure(binary) -> dict[str, int]:
+    """Registers and stack bytes a thread, shared bytes a block, tensor-core instructions."""
+    shared = binary.metadata.shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1])
+        + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "shared": shared,
+        "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", code)),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def feature(channels, h=48, w=64, dtype=torch.float16, n=2):
+    x = torch.empty((n, channels, h, w), dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def has_product(launch: Launch) -> bool:
+    return "PRECISION" in dict(launch.constants)
+
+
+def gate() -> dict[str, dict[str, dict[str, int]]]:
+    """{label: {target: figures}}: every kernel in float16 for sm_90; for sm_80 the first launch of
+    each kernel with a product; in float32, whose products must be exact, the first of each too."""
+    figures: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add(launch: Launch, target: str) -> None:
+        entry = figures.setdefault(label(launch), {})
+        if target not in entry:
+            entry[target] = measure(compiled(launch, TARGETS[target]))
+
+    launches = all_launches()
+    for launch in launches:
+        add(launch, "sm_90")
+    for launch in first_of_each(launches):
+        add(launch, "sm_80")
+    for launch in first_of_each(all_launches(torch.float32)):
+        if launch.name in ("conv_kernel", "attention_kernel"):
+            add(launch, "sm_90")
+    return figures
+
+
+def first_of_each(launches: list[Launch]) -> list[Launch]:
+    """The first launch of each kernel that has a product."""
+    first = {launch.name: launch for launch in reversed(launches) if has_product(launch)}
+    return list(first.values())
+
+
+def all_launches(dtype=torch.float16) -> list[Launch]:
+    """The launches of every operator, at the channel counts of ELAN-light and MAFDN."""
+
+    def weight(*size):
+        return torch.empty(size, dtype=dtype)
+
+    def x(channels):
+        return feature(channels, dtype=dtype)
+
+    yes = (True,) * 5
+    with recorded() as launches:
+        s = shift_conv
+        s.shift_conv2d(x(60), weight(60, 60, 1, 1), weight(60), x(60), 1, 0.0, 0, 5)
+        s.shift_conv2d_backward(
+            x(60), x(60), weight(60, 60, 1, 1), weight(60), 1, 0.0, 0, 5, True, True, True
+        )
+        block = (weight(120, 60, 1, 1), weight(120), weight(60, 120, 1, 1))
+        s.shift_conv_block(x(60), *block, weight(60), 1, 0.0, True, 0, 5)
+        s.shift_conv_block_backward(x(60), x(60), *block, 1, 0.0, True, 0, 5, *yes)
+        a = window_attention
+        settings = (8, 8, 4, 4, 6, 0.3, True)
+        lse = torch.empty((2, 6, 48, 64))
+        a.window_attention(x(60), x(60), x(60), weight(225, 6), *settings)
+        a.apply_window_scores(x(60), x(60), lse, x(60), weight(225, 6), *settings)
+        a.window_attention_backward(
+            x(60), x(60), x(60), lse, x(60), weight(225, 6), *settings, True, True, True, True
+        )
+        lse = torch.empty((2, 3, 48, 64))
+        groups = ([4, 8, 16], True)
+        a.grouped_window_attention(x(120), *groups)
+        a.apply_grouped_window_scores(x(120), lse, x(60), *groups)
+        a.grouped_window_attention_backward(x(60), x(120), lse, *groups)
+        a.apply_grouped_window_scores_backward(x(60), x(120), lse, x(60), *groups, True, True)
+        g = attention_gates
+        pixel = (weight(52, 52, 1, 1), weight(52))
+        spatial = (weight(1, 2, 7, 7), weight(1))
+        g.pixel_spatial_attention(x(52), *pixel, *spatial)
+        g.pixel_spatial_attention_backward(x(52), x(52), *pixel, *spatial, *yes)
+        gate = (weight(6, 104, 1, 1), weight(6), weight(104, 6, 1, 1), weight(104), 1)
+        g.channel_attention(x(104), *gate)
+        g.channel_attention_backward(x(104), x(104), *gate, *yes)
+        tail = (weight(2, 104, 1, 1), weight(52, 104, 1, 1))
+        g.gated_conv1x1(x(104), *tail, weight(52), x(52))
+        g.gated_conv1x1_backward(x(52), x(104), *tail, True, True, True, True)
+    return launches
+
+
+def label(launch: Launch) -> str:
+    """What tells launches of one kernel apart: its constants and types."""
+    constants = dict(launch.constants)
+    if "WH" in constants:
+        parts = [f"{constants['WH']}x{constants['WW']}"]
+        parts += [n for n in ("REUSE", "SHARED") if constants.get(n)]
+    else:
+        shown = ("EPILOGUE", "PATTERN", "C_IN", "C_OUT", "C", "HAS_GATE", "PRODUCT", "SCALE")
+        shown += ("OFFSET", "SLOPE", "SIZE", "A", "B", "R")
+        parts = [f"{n}={int(constants[n])}" for n in shown if n in constants]
+    kinds = sorted({kind.removeprefix("*") for _, kind in launch.signature if kind[0] == "*"})
+    return f"{launch.name}[{','.join(parts)}|{','.join(kinds)}]"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(f"usage: {sys.argv[0]} --write")
+    table = {"triton": triton.__version__, "kernels": gate()}
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,644 @@
+"""Every operator's Triton kernels against the definition, and against the CPU kernels."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import sr_kernels
+from sr_kernels import reference, testing
+from sr_kernels.testing import assert_within_tolerance, bitwise_equal, check_operator
+
+# In the interpreter on the CPU; else these are the GPU tests of the backend.
+DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
+DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.cpu_only]
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares with what runs on the CPU")
+make_tensor = partial(testing.make_tensor, device=DEVICE)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def weight(dtype, c_out, c_in, seed, k=1):
+    return make_tensor((c_out, c_in, k, k), dtype, seed=seed, scale=(c_in * k * k) ** -0.5)
+
+
+def vector(dtype, count, seed):
+    return make_tensor((count,), dtype, seed=seed)
+
+
+def attention(module):
+    """window_attention and one layer that reuses its scores."""
+
+    def run(q, k, v, bias, values, *, backend=None, **options):
+        chosen = {} if backend is None else {"backend": backend}
+        out, scores = module.window_attention(
+            q, k, v, bias=bias, return_scores=True, **options, **chosen
+        )
+        return module.apply_window_scores(scores, out * values, **chosen)
+
+    return run
+
+
+def grouped(module):
+    """grouped_window_attention and `depth` layers that reuse its scores."""
+
+    def run(qv, values, *, depth=1, backend=None, **options):
+        chosen = {} if backend is None else {"backend": backend}
+        out, scores = module.grouped_window_attention(qv, return_scores=True, **options, **chosen)
+        for _ in range(depth):
+            out = module.apply_window_scores(scores, out * values, **chosen)
+        return out
+
+    return run
+
+
+def plain(name):
+    return lambda module: getattr(module, name)
+
+
+class Case:
+    """An operator: how to call it, and inputs for an image of any size, dtype and layout."""
+
+    def __init__(self, function, inputs, **options):
+        self.function, self.inputs, self.options = function, inputs, options
+
+    def check(self, n, h, w, dtype=torch.float32, layout="contiguous", **more):
+        options = {**self.options, **more.pop("options", {})}
+        inputs = self.inputs(n, h, w, dtype, layout)
+        # A few units in the last place of the few numbers of a small gradient, where stock's own
+        # error is a matter of luck: as for the CPU kernels.
+        eps = torch.finfo(dtype).eps
+        more.setdefault("atol", 4 * eps if dtype == torch.float32 else 0.0)
+        more.setdefault("gradient_atol", 80 * eps if dtype == torch.float32 else eps / 2)
+        return check_operator(
+            "triton", self.function(sr_kernels), self.function(reference), inputs,
+            kwargs=options, backend="triton", **more,
+        )  # fmt: skip
+
+
+def conv_inputs(n, h, w, t, layout):
+    return {
+        "x": make_tensor((n, 13, h, w), t, layout=layout),
+        "weight": weight(t, 18, 13, 1),
+        "bias": vector(t, 18, 2),
+        "residual": make_tensor((n, 18, h, w), t, layout=layout, seed=3),
+    }
+
+
+def block_inputs(n, h, w, t, layout):
+    x = make_tensor((n, 13, h, w), t, layout=layout)
+    first = {"x": x, "w0": weight(t, 22, 13, 1), "b0": vector(t, 22, 2)}
+    return {**first, "w1": weight(t, 13, 22, 3), "b1": vector(t, 13, 4)}
+
+
+def attention_inputs(n, h, w, t, layout):
+    maps = {
+        name: make_tensor((n, channels, h, w), t, layout=layout, seed=seed)
+        for seed, (name, channels) in enumerate({"q": 10, "k": 10, "v": 14, "values": 14}.items())
+    }
+    return {**maps, "bias": make_tensor((27, 2), t, seed=5)}
+
+
+def grouped_inputs(n, h, w, t, layout):
+    return {
+        "qv": make_tensor((n, 12, h, w), t, layout=layout, scale=0.5),
+        "values": make_tensor((n, 6, h, w), t, layout=layout, seed=1),
+    }
+
+
+def pixel_inputs(n, h, w, t, layout):
+    x = make_tensor((n, 13, h, w), t, layout=layout)
+    return {"x": x, "weight": weight(t, 13, 13, 1), "bias": vector(t, 13, 2)}
+
+
+def spatial_inputs(n, h, w, t, layout):
+    x = make_tensor((n, 13, h, w), t, layout=layout)
+    return {"x": x, "weight": weight(t, 1, 2, 1, 3), "bias": vector(t, 1, 2)}
+
+
+def chain_inputs(n, h, w, t, layout):
+    x = make_tensor((n, 13, h, w), t, layout=layout)
+    pixel = {"pixel_weight": weight(t, 13, 13, 1), "pixel_bias": vector(t, 13, 2)}
+    spatial = {"spatial_weight": weight(t, 1, 2, 3, 3), "spatial_bias": vector(t, 1, 4)}
+    return {"x": x, **pixel, **spatial}
+
+
+def channel_inputs(n, h, w, t, layout):
+    x = make_tensor((n, 13, h, w), t, layout=layout)
+    down = {"w_down": weight(t, 6, 13, 1), "b_down": vector(t, 6, 2)}
+    return {"x": x, **down, "w_up": weight(t, 13, 6, 3), "b_up": vector(t, 13, 4)}
+
+
+def gated_inputs(n, h, w, t, layout):
+    gate = make_tensor((n, 13, 1, 1), t, seed=5).sigmoid()
+    return {**conv_inputs(n, h, w, t, layout), "gate": gate}
+
+
+CASES = {
+    "conv": Case(plain("shift_conv2d"), conv_inputs, activation="gelu"),
+    "block": Case(plain("shift_conv_block"), block_inputs),
+    "attention": Case(
+        attention, attention_inputs, window=(2, 5), shift=(1, -2), num_heads=2, mask=True
+    ),
+    "grouped": Case(grouped, grouped_inputs, windows=(2, 4), shifted=True),
+    "pixel": Case(plain("pixel_attention"), pixel_inputs),
+    "spatial": Case(plain("spatial_attention"), spatial_inputs),
+    "pixel_spatial": Case(plain("pixel_spatial_attention"), chain_inputs),
+    "gate_mean": Case(plain("channel_gate"), channel_inputs, statistic="mean"),
+    "gate_contrast": Case(plain("channel_gate"), channel_inputs, statistic="contrast"),
+    "channel_mean": Case(plain("channel_attention"), channel_inputs, statistic="mean"),
+    "channel_contrast": Case(plain("channel_attention"), channel_inputs, statistic="contrast"),
+    "gated_conv": Case(plain("gated_conv1x1"), gated_inputs),
+}
+ALL = pytest.mark.parametrize("name", CASES)
+
+
+def size_of(name):
+    """Small: every program of a grid costs the interpreter tens of milliseconds. The windows of
+    the grouped case are 2 and 5."""
+    return {"attention": (1, 4, 10), "grouped": (1, 4, 8)}.get(name, (2, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [*((dtype, "contiguous") for dtype in DTYPES), (torch.float32, "channels_last")],
+)
+@ALL
+def test_forward_and_backward(name, dtype, layout):
+    CASES[name].check(*size_of(name), dtype, layout)
+
+
+@ALL
+def test_strides_of_a_slice(name):
+    CASES[name].check(*size_of(name), layout="sliced")
+
+
+@pytest.mark.parametrize("size", [(1, 1, 9), (2, 6, 1), (1, 1, 1), (0, 4, 4)], ids=str)
+@ALL
+def test_odd_images(name, size):
+    if name in ("attention", "grouped"):
+        pytest.skip("windows must divide the image: see test_windows")
+    if size[0] == 0 and name.startswith("gate_"):
+        pytest.skip("stock cannot differentiate the convolution of an empty batch's mean")
+    CASES[name].check(*size)
+
+
+@ALL
+def test_more_than_one_tile(name):
+    if name in ("attention", "grouped"):
+        pytest.skip("see test_windows")
+    CASES[name].check(1, 31, 37, gradient_atol=2e-5)
+
+
+def test_chunks_are_combined():
+    """Three of them: the last one's mean is used by nobody."""
+    CASES["gate_contrast"].check(1, 41, 51, gradient_atol=2e-5)
+
+
+@ALL
+def test_every_single_gradient(name):
+    case = CASES[name]
+    names = case.inputs(1, 10, 10, torch.float32, "contiguous")
+    size = size_of(name) if name in ("attention", "grouped") else (1, 3, 4)
+    case.check(*size, gradients=[(one,) for one in names])
+
+
+@on_cpu
+@ALL
+def test_against_the_cpu_kernels(name):
+    case = CASES[name]
+    inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
+    results = []
+    for backend in ("triton", "cpu"):
+        leaves = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
+        out = case.function(sr_kernels)(**leaves, **case.options, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@ALL
+def test_without_optional_tensors(name):
+    case = CASES[name]
+    inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
+    for key in inputs:
+        if key in ("b0", "b1", "b_down", "b_up", "residual") or key.endswith("bias"):
+            inputs[key] = None
+    check_operator(
+        name, case.function(sr_kernels), case.function(reference), inputs, kwargs=case.options,
+        backend="triton", atol=1e-6, gradient_atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
+def test_shift_is_the_definition(pattern):
+    """With the identity as weight the operator shifts: bit by bit."""
+    x = make_tensor((2, 11, 4, 5))
+    eye = torch.eye(11, device=DEVICE).reshape(11, 11, 1, 1)
+    actual = sr_kernels.shift_conv2d(x, eye, pattern=pattern, backend="triton")
+    assert bitwise_equal(actual, reference.shift(x, pattern=pattern))
+
+
+@pytest.mark.parametrize(
+    ("activation", "pattern"),
+    [(None, "cross"), ("relu", "none"), ("leaky_relu", "plus"), ("silu", "cross")],
+)
+@pytest.mark.parametrize("name", ["conv", "block"])
+def test_activations_and_patterns(name, pattern, activation):
+    CASES[name].check(1, 4, 5, options={"activation": activation, "pattern": pattern})
+
+
+@pytest.mark.parametrize("groups", [4, 100])
+@pytest.mark.parametrize("name", ["conv", "block"])
+def test_groups(name, groups):
+    CASES[name].check(1, 4, 5, options={"groups": groups})
+
+
+@pytest.mark.parametrize(("channels", "hidden", "c_out"), [(1, 5, 1), (60, 120, 60), (67, 150, 67)])
+def test_channels_beyond_a_tile(channels, hidden, c_out):
+    t = torch.float32
+    inputs = {
+        "x": make_tensor((1, channels, 4, 5)),
+        "w0": weight(t, hidden, channels, 1),
+        "b0": vector(t, hidden, 2),
+        "w1": weight(t, c_out, hidden, 3),
+        "b1": vector(t, c_out, 4),
+    }
+    check_operator(
+        "block", sr_kernels.shift_conv_block, reference.shift_conv_block, inputs,
+        backend="triton", gradient_atol=1e-5,
+    )  # fmt: skip
+
+
+# (N, heads, d, d_v, H, W, window, shift)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1, 20, 20, 12, 12, (12, 12), (8, 8)),  # three tiles of queries, three of keys
+        (1, 2, 3, 5, 9, 9, (9, 9), (-1, -4)),  # 81 tokens: a tile and a rest
+        (1, 1, 1, 3, 12, 1, (6, 1), (-2, 0)),
+        (2, 2, 5, 5, 2, 3, (1, 1), (1, 1)),
+        (1, 1, 33, 17, 8, 6, (8, 6), (9, -14)),
+        (0, 2, 5, 5, 4, 4, (2, 2), (1, 1)),
+    ],
+    ids=str,
+)
+def test_windows(size):
+    n, heads, d, d_v, h, w, window, shift = size
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    inputs = {
+        "q": make_tensor((n, heads * d, h, w)),
+        "k": make_tensor((n, heads * d, h, w), seed=1),
+        "v": make_tensor((n, heads * d_v, h, w), seed=2),
+        "bias": make_tensor((rows, heads), seed=3),
+    }
+    check_operator(
+        "window_attention", sr_kernels.window_attention, reference.window_attention, inputs,
+        kwargs={"window": window, "shift": shift, "num_heads": heads, "mask": True},
+        backend="triton", gradient_atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_shared_keys(mask):
+    q = make_tensor((1, 10, 4, 10))
+    inputs = {"q": q, "k": q, "v": make_tensor((1, 14, 4, 10), seed=2)}
+    check_operator(
+        "shared keys", sr_kernels.window_attention, reference.window_attention, inputs,
+        kwargs={"window": (2, 5), "shift": (1, 2), "num_heads": 2, "mask": mask},
+        backend="triton", gradients=[("q",), ("v",), ("q", "v")], gradient_atol=1e-5,
+    )  # fmt: skip
+
+
+def test_three_reuses_accumulate_gradients():
+    options = {"depth": 3, "windows": (2, 4)}
+    CASES["grouped"].check(1, 4, 4, options=options, gradient_atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    # Stock's scores overflow in float16 at 47,000; ours are float32.
+    [(877.0, dtype) for dtype in DTYPES] + [(47000.0, torch.float32), (47000.0, torch.bfloat16)],
+)
+def test_extreme_scores(norm, dtype):
+    """|q|^2 = 877 is in trained weights, 47,000 in untrained ones. Reuse must not lose the digits
+    that the log-sum-exp has lost."""
+    qv = make_tensor((1, 12, 4, 4), torch.float64)
+    qv[:, :6] *= (norm / qv[:, :6].square().sum(1, keepdim=True).mean()).sqrt()
+    inputs = {"qv": qv.to(dtype), "values": make_tensor((1, 6, 4, 4), dtype, seed=1)}
+    check_operator(
+        "extreme", grouped(sr_kernels), grouped(reference), inputs, kwargs={"windows": (4,)},
+        backend="triton", gradients=None,
+    )  # fmt: skip
+
+
+def test_reuse_recovers_the_digits_that_the_log_sum_exp_has_lost():
+    """A row's weights sum to one, even where exp(s - lse) alone is off by 2^-9 of itself."""
+    qv = make_tensor((1, 12, 4, 4))
+    qv[:, :6] *= (47000 / qv[:, :6].square().sum(1, keepdim=True).mean()).sqrt()
+    _, scores = sr_kernels.grouped_window_attention(
+        qv, windows=(4,), return_scores=True, backend="triton"
+    )
+    ones = torch.ones(1, 6, 4, 4, device=DEVICE)
+    out = sr_kernels.apply_window_scores(scores, ones, backend="triton")
+    torch.testing.assert_close(out, ones, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("attention", "grouped")])
+def test_nan_and_inf_pass_as_in_the_reference(name, value):
+    case = CASES[name]
+    inputs = case.inputs(2, 5, 7, torch.float32, "contiguous")
+    inputs["x"][0, 3, 2, 4] = value
+    ours = case.function(sr_kernels)(**inputs, **case.options, backend="triton")
+    stock = case.function(reference)(**inputs, **case.options)
+    assert torch.equal(ours.isnan(), stock.isnan())
+    assert torch.equal(ours.isinf(), stock.isinf())
+
+
+def test_a_nan_stays_in_its_window():
+    qv = make_tensor((1, 6, 8, 8))
+    clean = sr_kernels.grouped_window_attention(qv, windows=(4,), backend="triton")
+    qv[0, 2, 5, 6] = float("nan")
+    out = sr_kernels.grouped_window_attention(qv, windows=(4,), backend="triton")
+    assert not out[:, :, 4:, 4:].isfinite().any()
+    out[:, :, 4:, 4:] = clean[:, :, 4:, 4:]
+    assert bitwise_equal(out, clean)
+
+
+@pytest.mark.parametrize("name", ["spatial", "pixel_spatial"])
+def test_channels_that_share_the_maximum(name):
+    """Their gradients are equal parts of it: whole numbers, of which many are."""
+    case = CASES[name]
+    inputs = case.inputs(1, 3, 4, torch.float32, "contiguous")
+    inputs["x"] = inputs["x"].clamp(-1, 1).round()
+    if name == "pixel_spatial":  # equal channels, so that the product's are equal too
+        inputs["x"] = inputs["x"][:, :1].expand(1, 13, 3, 4).contiguous()
+        inputs["pixel_weight"][:] = inputs["pixel_weight"][:1]
+        inputs["pixel_bias"][:] = 0.5
+    check_operator(
+        name, case.function(sr_kernels), case.function(reference), inputs, backend="triton",
+        gradients=[("x",)], gradient_atol=1e-5,
+    )  # fmt: skip
+
+
+@on_cpu
+def test_a_constant_channel_has_no_deviation():
+    inputs = channel_inputs(1, 5, 7, torch.float32, "contiguous")
+    inputs["x"][:, 4] = 0.1
+    leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
+
+    def gradient(module, **backend):
+        out = module.channel_attention(**leaves, statistic="contrast", **backend)
+        return torch.autograd.grad(out.sum(), leaves["x"])[0]
+
+    ours = gradient(sr_kernels, backend="triton")
+    theirs = gradient(sr_kernels, backend="cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv", "attention", "spatial", "channel_contrast"])
+def test_the_same_bits_every_time(name):
+    CASES[name].check(*size_of(name), repeats=2)
+
+
+def test_expanded_gradient():
+    """Strides of 0: what sum().backward() sends."""
+    x = make_tensor((1, 13, 3, 4), requires_grad=True)
+    w = weight(torch.float32, 13, 13, 1).requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        out = sr_kernels.shift_conv2d(x, w, backend=backend)
+        results.append(torch.autograd.grad(out.sum(), (x, w)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.unpoisoned
+def test_offsets_beyond_2_to_31():
+    """A stride that fits 32 bits, and whose multiples do not: 6 GiB of addresses, of which four
+    pages are touched."""
+    stride = 2**30 + 16
+    memory = torch.empty(3 * stride + 16, dtype=torch.float16, device=DEVICE)
+    x = memory.as_strided((1, 4, 2, 3), (0, stride, 3, 1))
+    x.copy_(make_tensor((1, 4, 2, 3), torch.float16))
+    eye = torch.eye(4, dtype=torch.float16, device=DEVICE).reshape(4, 4, 1, 1)
+    out = sr_kernels.shift_conv2d(x, eye, pattern="none", backend="triton")
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_attention_block(shifted):
+    x = make_tensor((1, 6, 4, 4))
+    w_in, b_in = weight(torch.float32, 12, 6, 1), vector(torch.float32, 12, 2)
+    w_out, b_out = weight(torch.float32, 6, 6, 3), vector(torch.float32, 6, 4)
+    w_v, b_v = weight(torch.float32, 6, 6, 5), vector(torch.float32, 6, 6)
+    results = []
+    for backend, t in (("triton", torch.float32), ("reference", torch.float32),
+                       ("reference", torch.float64)):  # fmt: skip
+        p = [a.to(t) for a in (x, w_in, b_in, w_out, b_out, w_v, b_v)]
+        y, scores = sr_kernels.grouped_attention_block(
+            *p[:5], windows=(2, 4), shifted=shifted, return_scores=True, backend=backend
+        )
+        z = sr_kernels.apply_grouped_attention_block(scores, y, *p[5:], *p[3:5], backend=backend)
+        alone = sr_kernels.grouped_attention_block(
+            *p[:5], windows=(2, 4), shifted=shifted, backend=backend
+        )
+        assert torch.equal(alone, y)
+        results.append((y, z))
+    for ours, stock, oracle in zip(*results, strict=True):
+        assert_within_tolerance(ours, stock, oracle)
+
+
+@on_cpu
+def test_scores_of_a_block_belong_to_their_backend():
+    x = make_tensor((1, 6, 4, 4))
+    w_in, w = weight(torch.float32, 12, 6, 1), weight(torch.float32, 6, 6, 2)
+    _, scores = sr_kernels.grouped_attention_block(
+        x, w_in, None, w, None, windows=(2, 4), return_scores=True, backend="cpu"
+    )
+    with pytest.raises(RuntimeError, match="'triton' cannot apply these scores"):
+        sr_kernels.apply_grouped_attention_block(scores, x, w, None, w, None, backend="triton")
+
+
+# ------------------------------------------------------------------------------ torch
+
+
+def operator_arguments():
+    """Arguments of every forward operator, by its name."""
+    conv = list(conv_inputs(1, 3, 4, torch.float32, "contiguous").values())
+    block = list(block_inputs(1, 3, 4, torch.float32, "channels_last").values())
+    q, k, v, _, bias = attention_inputs(1, 2, 5, torch.float32, "contiguous").values()
+    qv, values = grouped_inputs(1, 4, 4, torch.float32, "channels_last").values()
+    window = (2, 5, 1, 1, 2, 0.7, True)
+    ops = torch.ops.sr_kernels_triton
+    with torch.no_grad():
+        sr_kernels.shift_conv2d(*conv[:3], backend="triton")  # registers the operators
+        lse = ops.window_attention(q, k, v, bias, *window)[1]
+        grouped_lse = ops.grouped_window_attention(qv, [2, 4], True)[1]
+    channel = list(channel_inputs(1, 3, 4, torch.float32, "contiguous").values())
+    x, w, b, residual, gate = gated_inputs(1, 3, 4, torch.float32, "contiguous").values()
+    return {
+        "shift_conv2d": (*conv, 1, 0.05, 0, 5),
+        "shift_conv_block": (*block, 1, 0.05, True, 0, 5),
+        "window_attention": (q, k, v, bias, *window),
+        "apply_window_scores": (q, k, lse, v, bias, *window),
+        "grouped_window_attention": (qv, [2, 4], True),
+        "apply_grouped_window_scores": (qv, grouped_lse, values, [2, 4], True),
+        "pixel_attention": tuple(pixel_inputs(1, 3, 4, torch.float32, "contiguous").values()),
+        "spatial_attention": tuple(spatial_inputs(1, 3, 4, torch.float32, "contiguous").values()),
+        "pixel_spatial_attention": tuple(
+            chain_inputs(1, 3, 4, torch.float32, "contiguous").values()
+        ),
+        "channel_gate": (*channel, 1),
+        "channel_attention": (*channel, 1),
+        "gated_conv1x1": (x, gate, w, b, residual),
+    }
+
+
+OPERATORS = (
+    *("shift_conv2d", "shift_conv_block", "window_attention", "apply_window_scores"),
+    *("grouped_window_attention", "apply_grouped_window_scores", "pixel_attention"),
+    *("spatial_attention", "pixel_spatial_attention", "channel_gate", "channel_attention"),
+    "gated_conv1x1",
+)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    arguments = operator_arguments()[name]
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.shape[1:2] != (2,):
+            argument.requires_grad_()
+    if name.startswith("apply"):  # the log-sum-exp is no leaf that gets a gradient
+        at = 2 if name == "apply_window_scores" else 1
+        arguments[at].requires_grad_(False)
+    operator = getattr(torch.ops.sr_kernels_triton, name).default
+    torch.library.opcheck(operator, arguments)
+
+
+@on_cpu
+def test_schemas_are_those_of_the_compiled_operators():
+    sr_kernels.backends.can_run("triton", "shift_conv2d", (torch.ones(1),))
+    for name in DECLARED:
+        ours = getattr(torch.ops.sr_kernels_triton, name).default._schema
+        theirs = getattr(torch.ops.sr_kernels, name).default._schema
+        kinds = [
+            [(a.name, str(a.type).replace("SymInt", "int")) for a in schema.arguments]
+            for schema in (ours, theirs)
+        ]
+        assert kinds[0] == kinds[1], name
+        assert len(ours.returns) == len(theirs.returns)
+
+
+def network(x, weights, bias):
+    with sr_kernels.use_backend("triton"):
+        y = sr_kernels.shift_conv_block(x, *weights)
+        out, scores = sr_kernels.grouped_window_attention(y, windows=(2, 4), return_scores=True)
+        out = sr_kernels.apply_window_scores(scores, out)
+        return sr_kernels.window_attention(
+            out, out, out, window=2, shift=1, bias=bias, mask=True, num_heads=1
+        )
+
+
+def test_compile_fullgraph_and_train():
+    weights = list(block_inputs(1, 1, 1, torch.float32, "contiguous").values())[1:]
+    weights = [weight(torch.float32, 8, 12, 1), vector(torch.float32, 8, 2),
+               weight(torch.float32, 12, 8, 3), vector(torch.float32, 12, 4)]  # fmt: skip
+    leaves = [make_tensor((1, 12, 4, 8)), *weights, make_tensor((9, 1), seed=7)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def run(x, w0, b0, w1, b1, bias):
+        return network(x, (w0, b0, w1, b1), bias)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+    actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    assert all(map(bitwise_equal, actual, expected))
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    leaves = {
+        key: tensor.requires_grad_()
+        for key, tensor in grouped_inputs(1, 4, 8, torch.float32, "contiguous").items()
+    }
+    with torch.autocast("cpu", dtype):
+        ours = grouped(sr_kernels)(**leaves, windows=(2, 4), backend="triton")
+        theirs = grouped(sr_kernels)(**leaves, windows=(2, 4), backend="cpu")
+    assert ours.dtype == theirs.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    gradients = torch.autograd.grad(ours.float().square().sum(), list(leaves.values()))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_the_backward_uses_the_backend_of_its_forward(monkeypatch):
+    x = make_tensor((1, 13, 3, 4), requires_grad=True)
+    y = sr_kernels.pixel_attention(x, weight(torch.float32, 13, 13, 1), backend="triton")
+    from sr_kernels.triton import _launch, attention_gates, shift_conv
+
+    started = []
+
+    def note(kernel, *arguments, **options):
+        started.append(kernel.__name__)
+        _launch.launch(kernel, *arguments, **options)
+
+    for module in (shift_conv, attention_gates):
+        monkeypatch.setattr(module, "launch", note)
+    y.sum().backward()
+    assert "input_gradient_kernel" in started
+
+
+def test_second_derivative_says_what_to_do():
+    x = make_tensor((1, 5, 2, 3), requires_grad=True)
+    out = sr_kernels.shift_conv2d(x, weight(torch.float32, 5, 5, 1), backend="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        first.sum().backward()
+
+
+def test_a_batch_beyond_the_grid_is_an_error():
+    x = make_tensor((1, 5, 1, 1)).expand(65536, 5, 1, 1)
+    with pytest.raises(RuntimeError, match="65535 images or heads at once, and these are 65536"):
+        sr_kernels.shift_conv2d(x, weight(torch.float32, 5, 5, 1), backend="triton")
+
+
+def test_what_triton_does_not_take():
+    x = make_tensor((1, 5, 2, 3), torch.float64)
+    with pytest.raises(RuntimeError, match=r"float64 is not supported \(triton has float32"):
+        sr_kernels.shift_conv2d(x, x.new_ones(5, 5, 1, 1), backend="triton")
+
+
+@on_cpu
+def test_auto_does_not_take_the_interpreter_for_cpu_tensors():
+    assert sr_kernels.backends.choose("shift_conv2d", (make_tensor((1, 5, 2, 3)),)) == "cpu"
+    rows = {name: rest for name, *rest in sr_kernels.backends.report()}
+    assert rows["triton"][0]
+    assert "interpreted" in rows["triton"][1]
+
+
+@on_cpu
+def test_a_small_elan():
+    """A whole network, forward and backward, as a user would run it."""
+    from sr_kernels.models import ELAN
+
+    torch.manual_seed(0)
+    model = ELAN(scale=2, m_elan=2, c_elan=12, n_share=1, window_sizes=(2, 4)).eval()
+    x = torch.rand(1, 3, 8, 8) * 255
+    results = []
+    for backend in ("triton", "cpu"):
+        with sr_kernels.use_backend(backend):
+            out = model(x)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        results.append([out, *torch.autograd.grad(out.mean(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_all_cases_name_an_operator():
+    """No forward operator is left out of these tests."""
+    forwards = {name for name in DECLARED if not name.endswith("_backward")}
+    blocks = {"grouped_attention_block", "apply_grouped_attention_block"}
+    assert forwards == {*OPERATORS, *blocks}
