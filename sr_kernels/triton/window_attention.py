@@ -21,8 +21,9 @@ adding dq and dk where k is q. `bias_kernel` sums dS over the windows of a chunk
 `bias_sum_kernel` adds the chunks in order.
 
 A channel group is a launch of its own, on views of the tensors: its window decides the tile and
-the warps (16 tokens: one warp; 256: four), and a 320 x 180 image has 3,600, 920 and 240 windows of
-4, 8 and 16 pixels, the last in 4 tiles each, so that each launch by itself can fill a large GPU.
+the warps (16 tokens: one warp; more: four), and a 320 x 192 image has 3,840, 960 and 240 windows of
+4, 8 and 16 pixels, the last in 4 tiles each: each launch by itself has several programs for every
+multiprocessor of a large GPU.
 
 Windows of fewer than 16 tokens waste part of a tile.
 
