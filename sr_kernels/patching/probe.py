@@ -1,0 +1,186 @@
+"""Does a replacement compute what the module computes? Tried on a copy, never on the module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sr_kernels import backends
+
+from .recogniser import NotRecognised, Recogniser
+from .swap import original_class, swap
+
+__all__ = ["probe"]
+
+# Both sides compute in float64; what rounds to float32 inside a module passes, other maths does not.
+TOLERANCE = 1e-6
+
+
+def probe(module: nn.Module, recogniser: Recogniser, options: Any) -> None:
+    """Compares the module's own forward with the replacement's.
+
+    On a copy in float64 on the CPU, with other weights, so that what is zero or one only because
+    the module is fresh does not hide a difference; in eval mode, and in training mode with the
+    gradients and the running statistics. The module, torch's random numbers and gradients are as
+    before afterwards.
+
+    Raises:
+        NotRecognised: they differ, or one of them fails.
+    """
+    with _quiet():
+        torch.manual_seed(20220306)
+        twin = _twin(module, recogniser, options)
+        for example in recogniser.examples(twin, options):
+            with torch.no_grad():
+                own = _run(twin.eval(), None, options, example)
+                ours = _run(twin.eval(), recogniser, options, example)
+            _compare(own, ours, "in eval mode")
+        _compare_training(twin, recogniser, options, example)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Random numbers, gradient mode, autocast and the choice of backend: none of it leaks."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        backends.use_backend("auto"),
+    ):
+        yield
+
+
+def _twin(module: nn.Module, recogniser: Recogniser, options: Any) -> nn.Module:
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        raise NotRecognised(f"it cannot be copied to be tried out ({_first_line(error)})") from error
+    for part in twin.modules():
+        swap(part, original_class(part))
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(part, name).clear()
+        part._backward_pre_hooks.clear()
+    twin.to(device="cpu", dtype=torch.float64).requires_grad_(False)
+    fixed = {id(tensor) for tensor in recogniser.constants(twin, options)}
+    with torch.no_grad():
+        for part in twin.modules():
+            if isinstance(part, nn.modules.batchnorm._NormBase) and part.running_var is not None:
+                assert part.running_mean is not None
+                part.running_mean.normal_()
+                part.running_var.uniform_(0.5, 2)
+            for parameter in part.parameters(recurse=False):
+                if id(parameter) not in fixed and parameter.is_floating_point():
+                    spread = parameter.square().mean().sqrt().clamp(0.02, 0.3)
+                    parameter.copy_(parameter.clamp(-2, 2) + spread * torch.randn_like(parameter))
+                    parameter.requires_grad_()
+    return twin
+
+
+def _run(
+    twin: nn.Module, recogniser: Recogniser | None, options: Any, example: tuple[Any, ...]
+) -> Any:
+    """The outputs; ``recogniser`` None: by the twin's own forward."""
+    arguments = tuple(
+        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in example
+    )
+    try:
+        if recogniser is None:
+            result = type(twin).forward(twin, *arguments)
+        else:
+            result = recogniser.forward(twin, options, *arguments)
+    except Exception as error:
+        whose = "its own forward" if recogniser is None else "the replacement"
+        raise NotRecognised(f"{whose} fails when tried out ({_first_line(error)})") from error
+    if result is NotImplemented:
+        raise NotRecognised("the operators cannot run its example")
+    for given, kept in zip(arguments, example, strict=True):
+        if isinstance(given, Tensor) and not torch.equal(given, kept):
+            raise NotRecognised("its forward changes its input in place")
+    return result
+
+
+def _tensors(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [value]
+    try:
+        return [tensor for item in value for tensor in _tensors(item)]
+    except TypeError:
+        return [value]
+
+
+def _compare(own: Any, ours: Any, when: str) -> None:
+    theirs, mine = _tensors(own), _tensors(ours)
+    if len(theirs) != len(mine):
+        raise NotRecognised(f"{when} it returns {len(theirs)} tensors, not {len(mine)}")
+    for expected, found in zip(theirs, mine, strict=True):
+        if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+            if expected is not found:
+                raise NotRecognised(f"{when} it returns a {type(expected).__name__}")
+            continue
+        if expected.shape != found.shape:
+            raise NotRecognised(
+                f"{when} it returns shape {tuple(expected.shape)}, not {tuple(found.shape)}"
+            )
+        scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+        error = float((expected - found).detach().abs().max()) if expected.numel() else 0.0
+        if not error <= TOLERANCE * max(scale, 1e-3):
+            raise NotRecognised(f"{when} it computes something else (by {error / max(scale, 1e-3):.1e})")
+
+
+def _compare_training(
+    twin: nn.Module, recogniser: Recogniser, options: Any, example: tuple[Any, ...]
+) -> None:
+    example = tuple(
+        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in example
+    )
+    results = []
+    for who in (None, recogniser):
+        own = copy.deepcopy(twin).train()
+        arguments = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a for a in example)
+        leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        leaves += [p for p in own.parameters() if p.requires_grad]
+        torch.manual_seed(1)
+        out = _run_as_is(own, who, options, arguments)
+        outputs = [t for t in _tensors(out) if isinstance(t, Tensor) and t.requires_grad]
+        seeds = [torch.randn_like(t) for t in outputs]
+        try:
+            gradients = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
+        except RuntimeError as error:
+            if who is None:
+                return  # it cannot be trained as it is
+            raise NotRecognised(f"the replacement has no gradient ({_first_line(error)})") from error
+        zeros = [torch.zeros_like(l) if g is None else g for g, l in zip(gradients, leaves, strict=True)]
+        results.append((out, zeros, list(own.buffers())))
+    (own_out, own_gradients, own_buffers), (out, gradients, buffers) = results
+    _compare(own_out, out, "in training mode")
+    _compare(own_gradients, gradients, "in its gradients")
+    _compare([b.double() for b in own_buffers], [b.double() for b in buffers], "in its buffers")
+
+
+def _run_as_is(twin: nn.Module, who: Recogniser | None, options: Any, arguments: tuple[Any, ...]) -> Any:
+    try:
+        result = (
+            type(twin).forward(twin, *arguments)
+            if who is None
+            else who.forward(twin, options, *arguments)
+        )
+    except Exception as error:
+        whose = "its own forward" if who is None else "the replacement"
+        raise NotRecognised(f"in training mode {whose} fails ({_first_line(error)})") from error
+    if result is NotImplemented:
+        raise NotRecognised("the operators cannot run its example in training mode")
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).splitlines()
+    return text[0] if text else type(error).__name__

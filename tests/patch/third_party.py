@@ -1,0 +1,501 @@
+"""Networks as their authors published them, written here from the formulas and the public names of
+their parameters: what other people's code looks like to the patcher.
+
+Each is meant to be like the public form in what matters: class names, attributes, order of the
+layers, shapes, and the arithmetic of ``forward``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------ ELAN
+
+
+def one_hot_shift(channels: int, mode: str = "+", value: float = 1.0) -> nn.Parameter:
+    """The frozen (C, 1, 3, 3) kernel of a shift by one pixel in four of five channel groups."""
+    taps = {
+        "+": [(1, 2), (1, 0), (2, 1), (0, 1)],
+        "x": [(0, 0), (0, 2), (2, 0), (2, 2)],
+    }[mode]
+    kernel = torch.zeros(channels, 1, 3, 3)
+    g = channels // 5
+    for i, (row, column) in enumerate(taps):
+        kernel[i * g : (i + 1) * g, 0, row, column] = value
+    kernel[4 * g :, 0, 1, 1] = value
+    return nn.Parameter(kernel, requires_grad=False)
+
+
+class ShiftConv2d0(nn.Module):
+    """The official dense form: a 3x3 convolution under a mask."""
+
+    def __init__(self, inp_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.inp_channels, self.out_channels, self.n_div = inp_channels, out_channels, 5
+        dense = nn.Conv2d(inp_channels, out_channels, 3, 1, 1)
+        mask = one_hot_shift(inp_channels).data.squeeze(1).expand(out_channels, -1, 3, 3).clone()
+        self.w, self.b = dense.weight, dense.bias
+        self.m = nn.Parameter(mask, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w * self.m, self.b, padding=1)
+
+
+class ShiftConv2d1(nn.Module):
+    """The official depthwise form."""
+
+    def __init__(self, inp_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.inp_channels, self.out_channels, self.n_div = inp_channels, out_channels, 5
+        self.weight = one_hot_shift(inp_channels)
+        self.conv1x1 = nn.Conv2d(inp_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = F.conv2d(x, self.weight, None, padding=1, groups=self.inp_channels)
+        return self.conv1x1(shifted)
+
+
+class ShiftConv2d(nn.Module):
+    def __init__(self, inp_channels: int, out_channels: int, dense: bool = False) -> None:
+        super().__init__()
+        self.conv_type = "low-training-memory" if dense else "fast-training-speed"
+        kind = ShiftConv2d0 if dense else ShiftConv2d1
+        self.shift_conv = kind(inp_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift_conv(x)
+
+
+class ShiftConv2d1x1(nn.Conv2d):
+    """FriedRiceLab's form: the convolution owns the mask."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, shift_mode: str = "+", val: float = 1.0
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        self.mask = one_hot_shift(in_channels, shift_mode, val)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.mask, None, padding=1, groups=self.in_channels)
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class ShiftConvCopy(nn.Module):
+    """The shift by copying slices."""
+
+    def __init__(self, channels: int, out_channels: int, wrap: bool = False) -> None:
+        super().__init__()
+        self.wrap = wrap
+        self.conv = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = x.shape[1] // 5
+        if self.wrap:
+            moved = x.clone()
+            for i, (step, axis) in enumerate([(-1, 3), (1, 3), (-1, 2), (1, 2)]):
+                moved[:, i * g : (i + 1) * g] = torch.roll(x[:, i * g : (i + 1) * g], step, axis)
+            return self.conv(moved)
+        moved = torch.zeros_like(x)
+        moved[:, :g, :, :-1] = x[:, :g, :, 1:]
+        moved[:, g : 2 * g, :, 1:] = x[:, g : 2 * g, :, :-1]
+        moved[:, 2 * g : 3 * g, :-1] = x[:, 2 * g : 3 * g, 1:]
+        moved[:, 3 * g : 4 * g, 1:] = x[:, 3 * g : 4 * g, :-1]
+        moved[:, 4 * g :] = x[:, 4 * g :]
+        return self.conv(moved)
+
+
+class LFE(nn.Module):
+    def __init__(
+        self,
+        inp_channels: int,
+        out_channels: int,
+        exp_ratio: int = 4,
+        act: nn.Module | None = None,
+        dense: bool = False,
+    ) -> None:
+        super().__init__()
+        self.exp_ratio, self.act_type = exp_ratio, "relu"
+        self.conv0 = ShiftConv2d(inp_channels, out_channels * exp_ratio, dense)
+        self.conv1 = ShiftConv2d(out_channels * exp_ratio, out_channels, dense)
+        self.act = nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.act(self.conv0(x)))
+
+
+class SequentialLFE(nn.Module):
+    """FriedRiceLab's spelling."""
+
+    def __init__(self, planes: int, r_expand: int = 2) -> None:
+        super().__init__()
+        self.lfe = nn.Sequential(
+            ShiftConv2d1x1(planes, planes * r_expand),
+            nn.ReLU(inplace=True),
+            ShiftConv2d1x1(planes * r_expand, planes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lfe(x)
+
+
+def to_windows(x: Tensor, wh: int, ww: int) -> Tensor:
+    """(N, C, H, W) -> (N windows, wh ww, C), windows and tokens row by row."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h // wh, wh, w // ww, ww)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, wh * ww, c)
+
+
+def from_windows(y: Tensor, n: int, h: int, w: int, wh: int, ww: int) -> Tensor:
+    y = y.reshape(n, h // wh, w // ww, wh, ww, -1)
+    return y.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, h, w)
+
+
+class GMSA(nn.Module):
+    """scale, axis: of the softmax, for look-alikes."""
+
+    def __init__(
+        self,
+        channels: int,
+        shifts: int = 4,
+        window_sizes: Sequence[int] = (4, 8, 12),
+        calc_attn: bool = True,
+        scale: float = 1.0,
+        axis: int = -1,
+        swapped: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.shifts = channels, shifts
+        self.window_sizes, self.calc_attn = list(window_sizes), calc_attn
+        self.scale, self.axis, self.swapped = scale, axis, swapped
+        width = channels * (2 if calc_attn else 1)
+        self.split_chns = [width // 3] * 3
+        self.project_inp = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
+        self.project_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, prev_atns: Any = None) -> tuple[Tensor, Any]:
+        n, _, h, w = x.shape
+        ys, atns = [], []
+        groups = torch.split(self.project_inp(x), self.split_chns, dim=1)
+        for i, (part, size) in enumerate(zip(groups, self.window_sizes, strict=True)):
+            if self.shifts > 0:
+                part = torch.roll(part, (-size // 2, -size // 2), (2, 3))
+            if prev_atns is None:
+                q, v = part.chunk(2, 1)
+                if self.swapped:
+                    q, v = v, q
+                q = to_windows(q, size, size)
+                atn = (self.scale * q @ q.transpose(-2, -1)).softmax(self.axis)
+                atns.append(atn)
+            else:
+                v, atn = part, prev_atns[i]
+            y = from_windows(atn @ to_windows(v, size, size), n, h, w, size, size)
+            if self.shifts > 0:
+                y = torch.roll(y, (size // 2, size // 2), (2, 3))
+            ys.append(y)
+        y = self.project_out(torch.cat(ys, 1))
+        return y, atns if prev_atns is None else prev_atns
+
+
+class ELAB(nn.Module):
+    def __init__(
+        self,
+        channels: int,
+        exp_ratio: int = 2,
+        shifts: int = 0,
+        window_sizes: Sequence[int] = (4, 8, 16),
+        shared_depth: int = 1,
+    ) -> None:
+        super().__init__()
+        self.shared_depth = shared_depth
+        pairs = range(1 + shared_depth)
+        self.modules_lfe = nn.ModuleDict(
+            {f"lfe_{i}": LFE(channels, channels, exp_ratio) for i in pairs}
+        )
+        self.modules_gmsa = nn.ModuleDict(
+            {f"gmsa_{i}": GMSA(channels, shifts, window_sizes, i == 0) for i in pairs}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        atn = None
+        for i in range(1 + self.shared_depth):
+            x = self.modules_lfe[f"lfe_{i}"](x) + x
+            y, atn = self.modules_gmsa[f"gmsa_{i}"](x, atn)
+            x = y + x
+        return x
+
+
+class ListELAB(nn.Module):
+    """FriedRiceLab's spelling."""
+
+    def __init__(
+        self,
+        planes: int,
+        r_expand: int = 2,
+        shifts: int = 0,
+        window_sizes: Sequence[int] = (4, 8, 16),
+        n_share: int = 1,
+    ) -> None:
+        super().__init__()
+        pairs = range(1 + n_share)
+        self.modules_lfe = nn.ModuleList([SequentialLFE(planes, r_expand) for _ in pairs])
+        self.modules_gmsa = nn.ModuleList(
+            [GMSA(planes, shifts, window_sizes, i == 0) for i in pairs]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        atn = None
+        for lfe, gmsa in zip(self.modules_lfe, self.modules_gmsa, strict=True):
+            x = lfe(x) + x
+            y, atn = gmsa(x, atn)
+            x = y + x
+        return x
+
+
+class MeanShift(nn.Conv2d):
+    def __init__(self, sign: int, rgb_range: float = 255.0) -> None:
+        super().__init__(3, 3, 1)
+        self.weight.data = torch.eye(3).view(3, 3, 1, 1)
+        self.bias.data = sign * rgb_range * torch.tensor([0.4488, 0.4371, 0.4040])
+        self.requires_grad_(False)
+
+
+class ELAN(nn.Module):
+    """``spelling``: "official" or "friedricelab"; input 0..255."""
+
+    def __init__(
+        self,
+        scale: int = 4,
+        m_elan: int = 24,
+        c_elan: int = 60,
+        n_share: int = 1,
+        window_sizes: Sequence[int] = (4, 8, 16),
+        spelling: str = "official",
+    ) -> None:
+        super().__init__()
+        self.scale, self.window_sizes = scale, list(window_sizes)
+        self.sub_mean, self.add_mean = MeanShift(-1), MeanShift(1)
+        block = ELAB if spelling == "official" else ListELAB
+        head = nn.Conv2d(3, c_elan, 3, padding=1)
+        self.head = nn.Sequential(head) if spelling == "official" else head
+        self.body = nn.Sequential(
+            *(
+                block(c_elan, 2, i % 2, window_sizes, n_share)
+                for i in range(m_elan // (1 + n_share))
+            )
+        )
+        self.tail = nn.Sequential(
+            nn.Conv2d(c_elan, 3 * scale * scale, 3, padding=1), nn.PixelShuffle(scale)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        multiple = math.lcm(*self.window_sizes)
+        x = F.pad(x, (0, -w % multiple, 0, -h % multiple), "reflect")
+        x = self.head(self.sub_mean(x))
+        x = self.add_mean(self.tail(self.body(x) + x))
+        return x[:, :, : h * self.scale, : w * self.scale]
+
+
+# ------------------------------------------------------------------------------------------ IMDN
+
+
+def stdv_channels(x: Tensor) -> Tensor:
+    """Population standard deviation of each channel, as IMDN spells it."""
+    count = x.size(2) * x.size(3)
+    mean = x.sum(3, keepdim=True).sum(2, keepdim=True) / count
+    variance = (x - mean).pow(2).sum(3, keepdim=True).sum(2, keepdim=True) / count
+    return variance.pow(0.5)
+
+
+class CALayer(nn.Module):
+    """RCAN's channel attention."""
+
+    def __init__(self, channel: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_du = nn.Sequential(
+            nn.Conv2d(channel, channel // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channel // reduction, channel, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(self.avg_pool(x))
+
+
+class ChannelAttention(nn.Module):
+    """HAT's spelling of the same."""
+
+    def __init__(self, num_feat: int, squeeze_factor: int = 16) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(num_feat, num_feat // squeeze_factor, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(num_feat // squeeze_factor, num_feat, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.attention(x)
+
+
+class CCALayer(nn.Module):
+    """IMDN's contrast-aware channel attention."""
+
+    def __init__(self, channel: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.contrast = stdv_channels
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_du = nn.Sequential(
+            nn.Conv2d(channel, channel // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channel // reduction, channel, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(self.contrast(x) + self.avg_pool(x))
+
+
+class StdCCA(nn.Module):
+    """The other spelling of the deviation: torch.std."""
+
+    def __init__(self, planes: int, reduction: int = 16, unbiased: bool = False) -> None:
+        super().__init__()
+        self.unbiased = unbiased
+        self.conv = nn.Sequential(
+            nn.Conv2d(planes, planes // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(planes // reduction, planes, 1),
+        )
+        self.sig = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        deviation = torch.std(x, dim=(2, 3), keepdim=True, unbiased=self.unbiased)
+        return x * self.sig(self.conv(F.adaptive_avg_pool2d(x, 1) + deviation))
+
+
+class IMDModule(nn.Module):
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.distilled_channels = in_channels // 4
+        self.remaining_channels = in_channels - self.distilled_channels
+        self.c1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.c2 = nn.Conv2d(self.remaining_channels, in_channels, 3, padding=1)
+        self.c3 = nn.Conv2d(self.remaining_channels, in_channels, 3, padding=1)
+        self.c4 = nn.Conv2d(self.remaining_channels, self.distilled_channels, 3, padding=1)
+        self.act = nn.LeakyReLU(0.05, inplace=True)
+        self.c5 = nn.Conv2d(in_channels, in_channels, 1)
+        self.cca = CCALayer(self.distilled_channels * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = (self.distilled_channels, self.remaining_channels)
+        kept, rest = [], x
+        for convolution in (self.c1, self.c2, self.c3):
+            first, rest = torch.split(self.act(convolution(rest)), sizes, dim=1)
+            kept.append(first)
+        out = torch.cat([*kept, self.c4(rest)], dim=1)
+        return self.c5(self.cca(out)) + x
+
+
+class IMDN(nn.Module):
+    def __init__(self, nf: int = 64, num_modules: int = 6, upscale: int = 4) -> None:
+        super().__init__()
+        self.fea_conv = nn.Conv2d(3, nf, 3, padding=1)
+        self.number = num_modules
+        for i in range(num_modules):
+            setattr(self, f"IMDB{i + 1}", IMDModule(nf))
+        self.c = nn.Sequential(nn.Conv2d(nf * num_modules, nf, 1), nn.LeakyReLU(0.05, inplace=True))
+        self.LR_conv = nn.Conv2d(nf, nf, 3, padding=1)
+        self.upsampler = nn.Sequential(
+            nn.Conv2d(nf, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fea_conv(x)
+        outputs, y = [], first
+        for i in range(self.number):
+            y = getattr(self, f"IMDB{i + 1}")(y)
+            outputs.append(y)
+        return self.upsampler(self.LR_conv(self.c(torch.cat(outputs, dim=1))) + first)
+
+
+# ------------------------------------------------------------------------------------------- PAN
+
+
+class PA(nn.Module):
+    def __init__(self, nf: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(nf, nf, 1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mul(x, self.sigmoid(self.conv(x)))
+
+
+class PAConv(nn.Module):
+    def __init__(self, nf: int, k_size: int = 3) -> None:
+        super().__init__()
+        self.k2 = nn.Conv2d(nf, nf, 1)
+        self.sigmoid = nn.Sigmoid()
+        self.k3 = nn.Conv2d(nf, nf, k_size, padding=k_size // 2, bias=False)
+        self.k4 = nn.Conv2d(nf, nf, k_size, padding=k_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.sigmoid(self.k2(x))
+        return self.k4(torch.mul(self.k3(x), gate))
+
+
+class SCPA(nn.Module):
+    def __init__(self, nf: int, reduction: int = 2) -> None:
+        super().__init__()
+        width = nf // reduction
+        self.conv1_a = nn.Conv2d(nf, width, 1, bias=False)
+        self.conv1_b = nn.Conv2d(nf, width, 1, bias=False)
+        self.k1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False))
+        self.PAConv = PAConv(width)
+        self.conv3 = nn.Conv2d(width * reduction, nf, 1, bias=False)
+        self.lrelu = nn.LeakyReLU(negative_slope=0.2, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.lrelu(self.k1(self.lrelu(self.conv1_a(x))))
+        b = self.lrelu(self.PAConv(self.lrelu(self.conv1_b(x))))
+        out = self.conv3(torch.cat([a, b], dim=1))
+        out += x
+        return out
+
+
+class PAN(nn.Module):
+    def __init__(self, nf: int = 40, unf: int = 24, nb: int = 16) -> None:
+        super().__init__()
+        self.conv_first = nn.Conv2d(3, nf, 3, 1, 1)
+        self.SCPA_trunk = nn.Sequential(*(SCPA(nf) for _ in range(nb)))
+        self.trunk_conv = nn.Conv2d(nf, nf, 3, 1, 1)
+        self.upconv1 = nn.Conv2d(nf, unf, 3, 1, 1)
+        self.att1 = PA(unf)
+        self.HRconv1 = nn.Conv2d(unf, unf, 3, 1, 1)
+        self.upconv2 = nn.Conv2d(unf, unf, 3, 1, 1)
+        self.att2 = PA(unf)
+        self.HRconv2 = nn.Conv2d(unf, unf, 3, 1, 1)
+        self.conv_last = nn.Conv2d(unf, 3, 3, 1, 1)
+        self.lrelu = nn.LeakyReLU(0.2, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_first(x)
+        y = y + self.trunk_conv(self.SCPA_trunk(y))
+        for up, attention, convolution in (
+            (self.upconv1, self.att1, self.HRconv1),
+            (self.upconv2, self.att2, self.HRconv2),
+        ):
+            y = up(F.interpolate(y, scale_factor=2, mode="nearest"))
+            y = self.lrelu(convolution(self.lrelu(attention(y))))
+        bilinear = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+        return self.conv_last(y) + bilinear
