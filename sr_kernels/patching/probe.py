@@ -38,9 +38,12 @@ def probe(module: nn.Module, recogniser: Recogniser, options: Any) -> None:
         for example in recogniser.examples(twin, options):
             with torch.no_grad():
                 own = _run(twin.eval(), None, options, example)
-                ours = _run(twin.eval(), recogniser, options, example)
+                ours = _run(twin, recogniser, options, example)
+            if ours is NotImplemented:
+                raise NotRecognised("the operators cannot run its example")
             _compare(own, ours, "in eval mode")
-        _compare_training(twin, recogniser, options, example)
+        for training in (False, True):
+            _compare_gradients(twin, recogniser, options, example, training)
 
 
 @contextmanager
@@ -61,7 +64,7 @@ def _twin(module: nn.Module, recogniser: Recogniser, options: Any) -> nn.Module:
     try:
         twin = copy.deepcopy(module)
     except Exception as error:
-        raise NotRecognised(f"it cannot be copied to be tried out ({_first_line(error)})") from error
+        raise NotRecognised(f"it cannot be copied to be tried out ({_line(error)})") from error
     for part in twin.modules():
         swap(part, original_class(part))
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
@@ -84,13 +87,16 @@ def _twin(module: nn.Module, recogniser: Recogniser, options: Any) -> nn.Module:
 
 
 def _run(
-    twin: nn.Module, recogniser: Recogniser | None, options: Any, example: tuple[Any, ...]
+    twin: nn.Module,
+    recogniser: Recogniser | None,
+    options: Any,
+    example: tuple[Any, ...],
+    when: str = "",
 ) -> Any:
-    """The outputs; ``recogniser`` None: by the twin's own forward."""
-    arguments = tuple(
-        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-        for a in example
-    )
+    """What the twin's own forward returns (``recogniser`` None), or the replacement."""
+    kept = [a.detach().clone() if isinstance(a, Tensor) else None for a in example]
+    # In-place operators of the module must find tensors that are not leaves.
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in example]
     try:
         if recogniser is None:
             result = type(twin).forward(twin, *arguments)
@@ -98,11 +104,9 @@ def _run(
             result = recogniser.forward(twin, options, *arguments)
     except Exception as error:
         whose = "its own forward" if recogniser is None else "the replacement"
-        raise NotRecognised(f"{whose} fails when tried out ({_first_line(error)})") from error
-    if result is NotImplemented:
-        raise NotRecognised("the operators cannot run its example")
-    for given, kept in zip(arguments, example, strict=True):
-        if isinstance(given, Tensor) and not torch.equal(given, kept):
+        raise NotRecognised(f"{when}{whose} fails when tried out ({_line(error)})") from error
+    for given, before in zip(arguments, kept, strict=True):
+        if before is not None and not torch.equal(given, before):
             raise NotRecognised("its forward changes its input in place")
     return result
 
@@ -135,52 +139,45 @@ def _compare(own: Any, ours: Any, when: str) -> None:
             raise NotRecognised(f"{when} it computes something else (by {error / max(scale, 1e-3):.1e})")
 
 
-def _compare_training(
-    twin: nn.Module, recogniser: Recogniser, options: Any, example: tuple[Any, ...]
+def _compare_gradients(
+    twin: nn.Module, recogniser: Recogniser, options: Any, example: tuple[Any, ...], training: bool
 ) -> None:
-    example = tuple(
-        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in example
-    )
-    results = []
+    """Outputs, gradients and running statistics of one step; nothing to compare where the module
+    cannot be trained as it is, or where the recogniser leaves this to the module."""
+    when = "in training mode" if training else "with gradients"
+    sides = []
     for who in (None, recogniser):
-        own = copy.deepcopy(twin).train()
-        arguments = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a for a in example)
+        own = copy.deepcopy(twin).train(training)
+        arguments = tuple(
+            a.detach().clone().requires_grad_(i == 0) if isinstance(a, Tensor) else a
+            for i, a in enumerate(example)
+        )
+        torch.manual_seed(1)
+        out = _run(own, who, options, arguments, f"{when} ")
+        if out is NotImplemented:
+            return
         leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
         leaves += [p for p in own.parameters() if p.requires_grad]
-        torch.manual_seed(1)
-        out = _run_as_is(own, who, options, arguments)
         outputs = [t for t in _tensors(out) if isinstance(t, Tensor) and t.requires_grad]
-        seeds = [torch.randn_like(t) for t in outputs]
         try:
-            gradients = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
-        except RuntimeError as error:
+            gradients = torch.autograd.grad(
+                outputs, leaves, [torch.randn_like(t) for t in outputs], allow_unused=True
+            )
+        except (RuntimeError, AttributeError) as error:
             if who is None:
-                return  # it cannot be trained as it is
-            raise NotRecognised(f"the replacement has no gradient ({_first_line(error)})") from error
-        zeros = [torch.zeros_like(l) if g is None else g for g, l in zip(gradients, leaves, strict=True)]
-        results.append((out, zeros, list(own.buffers())))
-    (own_out, own_gradients, own_buffers), (out, gradients, buffers) = results
-    _compare(own_out, out, "in training mode")
-    _compare(own_gradients, gradients, "in its gradients")
-    _compare([b.double() for b in own_buffers], [b.double() for b in buffers], "in its buffers")
+                return
+            raise NotRecognised(f"the replacement has no gradient ({_line(error)})") from error
+        dense = [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for gradient, leaf in zip(gradients, leaves, strict=True)
+        ]
+        sides.append((out, dense, [b.double() for b in own.buffers()]))
+    theirs, mine = sides
+    _compare(theirs[0], mine[0], when)
+    _compare(theirs[1], mine[1], f"{when}, in its gradients,")
+    _compare(theirs[2], mine[2], f"{when}, in its buffers,")
 
 
-def _run_as_is(twin: nn.Module, who: Recogniser | None, options: Any, arguments: tuple[Any, ...]) -> Any:
-    try:
-        result = (
-            type(twin).forward(twin, *arguments)
-            if who is None
-            else who.forward(twin, options, *arguments)
-        )
-    except Exception as error:
-        whose = "its own forward" if who is None else "the replacement"
-        raise NotRecognised(f"in training mode {whose} fails ({_first_line(error)})") from error
-    if result is NotImplemented:
-        raise NotRecognised("the operators cannot run its example in training mode")
-    return result
-
-
-def _first_line(error: BaseException) -> str:
+def _line(error: BaseException) -> str:
     text = str(error).splitlines()
     return text[0] if text else type(error).__name__

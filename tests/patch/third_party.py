@@ -499,3 +499,393 @@ class PAN(nn.Module):
             y = self.lrelu(convolution(self.lrelu(attention(y))))
         bilinear = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
         return self.conv_last(y) + bilinear
+
+
+# ------------------------------------------------------------------------------------ Swin blocks
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.act = nn.GELU() if act is None else act
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def window_partition(x: Tensor, side: int) -> Tensor:
+    """(N, H, W, C) -> (windows, side, side, C)."""
+    n, h, w, c = x.shape
+    x = x.view(n, h // side, side, w // side, side, c)
+    return x.transpose(2, 3).reshape(-1, side, side, c)
+
+
+def window_reverse(windows: Tensor, side: int, h: int, w: int) -> Tensor:
+    n = windows.shape[0] * side * side // (h * w)
+    x = windows.view(n, h // side, w // side, side, side, -1)
+    return x.transpose(2, 3).reshape(n, h, w, -1)
+
+
+def position_index(side: int) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window."""
+    place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    place = place.flatten(1)
+    apart = place[:, :, None] - place[:, None, :] + side - 1
+    return apart[0] * (2 * side - 1) + apart[1]
+
+
+def swin_mask(h: int, w: int, side: int, shift: int) -> Tensor:
+    """0 where two tokens of a window belong together, else -100."""
+    region = torch.zeros(1, h, w, 1)
+    steps = (slice(0, -side), slice(-side, -shift), slice(-shift, None))
+    for i, rows in enumerate(steps):
+        for j, columns in enumerate(steps):
+            region[:, rows, columns] = 3 * i + j
+    flat = window_partition(region, side).view(-1, side * side)
+    return torch.where(flat[:, None] == flat[:, :, None], 0.0, -100.0)
+
+
+class WindowAttention(nn.Module):
+    """order: how q, k and v lie in the projection, for look-alikes; given: HAT's, whose index comes
+    with the call."""
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        num_heads: int,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        axis: int = -1,
+        order: str = "qkv",
+        given: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.order = order
+        rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(0.02 * torch.randn(rows, num_heads))
+        self.given = given
+        if not given:
+            self.register_buffer("relative_position_index", position_index(window_size[0]))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(0.0)
+        self.softmax = nn.Softmax(dim=axis)
+
+    def forward(self, x: Tensor, *extra: Any, mask: Tensor | None = None) -> Tensor:
+        return self.attend(x, self.relative_position_index, *extra)
+
+    def attend(self, x: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+        windows, n, c = x.shape
+        heads = self.num_heads
+        if self.order == "qkv":
+            parts = self.qkv(x).reshape(windows, n, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
+        else:  # each head has its own q, k, v
+            parts = self.qkv(x).reshape(windows, n, heads, 3, c // heads).permute(3, 0, 2, 1, 4)
+        q, k, v = parts.unbind(0)
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        attn = attn + self.relative_position_bias_table[index.view(-1)].view(n, n, -1).permute(
+            2, 0, 1
+        )
+        if mask is not None:
+            number = mask.shape[0]
+            attn = attn.view(windows // number, number, heads, n, n) + mask[:, None]
+            attn = attn.view(-1, heads, n, n)
+        attn = self.attn_drop(self.softmax(attn))
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(windows, n, c)))
+
+
+class SwinWindowAttention(WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.attend(x, self.relative_position_index, mask)
+
+
+class HatWindowAttention(WindowAttention):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rpi: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        return self.attend(x, rpi, mask)
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        return x / keep * (keep + torch.rand(shape, dtype=x.dtype, device=x.device)).floor()
+
+
+class SwinTransformerBlock(nn.Module):
+    """residual, post_norm: for look-alikes."""
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: tuple[int, int],
+        num_heads: int,
+        window_size: int = 8,
+        shift_size: int = 0,
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        residual: bool = True,
+        post_norm: bool = False,
+        back: int = 1,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        self.input_resolution, self.window_size = input_resolution, window_size
+        self.shift_size, self.residual, self.post_norm = shift_size, residual, post_norm
+        self.back = back
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = SwinWindowAttention(dim, (window_size, window_size), num_heads, **attention)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        mask = swin_mask(*input_resolution, window_size, shift_size) if shift_size else None
+        self.register_buffer("attn_mask", mask)
+
+    def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
+        h, w = x_size
+        n, _, c = x.shape
+        side, shift = self.window_size, self.shift_size
+        y = x if self.post_norm else self.norm1(x)
+        y = y.view(n, h, w, c)
+        if shift:
+            y = torch.roll(y, (-shift, -shift), (1, 2))
+        y = window_partition(y, side).view(-1, side * side, c)
+        mask = self.attn_mask
+        if shift and self.input_resolution != x_size:
+            mask = swin_mask(h, w, side, shift).to(x.device)
+        y = window_reverse(self.attn(y, mask=mask).view(-1, side, side, c), side, h, w)
+        if shift:
+            y = torch.roll(y, (self.back * shift, self.back * shift), (1, 2))
+        y = y.view(n, h * w, c)
+        if self.post_norm:
+            y = self.norm1(y)
+        x = x + self.drop_path(y) if self.residual else self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class CAB(nn.Module):
+    def __init__(self, num_feat: int) -> None:
+        super().__init__()
+        self.cab = nn.Sequential(
+            nn.Conv2d(num_feat, num_feat // 3, 3, 1, 1),
+            nn.GELU(),
+            nn.Conv2d(num_feat // 3, num_feat, 3, 1, 1),
+            ChannelAttention(num_feat, num_feat // 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cab(x)
+
+
+class HAB(nn.Module):
+    """HAT's hybrid attention block."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int = 8, shift_size: int = 0) -> None:
+        super().__init__()
+        self.window_size, self.shift_size, self.conv_scale = window_size, shift_size, 0.01
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = HatWindowAttention(dim, (window_size,) * 2, num_heads, given=True)
+        self.conv_block = CAB(dim)
+        self.drop_path = nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 2 * dim)
+
+    def forward(
+        self, x: Tensor, x_size: tuple[int, int], rpi_sa: Tensor, attn_mask: Tensor
+    ) -> Tensor:
+        h, w = x_size
+        n, _, c = x.shape
+        side, shift = self.window_size, self.shift_size
+        y = self.norm1(x).view(n, h, w, c)
+        conv = self.conv_block(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        if shift:
+            y = torch.roll(y, (-shift, -shift), (1, 2))
+        y = window_partition(y, side).view(-1, side * side, c)
+        y = self.attn(y, rpi=rpi_sa, mask=attn_mask if shift else None)
+        y = window_reverse(y.view(-1, side, side, c), side, h, w)
+        if shift:
+            y = torch.roll(y, (shift, shift), (1, 2))
+        x = x + self.drop_path(y.view(n, h * w, c)) + conv * self.conv_scale
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SwinLayer(nn.Module):
+    """A chain of blocks on an image, as in SwinIR-light."""
+
+    def __init__(
+        self, dim: int, size: tuple[int, int], num_heads: int, side: int = 8, depth: int = 2
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinTransformerBlock(dim, size, num_heads, side, side // 2 * (i % 2))
+            for i in range(depth)
+        )
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        y = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            y = block(y, size)
+        return self.conv(y.transpose(1, 2).reshape(x.shape)) + x
+
+
+# ----------------------------------------------------------------------------------------- DCTLSA
+
+
+class LocalModule(nn.Sequential):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.add_module("pointwise_prenorm_0", nn.BatchNorm2d(channels))
+        self.add_module("pointwise_conv_0", nn.Conv2d(channels, channels, 1, bias=False))
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.add_module("depthwise_conv", depthwise)
+        self.add_module("pointwise_prenorm_1", nn.BatchNorm2d(channels))
+        self.add_module("pointwise_conv_1", nn.Conv2d(channels, channels, 1, bias=False))
+
+
+class LinearAttention(nn.Module):
+    """axis: of the softmax of the keys; -2, the tokens, in DCTLSA."""
+
+    def __init__(self, dim: int, window_size: tuple[int, int], num_heads: int, axis: int = -2):
+        super().__init__()
+        self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.softmax = nn.Softmax(dim=axis)
+        self.local = LocalModule(dim)
+
+    def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
+        image = x.permute(0, 3, 1, 2).contiguous()
+        local = (self.local(image) + image).permute(0, 2, 3, 1).contiguous()
+        side, heads = self.window_size[0], self.num_heads
+        qkv = window_partition(self.qkv(local), side)
+        number, c = qkv.shape[0], qkv.shape[-1] // 3
+        qkv = qkv.view(number, side * side, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        state = self.softmax(k).transpose(-2, -1) @ v
+        y = ((q * self.scale) @ state).transpose(1, 2).reshape(number, side * side, c)
+        y = self.proj(y).view(-1, side, side, c)
+        return window_reverse(y, side, h, w) + local
+
+
+class LinearBlock(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int = 16, shift_size: int = 0, axis: int = -2
+    ) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = window_size, shift_size
+        self.attn = LinearAttention(dim, (window_size,) * 2, num_heads, axis)
+        self.mlp = Mlp(dim, 2 * dim)
+        del self.mlp.drop
+        self.mlp.drop = nn.Identity()
+
+    def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
+        h, w = x_size
+        n, _, c = x.shape
+        shift = self.shift_size
+        y = x.view(n, h, w, c)
+        if shift:
+            y = torch.roll(y, (-shift, -shift), (1, 2))
+        y = self.attn(y, h, w, mask=None)
+        if shift:
+            y = torch.roll(y, (shift, shift), (1, 2))
+        y = y.view(n, h * w, c)
+        return y + self.mlp(y)
+
+
+class TokensNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+class LinearLayer(nn.Module):
+    """Two blocks, on an image padded to their windows."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int = 16) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.blocks = nn.ModuleList(
+            LinearBlock(dim, num_heads, window_size, window_size // 2 * i) for i in range(2)
+        )
+        self.patch_embed = TokensNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        side = self.window_size
+        if h % side or w % side:
+            x = F.pad(x, (0, -w % side, 0, -h % side), "reflect")
+        size = (x.shape[2], x.shape[3])
+        y = self.patch_embed(x)
+        for block in self.blocks:
+            y = block(y, size)
+        y = y.transpose(1, 2).view(x.shape)
+        return y[:, :, :h, :w].contiguous() if y.shape[2:] != (h, w) else y
+
+
+class SwinT(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.transformer_body = nn.Sequential(LinearLayer(dim, num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer_body(x)
+
+
+class LSAB(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(SwinT(dim, num_heads), SwinT(dim, num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class DCTLSA(nn.Module):
+    def __init__(self, nf: int = 55, num_modules: int = 6, num_head: int = 5, upscale: int = 4):
+        super().__init__()
+        self.number = num_modules
+        self.fea_conv = nn.Conv2d(3, nf, 3, padding=1)
+        for i in range(num_modules):
+            setattr(self, f"B{i + 1}", LSAB(nf, num_head))
+
+        def fuse(count: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(nf * count, nf, 1), nn.LeakyReLU(0.05, inplace=True))
+
+        self.c = fuse(num_modules)
+        for i in range(1, num_modules):
+            setattr(self, f"c{i}", fuse(i + 1))
+        self.LR_conv = nn.Conv2d(nf, nf, 3, padding=1)
+        self.upsampler = nn.Sequential(
+            nn.Conv2d(nf, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fea_conv(x)
+        dense, outputs, y = first, [], first
+        for i in range(self.number):
+            y = getattr(self, f"B{i + 1}")(y)
+            outputs.append(y)
+            if i + 1 < self.number:
+                dense = torch.cat([dense, y], dim=1)
+                y = getattr(self, f"c{i + 1}")(dense)
+        y = self.c(torch.cat(outputs, dim=1))
+        return self.upsampler(self.LR_conv(y) + first)
