@@ -576,5 +576,101 @@ def _attend_and_learn(
     return attention.project_out(y) + x, scores
 
 
-for _recogniser in (ShiftConvolution(), LocalFeatureExtraction(), GroupedAttention(), ElanBlock()):
+# ------------------------------------------------------------------------------- striped windows
+
+
+class _Striped(NamedTuple):
+    windows: tuple[tuple[int, int], ...]
+    shifts: tuple[tuple[int, int], ...]
+    heads: int
+
+
+class StripedAttention(Recogniser):
+    """SABase4D of ESWT and EMT (SWSA in traiNNer-redux): channel groups with rectangular windows of
+    their own, rolled the other way round than Swin's; keys are queries, no scale, no bias."""
+
+    name = "striped_attention"
+    replacement = "window_attention"
+    operators = ("window_attention",)
+
+    def options(self, module: nn.Module) -> Iterable[_Striped]:
+        part: Any = module
+        if state_names(module) != {"attn", "proj"}:
+            return []
+        windows, shifts = getattr(part, "window_list", None), getattr(part, "shift_list", None)
+        heads = getattr(part, "num_heads", None)
+        if windows is None or shifts is None or type(heads) is not int:
+            return []
+        pairs = [tuple(tuple(one) for one in held) for held in (windows, shifts)]
+        if not pairs[0] or len(pairs[0]) != len(pairs[1]) or not all(
+            len(one) == 2 and all(type(v) is int for v in one) for held in pairs for one in held
+        ):
+            raise NotRecognised(f"its windows and shifts are {windows!r} and {shifts!r}")
+        if getattr(part, "return_attns", False):
+            raise NotRecognised("it returns its attention matrices")
+        attn, proj = part.attn, part.proj
+        if (
+            not calls(attn, nn.Sequential)
+            or not calls(proj, nn.Sequential)
+            or len(attn) not in (1, 2)
+            or len(proj) != 1
+            or not is_conv(attn[0], 1)
+            or not is_conv(proj[0], 1)
+            or (len(attn) == 2 and not calls(attn[1], nn.BatchNorm2d))
+        ):
+            raise NotRecognised("its projections are not 1x1 convolutions (and a BatchNorm)")
+        channels = proj[0].in_channels
+        if attn[0].out_channels != 2 * channels or channels % (len(pairs[0]) * heads):
+            raise NotRecognised("the channels of its projections do not fit its groups and heads")
+        return [_Striped(pairs[0], pairs[1], heads)]
+
+    def examples(self, module: nn.Module, options: _Striped) -> list[tuple[Any, ...]]:
+        part: Any = module
+        channels = part.attn[0].in_channels
+        height, width = (math.lcm(*(w[i] for w in options.windows)) for i in (0, 1))
+        ragged = max(height // 2 + 1, 1), max(2 * width - 1, 1)
+        return [*maps(channels, height, width), *maps(channels, *ragged)[:1]]
+
+    def forward(self, module: nn.Module, options: _Striped, *args: Any) -> Any:
+        part: Any = module
+        if len(args) != 1:
+            return NotImplemented
+        x, projection = args[0], part.attn[0]
+        if not runs(self.operators, x, projection.weight) or not is_map(
+            x, projection.weight.shape[1]
+        ):
+            return NotImplemented
+        height, width = x.shape[2:]
+        if len(part.attn) == 2 and fixed_norm(part.attn[1]) and not needs_gradient(module, x):
+            qv = nn.functional.conv2d(x, *folded(projection, part.attn[1]))
+        else:
+            qv = part.attn(x)
+        outputs = []
+        for group, (wh, ww), (down, right) in zip(
+            qv.chunk(len(options.windows), 1), options.windows, options.shifts, strict=True
+        ):
+            pad = (0, -width % ww, 0, -height % wh)
+            if pad != (0, 0, 0, 0):
+                group = nn.functional.pad(group, pad, "reflect")
+            q, v = group.chunk(2, 1)
+            y = F.window_attention(
+                q,
+                q,
+                v,
+                window=(wh, ww),
+                shift=(-down, -right),
+                num_heads=options.heads,
+                scale=1.0,
+            )
+            outputs.append(y[:, :, :height, :width])
+        return part.proj(torch.cat(outputs, 1))
+
+
+for _recogniser in (
+    ShiftConvolution(),
+    LocalFeatureExtraction(),
+    GroupedAttention(),
+    ElanBlock(),
+    StripedAttention(),
+):
     register(_recogniser)

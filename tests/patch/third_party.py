@@ -889,3 +889,81 @@ class DCTLSA(nn.Module):
                 y = getattr(self, f"c{i + 1}")(dense)
         y = self.c(torch.cat(outputs, dim=1))
         return self.upsampler(self.LR_conv(y) + first)
+
+
+# ------------------------------------------------------------------------------------ ESWT, EMT
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class MLP4D(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = ShiftConv2d1x1(width, hidden)
+        self.act = Swish()
+        self.fc2 = ShiftConv2d1x1(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SABase4D(nn.Module):
+    """sign: of the first roll; +1 in ESWT and EMT."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_list: Sequence[Sequence[int]] = ((24, 6), (6, 24)),
+        shift_list: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.return_attns = dim, num_heads, False
+        self.window_list = window_list
+        self.shift_list = shift_list or ((0, 0),) * len(window_list)
+        self.attn = nn.Sequential(nn.Conv2d(dim, 2 * dim, 1), nn.BatchNorm2d(2 * dim))
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        outputs = []
+        for part, (wh, ww), shift in zip(
+            self.attn(x).chunk(len(self.window_list), 1),
+            self.window_list,
+            self.shift_list,
+            strict=True,
+        ):
+            part = F.pad(part, (0, -w % ww, 0, -h % wh), "reflect")
+            part = torch.roll(part, tuple(shift), (2, 3))
+            full = part.shape[2:]
+            heads = []
+            for head in range(self.num_heads):
+                q, v = (
+                    to_windows(half.chunk(self.num_heads, 1)[head], wh, ww)
+                    for half in part.chunk(2, 1)
+                )
+                attn = (q @ q.transpose(-2, -1)).softmax(-1)
+                heads.append(from_windows(attn @ v, n, *full, wh, ww))
+            y = torch.roll(torch.cat(heads, 1), (-shift[0], -shift[1]), (2, 3))
+            outputs.append(y[:, :, :h, :w])
+        return self.proj(torch.cat(outputs, 1))
+
+
+class TransformerGroup(nn.Module):
+    def __init__(self, dim: int, num_heads: int, depth: int = 2) -> None:
+        super().__init__()
+        shifts = ((12, 3), (3, 12))
+        self.sa_list = nn.ModuleList(
+            SABase4D(dim, num_heads, shift_list=shifts if i % 2 else None) for i in range(depth)
+        )
+        self.mlp_list = nn.ModuleList(MLP4D(dim, 2 * dim) for _ in range(depth))
+        self.conv = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, mlp in zip(self.sa_list, self.mlp_list, strict=True):
+            x = x + attention(x)
+            x = x + mlp(x)
+        return self.conv(x)
