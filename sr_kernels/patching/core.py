@@ -230,6 +230,10 @@ def _patch_one(
     path: str, module: nn.Module, report: PatchReport, verdicts: dict[Any, str | None]
 ) -> PatchEntry:
     name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return PatchEntry(path, name, None, "is compiled TorchScript")
+    if isinstance(module, torch.fx.GraphModule):
+        return PatchEntry(path, name, None, "is a traced torch.fx graph")
     reasons: list[tuple[str, str]] = []
     for recogniser in recognisers():
         try:
@@ -244,8 +248,9 @@ def _patch_one(
         except NotRecognised as reason:
             reasons.append((recogniser.name, str(reason)))
             continue
-        except TypeError as error:
-            reasons.append((recogniser.name, f"its class cannot be swapped ({error})"))
+        except Exception as error:
+            # Other people's attributes may do anything when they are read.
+            reasons.append((recogniser.name, f"{recogniser.name} fails on it ({error!r})"))
             continue
         report._swapped.append((module, found.original, type(module)))
         return PatchEntry(
@@ -289,10 +294,6 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _obstacle(module: nn.Module) -> str:
     """What, whatever the family, forbids to swap this module's class; "" if nothing does."""
     cls = type(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled TorchScript"
-    if isinstance(module, torch.fx.GraphModule):
-        return "it is a traced torch.fx graph"
     if type(cls) is not type:
         return f"its class has a metaclass of its own ({type(cls).__name__})"
     if any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1]):
@@ -384,9 +385,7 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return worst
 
 
-def _verify(
-    model: nn.Module, arguments: tuple[Any, ...], before: Any, report: PatchReport
-) -> None:
+def _verify(model: nn.Module, arguments: tuple[Any, ...], before: Any, report: PatchReport) -> None:
     difference = _difference(before, _outputs(model, arguments))
     if difference <= VERIFY_TOLERANCE:
         return

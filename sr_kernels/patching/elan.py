@@ -85,7 +85,9 @@ def _shifts(module: nn.Module, inner: tuple[str, ...] = ()) -> list[_Shift]:
     part: Any = module
     if names == {"weight", "conv1x1"} and _square(part.weight, 3):
         if not is_conv(part.conv1x1, 1) or part.weight.shape != (part.conv1x1.in_channels, 1, 3, 3):
-            raise NotRecognised("its conv1x1 is not a plain 1x1 convolution of the shifted channels")
+            raise NotRecognised(
+                "its conv1x1 is not a plain 1x1 convolution of the shifted channels"
+            )
         return [_Shift("depthwise", inner, *_shift_of_kernel(part.weight, _groups(part)))]
     if names in ({"w", "b", "m"}, {"w", "m"}) and _square(part.w, 3):
         mask = part.m
@@ -214,7 +216,11 @@ def _lfes(module: nn.Module) -> list[_Lfe]:
     inner: tuple[str, ...] = ()
     body = module
     names = child_names(module)
-    if len(names) == 1 and not owns_tensors(module) and calls(part_at(module, (names[0],)), nn.Sequential):
+    if (
+        len(names) == 1
+        and not owns_tensors(module)
+        and calls(part_at(module, (names[0],)), nn.Sequential)
+    ):
         inner = (names[0],)
         body = part_at(module, inner)
         names = child_names(body)
@@ -493,16 +499,15 @@ class ElanBlock(Recogniser):
             if not one or other is None:
                 raise NotRecognised(f"its pair {number} is not a known LFE and a known GMSA")
             if other.reuses != (number > 0):
-                raise NotRecognised(f"the attention of its pair {number} shares no scores as ELAN's")
+                raise NotRecognised(
+                    f"the attention of its pair {number} shares no scores as ELAN's"
+                )
             lfes.append([_moved(o, ("modules_lfe", lfe)) for o in one])
             gmsas.append(other)
         if len({(g.windows, g.shifted) for g in gmsas}) != 1:
             raise NotRecognised("the windows of its attentions differ")
         # One activation and one form of shift in all pairs: as many candidates as a single LFE has.
-        return [
-            _Elab(tuple(chosen), tuple(gmsas))
-            for chosen in zip(*lfes, strict=False)
-        ]
+        return [_Elab(tuple(chosen), tuple(gmsas)) for chosen in zip(*lfes, strict=False)]
 
     def constants(self, module: nn.Module, options: _Elab) -> tuple[Tensor, ...]:
         return tuple(t for lfe in options.lfes for t in _lfe_constants(module, lfe))
@@ -602,8 +607,12 @@ class StripedAttention(Recogniser):
         if windows is None or shifts is None or type(heads) is not int:
             return []
         pairs = [tuple(tuple(one) for one in held) for held in (windows, shifts)]
-        if not pairs[0] or len(pairs[0]) != len(pairs[1]) or not all(
-            len(one) == 2 and all(type(v) is int for v in one) for held in pairs for one in held
+        if (
+            not pairs[0]
+            or len(pairs[0]) != len(pairs[1])
+            or not all(
+                len(one) == 2 and all(type(v) is int for v in one) for held in pairs for one in held
+            )
         ):
             raise NotRecognised(f"its windows and shifts are {windows!r} and {shifts!r}")
         if getattr(part, "return_attns", False):

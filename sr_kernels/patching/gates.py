@@ -68,7 +68,9 @@ class ChannelAttention(Recogniser):
         if owns_tensors(module) or calls(module, nn.Sequential):
             return []
         inside = leaves(module)
-        weighted = [(path, layer) for path, layer in inside if any(True for _ in layer.parameters())]
+        weighted = [
+            (path, layer) for path, layer in inside if any(True for _ in layer.parameters())
+        ]
         if len(weighted) != 2 or len(inside) > 6:
             return []
         (down_path, down), (up_path, up) = weighted
@@ -127,7 +129,9 @@ class PixelAttention(Recogniser):
         convolutions = [(path, layer) for path, layer in inside if isinstance(layer, nn.Conv2d)]
         named = original_class(module).__name__.lower()
         sigmoid = any(calls(layer, nn.Sigmoid) for _, layer in inside)
-        if len(convolutions) != 1 or not (sigmoid or "pixel" in named or named in ("pa", "palayer")):
+        if len(convolutions) != 1 or not (
+            sigmoid or "pixel" in named or named in ("pa", "palayer")
+        ):
             return []
         path, convolution = convolutions[0]
         if convolution.in_channels != convolution.out_channels or convolution.in_channels == 1:
@@ -136,7 +140,9 @@ class PixelAttention(Recogniser):
             raise NotRecognised("its convolution is not a plain 1x1 convolution")
         for _, other in inside:
             if other is not convolution and not calls(other, nn.Sigmoid):
-                raise NotRecognised(f"{type(other).__name__} in it is neither 1x1 convolution nor Sigmoid")
+                raise NotRecognised(
+                    f"{type(other).__name__} in it is neither 1x1 convolution nor Sigmoid"
+                )
         return [path]
 
     def examples(self, module: nn.Module, options: tuple[str, ...]) -> list[tuple[Any, ...]]:
@@ -176,11 +182,15 @@ class SpatialAttention(Recogniser):
         path, convolution = convolutions[0]
         if (convolution.in_channels, convolution.out_channels) != (2, 1):
             return []
-        if convolution.kernel_size[0] % 2 == 0 or not is_conv(convolution, convolution.kernel_size[0]):
+        if convolution.kernel_size[0] % 2 == 0 or not is_conv(
+            convolution, convolution.kernel_size[0]
+        ):
             raise NotRecognised("its convolution is not plain, odd and square with zero padding")
         for _, other in inside:
             if other is not convolution and not calls(other, nn.Sigmoid):
-                raise NotRecognised(f"{type(other).__name__} in it is neither convolution nor Sigmoid")
+                raise NotRecognised(
+                    f"{type(other).__name__} in it is neither convolution nor Sigmoid"
+                )
         return [(path, False), (path, True)]
 
     def examples(self, module: nn.Module, options: Any) -> list[tuple[Any, ...]]:
@@ -272,7 +282,9 @@ class SelfCalibratedPixelAttention(Recogniser):
         if state_names(module) != {"conv1_a", "conv1_b", "k1", "PAConv", "conv3", "lrelu"}:
             return []
         part: Any = module
-        if not all(is_conv(c, 1) and c.bias is None for c in (part.conv1_a, part.conv1_b, part.conv3)):
+        if not all(
+            is_conv(c, 1) and c.bias is None for c in (part.conv1_a, part.conv1_b, part.conv3)
+        ):
             raise NotRecognised("its 1x1 convolutions are not plain ones without bias")
         if part.conv1_a.weight.shape != part.conv1_b.weight.shape:
             raise NotRecognised("its two branches differ in width")
@@ -331,7 +343,15 @@ class PixelAttentionNetwork(Recogniser):
             raise NotRecognised("its scale is not 4")
         if not calls(part.SCPA_trunk, nn.Sequential) or not calls(part.lrelu, nn.LeakyReLU):
             raise NotRecognised("its trunk is not a Sequential, or its activation not a leaky ReLU")
-        plain = ("conv_first", "trunk_conv", "upconv1", "HRconv1", "upconv2", "HRconv2", "conv_last")
+        plain = (
+            "conv_first",
+            "trunk_conv",
+            "upconv1",
+            "HRconv1",
+            "upconv2",
+            "HRconv2",
+            "conv_last",
+        )
         if not all(is_conv(part._modules[name], 3) for name in plain):
             raise NotRecognised("its convolutions are not plain 3x3 ones")
         slopes = [list(SelfCalibratedPixelAttention().options(b)) for b in part.SCPA_trunk]
@@ -366,9 +386,7 @@ class PixelAttentionNetwork(Recogniser):
             y = F.pixel_attention(y, gate.weight, gate.bias)
             y = nn.functional.leaky_relu(y, options.slope)
             y = nn.functional.leaky_relu_(convolve(convolution, y), options.slope)
-        large = nn.functional.interpolate(
-            x, scale_factor=4, mode="bilinear", align_corners=False
-        )
+        large = nn.functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
         return _as(x, convolve(part.conv_last, y)) + large
 
 
@@ -502,7 +520,12 @@ class InformationDistillationNetwork(Recogniser):
             pattern="none",
         )
         y = convolve(part.LR_conv, y) + first
-        return _as(x, nn.functional.pixel_shuffle(convolve(part.upsampler[0], y), part.upsampler[1].upscale_factor))
+        return _as(
+            x,
+            nn.functional.pixel_shuffle(
+                convolve(part.upsampler[0], y), part.upsampler[1].upscale_factor
+            ),
+        )
 
 
 # ------------------------------------------------------------------------------ known, and stock

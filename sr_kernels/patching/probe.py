@@ -136,7 +136,9 @@ def _compare(own: Any, ours: Any, when: str) -> None:
         scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
         error = float((expected - found).detach().abs().max()) if expected.numel() else 0.0
         if not error <= TOLERANCE * max(scale, 1e-3):
-            raise NotRecognised(f"{when} it computes something else (by {error / max(scale, 1e-3):.1e})")
+            raise NotRecognised(
+                f"{when} it computes something else (by {error / max(scale, 1e-3):.1e})"
+            )
 
 
 def _compare_gradients(

@@ -25,7 +25,6 @@ from .recogniser import (
     runs,
     state_names,
 )
-from .swap import original_class
 
 # ---------------------------------------------------------------------------------------- pieces
 
@@ -129,7 +128,7 @@ def _attention(module: Any) -> _Attention | None:
         NotRecognised: it resembles it.
     """
     names = state_names(module) if isinstance(module, nn.Module) else set()
-    if not _LAYERS <= names or not isinstance(getattr(module, "num_heads", None), int):
+    if not names >= _LAYERS or not isinstance(getattr(module, "num_heads", None), int):
         return None
     window = _pair(getattr(module, "window_size", None))
     if window is None:
@@ -166,7 +165,10 @@ def _attention(module: Any) -> _Attention | None:
         raise NotRecognised("its softmax is over another axis")
     scale = getattr(part, "scale", None)
     return _Attention(
-        window, heads, float(scale if isinstance(scale, float) else (channels // heads) ** -0.5), indexed
+        window,
+        heads,
+        float(scale if isinstance(scale, float) else (channels // heads) ** -0.5),
+        indexed,
     )
 
 
@@ -174,7 +176,9 @@ def _is_index(index: Any, window: tuple[int, int]) -> bool:
     return (
         isinstance(index, Tensor)
         and index.numel() == (window[0] * window[1]) ** 2
-        and torch.equal(index.detach().cpu().long().flatten(), relative_position_index(window).flatten())
+        and torch.equal(
+            index.detach().cpu().long().flatten(), relative_position_index(window).flatten()
+        )
     )
 
 
@@ -239,7 +243,9 @@ def _is_mask(mask: Any, height: int, width: int, window: int, shift: int) -> boo
     def judge() -> bool:
         seen = shift_mask((height, width), (window, window), (shift, shift), mask.device)
         seen = seen.flatten(0, 1)
-        return bool(torch.equal(mask == 0, seen)) and bool((mask.masked_fill(seen, -100) <= -100).all())
+        return bool(torch.equal(mask == 0, seen)) and bool(
+            (mask.masked_fill(seen, -100) <= -100).all()
+        )
 
     return _known(mask, ("mask", height, width, window, shift), judge)
 
@@ -329,7 +335,11 @@ class SwinBlock(Recogniser):
         attention = _attention(part.attn)
         if attention is None:
             return []
-        if type(shift) is not int or type(window) is not int or attention.window != (window, window):
+        if (
+            type(shift) is not int
+            or type(window) is not int
+            or attention.window != (window, window)
+        ):
             raise NotRecognised("its windows are not square, or not those of its attention")
         extra = names - {"norm1", "attn", "norm2", "mlp", "drop_path", "conv_block"}
         if extra:
@@ -461,9 +471,12 @@ class LinearWindowBlock(Recogniser):
             raise NotRecognised("it does not say its window, shift and heads")
         if window[0] != window[1] or heads < 1:
             raise NotRecognised("its windows are not square")
-        if not calls(local, nn.Sequential) or [
-            (name, kind) for name, kind in _LOCAL if calls(local._modules.get(name), kind)
-        ] != list(_LOCAL) or len(local) != len(_LOCAL):
+        if (
+            not calls(local, nn.Sequential)
+            or [(name, kind) for name, kind in _LOCAL if calls(local._modules.get(name), kind)]
+            != list(_LOCAL)
+            or len(local) != len(_LOCAL)
+        ):
             raise NotRecognised("its local branch is not DCTLSA's")
         channels = attention.qkv.in_features if calls(attention.qkv, nn.Linear) else 0
         if (
@@ -482,9 +495,7 @@ class LinearWindowBlock(Recogniser):
         scale = getattr(attention, "scale", None)
         if not isinstance(scale, (int, float)):
             raise NotRecognised("its scale is not a number")
-        return [
-            _Linear(window[0], heads, float(scale), shift, mlp) for mlp in _mlps(part.mlp)
-        ]
+        return [_Linear(window[0], heads, float(scale), shift, mlp) for mlp in _mlps(part.mlp)]
 
     def examples(self, module: nn.Module, options: _Linear) -> list[tuple[Any, ...]]:
         part: Any = module

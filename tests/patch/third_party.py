@@ -967,3 +967,49 @@ class TransformerGroup(nn.Module):
             x = x + attention(x)
             x = x + mlp(x)
         return self.conv(x)
+
+
+# ---------------------------------------------------------------------------- spatial attention
+
+
+class SpatialGate(nn.Module):
+    """CBAM's."""
+
+    def __init__(self, kernel_size: int = 7, mean_first: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.sigmoid = nn.Sigmoid()
+        self.mean_first = mean_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = [x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)]
+        if self.mean_first:
+            statistics.reverse()
+        return x * self.sigmoid(self.conv(torch.cat(statistics, 1)))
+
+
+class ESA(nn.Module):
+    """RFDN's enhanced spatial attention."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        f = n_feats // 4
+        self.conv1, self.conv_f = nn.Conv2d(n_feats, f, 1), nn.Conv2d(f, f, 1)
+        self.conv_max, self.conv2 = nn.Conv2d(f, f, 3, padding=1), nn.Conv2d(f, f, 3, 2)
+        self.conv3, self.conv3_ = nn.Conv2d(f, f, 3, padding=1), nn.Conv2d(f, f, 3, padding=1)
+        self.conv4 = nn.Conv2d(f, n_feats, 1)
+        self.sigmoid, self.relu = nn.Sigmoid(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.conv1(x)
+        small = F.max_pool2d(self.conv2(first), 7, 3)
+        small = self.relu(self.conv3(self.relu(self.conv_max(small))))
+        small = F.interpolate(self.conv3_(small), x.shape[2:], mode="bilinear")
+        return x * self.sigmoid(self.conv4(small + self.conv_f(first)))
+
+
+def with_tanh_gate(channels: int) -> nn.Module:
+    """A CALayer with another gate."""
+    layer = CALayer(channels, 3)
+    layer.conv_du[3] = nn.Tanh()
+    return layer
