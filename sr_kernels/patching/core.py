@@ -309,11 +309,11 @@ def _obstacle(module: nn.Module) -> str:
     for path, why in swap.hooked(module):
         return f"{path} inside it {why}, which would not run"
     for name, tensor in _state(module):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(tensor):
             return f"{name} has no shape yet (a lazy module)"
         if tensor.is_meta:
             return f"{name} is on the meta device"
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        if type(tensor) not in swap.PLAIN_TENSORS:
             return f"{name} is a {type(tensor).__name__}"
     return ""
 
@@ -351,10 +351,12 @@ def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
     training = [(part, part.training) for part in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        for part, _ in training:
+            part.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            torch.random.default_generator.manual_seed(0)
             result = model(*kept)
     finally:
         for part, mode in training:

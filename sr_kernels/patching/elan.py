@@ -185,7 +185,7 @@ class Act(NamedTuple):
 
 
 def activations(module: Any) -> list[Act]:
-    """What an activation module may be; a class that is not torch's is tried out as each of them."""
+    """What an activation module may be; one that is not torch's is tried out as each of them."""
     if calls(module, nn.ReLU):
         return [Act("relu")]
     if calls(module, nn.LeakyReLU):
@@ -319,7 +319,7 @@ class LocalFeatureExtraction(Recogniser):
 
 
 class _Gmsa(NamedTuple):
-    """inner: names of the children on the way to it.  reuses: takes the scores of an earlier one."""
+    """inner: names of the children on the way to it.  reuses: takes the scores of another."""
 
     inner: tuple[str, ...]
     windows: tuple[int, ...]
@@ -385,7 +385,7 @@ def divides(x: Tensor, windows: Sequence[int]) -> bool:
     return all(height % window == 0 and width % window == 0 for window in windows)
 
 
-class AttentionMaps:
+class AttentionMaps(Sequence[Tensor]):
     """What a replaced GMSA returns in place of its list of attention matrices.
 
     A later GMSA takes the scores; anyone else who indexes or iterates gets the matrices, computed
@@ -398,7 +398,9 @@ class AttentionMaps:
     def __len__(self) -> int:
         return len(self.scores.windows)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         from sr_kernels.reference.window_attention import _group_shift, _window_probabilities
 
         scores = self.scores

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from sr_kernels import backends
 
 from .recogniser import NotRecognised, Recogniser
-from .swap import original_class, swap
+from .swap import fingerprint, original_class, swap
 
 __all__ = ["probe"]
 
-# Both sides compute in float64; what rounds to float32 inside a module passes, other maths does not.
+# Both sides compute in float64: rounding to float32 inside a module passes, other maths does not.
 TOLERANCE = 1e-6
 
 
@@ -33,7 +34,7 @@ def probe(module: nn.Module, recogniser: Recogniser, options: Any) -> None:
         NotRecognised: they differ, or one of them fails.
     """
     with _quiet():
-        torch.manual_seed(20220306)
+        torch.default_generator.manual_seed(20220306)
         twin = _twin(module, recogniser, options)
         for example in recogniser.examples(twin, options):
             with torch.no_grad():
@@ -49,6 +50,7 @@ def probe(module: nn.Module, recogniser: Recogniser, options: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Random numbers, gradient mode, autocast and the choice of backend: none of it leaks."""
+    python_state = random.getstate()
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -57,7 +59,10 @@ def _quiet() -> Iterator[None]:
         torch.device("cpu"),
         backends.use_backend("auto"),
     ):
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
 
 
 def _twin(module: nn.Module, recogniser: Recogniser, options: Any) -> nn.Module:
@@ -97,6 +102,7 @@ def _run(
     kept = [a.detach().clone() if isinstance(a, Tensor) else None for a in example]
     # In-place operators of the module must find tensors that are not leaves.
     arguments = [a.clone() if isinstance(a, Tensor) else a for a in example]
+    stored = _attributes(twin)
     try:
         if recogniser is None:
             result = type(twin).forward(twin, *arguments)
@@ -105,40 +111,65 @@ def _run(
     except Exception as error:
         whose = "its own forward" if recogniser is None else "the replacement"
         raise NotRecognised(f"{when}{whose} fails when tried out ({_line(error)})") from error
+    if recogniser is None and _attributes(twin) != stored:
+        raise NotRecognised("its forward stores something on the module")
     for given, before in zip(arguments, kept, strict=True):
         if before is not None and not torch.equal(given, before):
             raise NotRecognised("its forward changes its input in place")
     return result
 
 
-def _tensors(value: Any) -> list[Any]:
+def _attributes(twin: nn.Module) -> list[Any]:
+    """What the module and its parts hold, apart from the values of their tensors."""
+    held = []
+    for part in twin.modules():
+        tensors = {name: id(v) for name, v in vars(part).items() if isinstance(v, Tensor)}
+        held.append((tensors, fingerprint(part, ()) if part is twin else None))
+    return held
+
+
+def _form(value: Any) -> Any:
+    """How a result is put together, without its tensors. A list is any sequence but a tuple."""
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, Mapping):
+        return (dict, *((key, _form(item)) for key, item in value.items()))
+    if isinstance(value, tuple):
+        return (type(value), *map(_form, value))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return (list, *map(_form, value))
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
     if isinstance(value, Tensor):
         return [value]
-    try:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [tensor for item in value for tensor in _tensors(item)]
-    except TypeError:
-        return [value]
+    return []
 
 
 def _compare(own: Any, ours: Any, when: str) -> None:
-    theirs, mine = _tensors(own), _tensors(ours)
-    if len(theirs) != len(mine):
-        raise NotRecognised(f"{when} it returns {len(theirs)} tensors, not {len(mine)}")
-    for expected, found in zip(theirs, mine, strict=True):
-        if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-            if expected is not found:
-                raise NotRecognised(f"{when} it returns a {type(expected).__name__}")
-            continue
+    if _form(own) != _form(ours):
+        raise NotRecognised(f"{when} it returns something else than {_what(ours)}: {_what(own)}")
+    for expected, found in zip(_tensors(own), _tensors(ours), strict=True):
         if expected.shape != found.shape:
             raise NotRecognised(
                 f"{when} it returns shape {tuple(expected.shape)}, not {tuple(found.shape)}"
             )
-        scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
-        error = float((expected - found).detach().abs().max()) if expected.numel() else 0.0
-        if not error <= TOLERANCE * max(scale, 1e-3):
-            raise NotRecognised(
-                f"{when} it computes something else (by {error / max(scale, 1e-3):.1e})"
-            )
+        if expected.numel() == 0:
+            continue
+        scale = max(float(expected.detach().abs().max()), 1e-3)
+        error = float((expected - found).detach().abs().max()) / scale
+        if not error <= TOLERANCE:
+            raise NotRecognised(f"{when} it computes something else (by {error:.1e})")
+
+
+def _what(value: Any) -> str:
+    return f"a {type(value).__name__}"
 
 
 def _compare_gradients(
@@ -154,13 +185,13 @@ def _compare_gradients(
             a.detach().clone().requires_grad_(i == 0) if isinstance(a, Tensor) else a
             for i, a in enumerate(example)
         )
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         out = _run(own, who, options, arguments, f"{when} ")
         if out is NotImplemented:
             return
         leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
         leaves += [p for p in own.parameters() if p.requires_grad]
-        outputs = [t for t in _tensors(out) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [t for t in _tensors(out) if t.requires_grad]
         try:
             gradients = torch.autograd.grad(
                 outputs, leaves, [torch.randn_like(t) for t in outputs], allow_unused=True

@@ -182,8 +182,8 @@ def is_map(x: Tensor, channels: int) -> bool:
 def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
     """Whether these operators can run on ``x`` with ``weights`` as the module's own layers would.
 
-    Not under transforms that only torch's own operators know, and not where they would return
-    another dtype: with autocast, x must have autocast's dtype already.
+    Not in an ONNX export and not under transforms that only torch's own operators know, and not
+    where they would return another dtype: with autocast, x must have autocast's dtype already.
     """
     if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
         return False
@@ -196,7 +196,7 @@ def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
             continue
         if weight.device != x.device or (weight.dtype != x.dtype and not autocast):
             return False
-    if not torch.compiler.is_compiling() and _transformed(x):
+    if torch.onnx.is_in_onnx_export() or (not torch.compiler.is_compiling() and _transformed(x)):
         return False
     wanted = backends.current_backend()
     if wanted == "auto":
@@ -205,11 +205,10 @@ def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
 
 
 def _transformed(x: Tensor) -> bool:
-    """Whether something else than plain torch looks at ``x``: an ONNX export, vmap, dual numbers,
-    a tensor subclass of someone."""
+    """Whether something else than plain torch looks at ``x``: vmap, dual numbers, a tensor subclass
+    of someone."""
     return bool(
-        torch.onnx.is_in_onnx_export()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
         or torch.autograd.forward_ad._current_level >= 0
         or type(x) not in _TENSORS
     )

@@ -200,36 +200,38 @@ def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _intercepted(part: nn.Module) -> bool:
-    own = vars(part)
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or (not torch.compiler.is_compiling() and "forward" in vars(part))
     )
 
 
 def unchanged(module: nn.Module, replacement: Replacement) -> bool:
     """Whether ``module`` is what it was when it was recognised, and no hook waits inside it.
 
-    Not looked at while a graph is captured: the compiler guards what it reads.
+    While a graph is captured only hooks are looked for.
     """
-    if torch.compiler.is_compiling():
-        return True
     if _has_any_global_hook() or any(_intercepted(p) for p in module.modules() if p is not module):
         return False
+    if torch.compiler.is_compiling():
+        return True
     constants = replacement.recogniser.constants(module, replacement.options)
     return fingerprint(module, constants) == replacement.fingerprint
 
 
 # ------------------------------------------------------------------------ tensors that are fixed
 
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DIGESTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _digest(tensor: Tensor) -> str:
     """The tensor's values as a short string; computed again only when they were written to."""
+    if type(tensor) not in PLAIN_TENSORS or tensor.is_meta:
+        return "no values"
     if tensor.is_inference():
         return _hash(tensor)
     written = (tensor.data_ptr(), tensor._version)

@@ -25,6 +25,7 @@ from .recogniser import (
     runs,
     state_names,
 )
+from .swap import PLAIN_TENSORS
 
 # ---------------------------------------------------------------------------------------- pieces
 
@@ -213,21 +214,14 @@ _KNOWN_TENSORS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _known(tensor: Tensor, key: tuple[Any, ...], judge: Any) -> bool:
-    """``judge()`` about this tensor, asked again only when the tensor was written to.
-
-    A tensor under compilation has no values: False.
+    """``judge()`` about this tensor, asked again when it was written to (which cannot be seen of one
+    made in inference mode). False for a tensor that has no values, or none yet.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS or tensor.is_meta:
         return False
-    if tensor.is_inference():
-        version = -1
-    else:
-        version = tensor._version
-    state = (key, tensor.data_ptr(), version)
+    state = (key, tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
     known = _KNOWN_TENSORS.get(tensor)
-    if known is None or known[0] != state or tensor.is_inference():
-        if known is not None and known[0] == state and tensor.is_inference():
-            return bool(known[1])
+    if known is None or known[0] != state:
         known = (state, bool(judge()))
         _KNOWN_TENSORS[tensor] = known
     return bool(known[1])
@@ -354,6 +348,9 @@ class SwinBlock(Recogniser):
         _no_dropout(module)
         if not 0 <= shift < window:
             raise NotRecognised(f"its windows of {window} are shifted by {shift}")
+        mask, own = module._buffers.get("attn_mask"), _pair(getattr(part, "input_resolution", None))
+        if mask is not None and (own is None or not _is_mask(mask, *own, window, shift)):
+            raise NotRecognised("its attn_mask is not Swin's for its input_resolution")
         hybrid = "conv_block" in names
         if hybrid and not isinstance(getattr(part, "conv_scale", None), (int, float)):
             raise NotRecognised("its convolution branch has no constant conv_scale")
@@ -379,14 +376,11 @@ class SwinBlock(Recogniser):
                     _swin_mask(*size, window, max(options.shift, window // 2)),
                 )
             found.append((x, size, *extra))
-        own = getattr(part, "input_resolution", None)
         mask = module._buffers.get("attn_mask")
-        if mask is not None and _pair(own) is not None and own[0] * own[1] <= 64 * 64:
-            size = (own[0], own[1])  # where its own mask is used
-            found.append((torch.randn(1, own[0] * own[1], channels, dtype=torch.float64), size))
-            found.reverse()
-        elif mask is not None:
-            raise NotRecognised("its attn_mask is for images too large to try out")
+        own = _pair(getattr(part, "input_resolution", None))
+        if mask is not None and own is not None and own[0] * own[1] <= 32 * 32:
+            # The size at which it takes its own mask; at larger ones the mask alone is looked at.
+            found.insert(0, (torch.randn(1, own[0] * own[1], channels, dtype=torch.float64), own))
         return found
 
     def forward(self, module: nn.Module, options: _Block, *args: Any) -> Any:
@@ -409,7 +403,7 @@ class SwinBlock(Recogniser):
         if height % window or width % window or x.shape[1] != height * width or x.shape[1] == 0:
             return NotImplemented
         if not attention.indexed:
-            index = args[2]
+            index: Any = args[2]
             if not isinstance(index, Tensor) or not _known(
                 index, ("index", attention.window), lambda: _is_index(index, attention.window)
             ):

@@ -680,6 +680,50 @@ def test_parameters_of_inference_mode_are_served() -> None:
         close(module(z), y)
 
 
+def test_tensors_without_values(net: nn.Module) -> None:
+    patch(net)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert net(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+    net.to("meta")
+    assert net(torch.rand(1, 3, 16, 16, device="meta")).is_meta
+
+
+def test_a_module_that_notes_what_it_saw_is_left_alone() -> None:
+    class Noting(tp.CALayer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.mean()
+            return super().forward(x)
+
+    class Counting(tp.CALayer):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    assert "stores something" in reason(Noting(32, 4))
+    assert "stores something" in reason(Counting(32, 4))
+
+
+def test_onnx_exports_the_own_forward(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    patch(net)
+    file = tmp_path / "net.onnx"
+    with torch.no_grad():
+        torch.onnx.export(net, (x,), str(file), dynamo=False, opset_version=18)
+    assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
+
+
+def test_hooks_inside_are_in_a_compiled_graph(net: nn.Module, x: Tensor) -> None:
+    torch._dynamo.reset()
+    patch(net)
+    net.gate.conv_du[3].register_forward_hook(lambda _module, _args, out: 0 * out)
+    z = torch.rand(1, 15, 8, 8)
+    compiled = torch.compile(net.gate, fullgraph=True, backend="eager")
+    assert output(compiled, z).abs().max() == 0
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------- recognisers of one's own
 
 

@@ -362,6 +362,18 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: subclassed(tp.PA, lambda self, x: x * x * self.sigmoid(self.conv(x)))(24),
         "something else",
     ),
+    "pixel attention in a tuple": (
+        lambda: subclassed(tp.PA, lambda self, x: (tp.PA.forward(self, x),))(24),
+        "returns something else than a Tensor: a tuple",
+    ),
+    "pixel attention in a dict": (
+        lambda: subclassed(tp.PA, lambda self, x: {"out": tp.PA.forward(self, x)})(24),
+        "a dict",
+    ),
+    "pixel attention of another temperature": (
+        lambda: subclassed(tp.PA, lambda self, x: x * torch.sigmoid(self.conv(x) / 2))(24),
+        "something else",
+    ),
     "pixel attention 3x3": (
         lambda: changed(tp.PA(24), conv=nn.Conv2d(24, 24, 3, padding=1)),
         "1x1",
@@ -470,6 +482,12 @@ def test_a_mask_of_someone_else_is_obeyed() -> None:
     x, size, index, mask = hat_arguments(2)
     other = mask.clone()
     other[0, :, 0] = -100
+    with torch.inference_mode():
+        masks = tp.swin_mask(8, 12, 4, 2), torch.zeros_like(mask)
+        for given in masks:
+            torch.testing.assert_close(
+                module(x, size, index, given), own(x, size, index, given), rtol=1e-4, atol=1e-4
+            )
     with torch.no_grad():
         for given in (mask, other, torch.zeros_like(mask)):
             torch.testing.assert_close(
