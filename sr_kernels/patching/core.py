@@ -81,8 +81,10 @@ class PatchReport:
         replaced, kept = self.replaced, [e for e in self.skipped if e.resembles]
         rest = len(self.entries) - len(replaced) - len(kept)
         lines = [f"{len(replaced)} modules replaced, {len(kept)} of known kinds left alone"]
-        lines += _table([(e, f"-> {e.replaced_by}") for e in replaced])
-        lines += _table([(e, f"left alone: {e.reason}") for e in kept])
+        lines += _table(
+            [(e, f"-> {e.replaced_by}") for e in replaced]
+            + [(e, f"left alone: {e.reason}") for e in kept]
+        )
         lines.append(f"{rest} other modules: as they were")
         return "\n".join(lines)
 

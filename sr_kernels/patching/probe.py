@@ -121,11 +121,11 @@ def _run(
 
 def _attributes(twin: nn.Module) -> list[Any]:
     """What the module and its parts hold, apart from the values of their tensors."""
-    held = []
-    for part in twin.modules():
-        tensors = {name: id(v) for name, v in vars(part).items() if isinstance(v, Tensor)}
-        held.append((tensors, fingerprint(part, ()) if part is twin else None))
-    return held
+    tensors = [
+        {name: id(value) for name, value in vars(part).items() if isinstance(value, Tensor)}
+        for part in twin.modules()
+    ]
+    return [fingerprint(twin, ()), tensors]
 
 
 def _form(value: Any) -> Any:

@@ -172,6 +172,8 @@ def _mark(value: Any) -> Any:
     if type(value) in _PLAIN or isinstance(value, (type, FunctionType)):
         return value
     if isinstance(value, (tuple, list)):
+        if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+            return value
         return (type(value), *map(_mark, value))
     if isinstance(value, dict):
         return (type(value), *((_mark(k), _mark(v)) for k, v in value.items()))
@@ -180,16 +182,41 @@ def _mark(value: Any) -> Any:
 
 def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """The classes and the configuration of a module and all inside it, and the fixed tensors."""
-    marks: list[Any] = []
-    for part in module.modules():
-        own = vars(part)
-        marks.append(original_class(part))
-        marks.extend(
+    parts = []
+    for part in _parts(module):
+        marks = tuple(
             (name, _mark(value))
-            for name, value in own.items()
+            for name, value in vars(part).items()
             if name not in _STATE and not isinstance(value, Tensor)
         )
-    return (tuple(marks), tuple(_digest(tensor) for tensor in constants))
+        parts.append((original_class(part), marks))
+    return (tuple(parts), tuple(_digest(tensor) for tensor in constants))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all inside it; a shared one each time. Faster than ``modules()``."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parts(child)
+
+
+def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor, ...]) -> bool:
+    """``fingerprint(module, constants) == wanted``, but for attributes that are new: quickly, since
+    every call of a patched module asks."""
+    expected = iter(wanted[0])
+    for part in _parts(module):
+        cls, marks = next(expected, (None, ()))
+        if type(part) is not cls and original_class(part) is not cls:
+            return False
+        own = vars(part)
+        for name, mark in marks:
+            value = own.get(name, _parts)  # a value that nothing has
+            if value is not mark and _mark(value) != mark:
+                return False
+    return next(expected, None) is None and all(
+        _digest(tensor) == digest for tensor, digest in zip(constants, wanted[1], strict=True)
+    )
 
 
 def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -214,12 +241,12 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
 
     While a graph is captured only hooks are looked for.
     """
-    if _has_any_global_hook() or any(_intercepted(p) for p in module.modules() if p is not module):
+    if _has_any_global_hook() or any(_intercepted(p) for p in _parts(module) if p is not module):
         return False
     if torch.compiler.is_compiling():
         return True
     constants = replacement.recogniser.constants(module, replacement.options)
-    return fingerprint(module, constants) == replacement.fingerprint
+    return _matches(module, replacement.fingerprint, constants)
 
 
 # ------------------------------------------------------------------------ tensors that are fixed

@@ -774,6 +774,15 @@ def test_a_recogniser_of_ones_own(x: Tensor) -> None:
     assert stored
 
 
+@pytest.mark.usefixtures("own_recognisers")
+def test_the_example_in_the_documentation() -> None:
+    page = (HERE.parents[1] / "docs" / "patching.md").read_text()
+    code = page.split("```python\nimport torch\n")[1].split("```")[0]
+    scope: dict[str, Any] = {"__name__": "example"}
+    exec("import torch\n" + code, scope)
+    assert scope["report"].replaced[0].replaced_by == "shift_conv2d"
+
+
 def test_recognisers_are_checked() -> None:
     with pytest.raises(TypeError, match="derived from Recogniser"):
         register(object())  # type: ignore[arg-type]
