@@ -214,8 +214,8 @@ _KNOWN_TENSORS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _known(tensor: Tensor, key: tuple[Any, ...], judge: Any) -> bool:
-    """``judge()`` about this tensor; asked again once it was written to, which cannot be seen of one
-    made in inference mode. False for a tensor that has no values, or none yet.
+    """``judge()`` about this tensor; asked again once it was written to (not seen of those made in
+    inference mode). False for a tensor that has no values, or none yet.
     """
     if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS or tensor.is_meta:
         return False

@@ -256,6 +256,22 @@ def swin(**options: Any) -> nn.Module:
     return tp.SwinTransformerBlock(24, (8, 8), 3, 4, 2, **options)
 
 
+def without_bias(module: tp.SwinWindowAttention) -> nn.Module:
+    """Like the original as long as its table is zero."""
+    nn.init.zeros_(module.relative_position_bias_table)
+
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        table = self.relative_position_bias_table
+        self.relative_position_bias_table = nn.Parameter(torch.zeros_like(table))
+        try:
+            return tp.SwinWindowAttention.forward(self, x, mask)
+        finally:
+            self.relative_position_bias_table = table
+
+    module.__class__ = subclassed(tp.SwinWindowAttention, forward)
+    return module
+
+
 def repeated(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         module.weight.copy_(module.weight.flip(0))
@@ -404,6 +420,10 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "relative_position_index",
     ),
+    "a position bias that is zero, and ignored": (
+        lambda: without_bias(tp.SwinWindowAttention(24, (4, 4), 3)),
+        "something else",
+    ),
     "cosine attention": (
         lambda: changed(
             tp.SwinWindowAttention(24, (4, 4), 3), logit_scale=nn.Parameter(torch.ones(3, 1, 1))
@@ -468,8 +488,17 @@ def test_calls_that_the_operators_cannot_run_take_the_own_forward() -> None:
             assert torch.equal(module(x[None]), expected[None])
         with pytest.raises(RuntimeError, match=r"dtype|type"):
             module(x.half()[None])
+
+        class Tracked(Tensor):
+            pass
+
+        assert torch.equal(module(x[None].as_subclass(Tracked)), expected[None])
         keyword = torch.randn(1, 32, 5, 5)
         torch.testing.assert_close(module(x=keyword), module(keyword))
+    block = tp.ELAB(15, 2, 0, (2, 4, 8)).eval()
+    sr_kernels.patch(block)
+    with pytest.raises(RuntimeError, match="shape"):  # its own error
+        block(torch.randn(1, 15, 9, 9))
     assert original_class(module) is tp.CALayer
     assert replacement_of(module) is not None
 
