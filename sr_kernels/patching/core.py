@@ -232,6 +232,8 @@ def _patch_one(
     path: str, module: nn.Module, report: PatchReport, verdicts: dict[Any, str | None]
 ) -> PatchEntry:
     name = type(module).__name__
+    if type(module).__module__.split(".")[0] == "sr_kernels":
+        return PatchEntry(path, name, None, "is of this package already")
     if isinstance(module, torch.jit.ScriptModule):
         return PatchEntry(path, name, None, "is compiled TorchScript")
     if isinstance(module, torch.fx.GraphModule):

@@ -17,7 +17,7 @@ import third_party as tp
 import torch
 from torch import Tensor, nn
 
-import sr_kernels
+import sr_kernels.nn
 from sr_kernels.patching import (
     NotRecognised,
     PatchError,
@@ -650,6 +650,11 @@ def test_odd_modules_are_left_alone() -> None:
     reason(quantised)
     reason(TwoArguments(32, 4))
     reason(KeywordsOnly(32, 4))
+
+
+def test_layers_of_this_package_keep_their_backend() -> None:
+    layer = sr_kernels.nn.PixelAttention(8, backend="reference")
+    assert "of this package" in reason(layer)
 
 
 def test_odd_modules_that_can_be_replaced() -> None:
