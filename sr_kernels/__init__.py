@@ -25,9 +25,12 @@ from sr_kernels.functional import (
     spatial_attention,
     window_attention,
 )
+from sr_kernels.patching import PatchError, PatchReport, patch, patched
 
 __all__ = [
     "FallbackWarning",
+    "PatchError",
+    "PatchReport",
     "WindowScores",
     "__version__",
     "apply_grouped_attention_block",
@@ -38,6 +41,8 @@ __all__ = [
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",
+    "patch",
+    "patched",
     "pixel_attention",
     "pixel_spatial_attention",
     "shift_conv2d",

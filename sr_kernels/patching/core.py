@@ -1,0 +1,423 @@
+"""``patch``: someone else's network, its weights, our kernels."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sr_kernels import backends
+
+from . import swap
+from .probe import probe
+from .recogniser import NotRecognised, Recogniser, recognisers
+
+__all__ = ["PatchEntry", "PatchError", "PatchReport", "patch", "patched"]
+
+Selection = str | type[nn.Module]
+
+# Largest difference that `verify` accepts, relative to the largest output.
+VERIFY_TOLERANCE = 1e-3
+
+
+class PatchError(RuntimeError):
+    """A network could not be patched as asked; it is as it was before."""
+
+
+@dataclass(frozen=True)
+class PatchEntry:
+    """What became of one module.
+
+    path: its name in the network, "" for the network itself.
+    class_name: of its own class.
+    replaced_by: the operators that run now, or None: the module is as it was.
+    reason: why it was left alone; of a replaced one, what was recognised.
+    resembles: name of the recogniser that took it for its own; "" for a module of no known family.
+    """
+
+    path: str
+    class_name: str
+    replaced_by: str | None
+    reason: str
+    resembles: str = ""
+
+
+@dataclass
+class PatchReport:
+    """Every module of a network, and what became of it.
+
+    ``str(report)`` is a table, modules of one kind in one line. ``restore()`` undoes this call of
+    ``patch``, and nothing but it.
+    """
+
+    entries: list[PatchEntry] = field(default_factory=list)
+    _swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = field(
+        default_factory=list, repr=False
+    )
+
+    @property
+    def replaced(self) -> list[PatchEntry]:
+        """Entries of the modules that were replaced by this call."""
+        return [entry for entry in self.entries if entry.replaced_by is not None]
+
+    @property
+    def skipped(self) -> list[PatchEntry]:
+        """Entries of the modules that were left alone."""
+        return [entry for entry in self.entries if entry.replaced_by is None]
+
+    def restore(self) -> None:
+        """Gives every module that this call replaced its own class back; again does nothing."""
+        while self._swapped:
+            module, before, now = self._swapped.pop()
+            if type(module) is now:
+                swap.swap(module, before)
+
+    def __str__(self) -> str:
+        replaced, kept = self.replaced, [e for e in self.skipped if e.resembles]
+        rest = len(self.entries) - len(replaced) - len(kept)
+        lines = [f"{len(replaced)} modules replaced, {len(kept)} of known kinds left alone"]
+        lines += _table(
+            [(e, f"-> {e.replaced_by}") for e in replaced]
+            + [(e, f"left alone: {e.reason}") for e in kept]
+        )
+        lines.append(f"{rest} other modules: as they were")
+        return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[PatchEntry, str]]) -> list[str]:
+    """One line for all modules of one class with one fate; the first path stands for them."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry, fate in rows:
+        groups.setdefault((entry.class_name, fate), []).append(entry.path or "(the network)")
+    cells = [
+        (f"{len(paths)} x {name}", paths[0] + (" ..." if len(paths) > 1 else ""), fate)
+        for (name, fate), paths in groups.items()
+    ]
+    widths = [max((len(cell[i]) for cell in cells), default=0) for i in (0, 1)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
+
+
+# ----------------------------------------------------------------------------------------- patch
+
+
+def patch(
+    model: nn.Module,
+    *,
+    verify: Tensor | tuple[Any, ...] | None = None,
+    strict: bool = False,
+    include: Sequence[Selection] | None = None,
+    exclude: Sequence[Selection] | None = None,
+) -> PatchReport:
+    """Makes an existing network use the kernels of this package; its weights stay where they are.
+
+    Every module whose class, structure and behaviour are those of a known family gets a subclass of
+    its own class, which differs in ``forward``. Parameters, buffers, names, hooks, the optimizer
+    and the training flag are untouched; ``state_dict``, ``deepcopy``, pickling, training, autocast,
+    ``torch.compile`` and ``torch.export`` work as before. A call that the operators cannot run
+    takes the module's own forward. Patching again changes nothing.
+
+    Args:
+        model: any network. Changed in place.
+        verify: a sample input, or a tuple of arguments: the network runs on it before and after, in
+            eval mode without gradients, and the outputs must agree to 1e-3 of the largest.
+        strict: refuse if a module that resembles a known family had to be left alone, or if nothing
+            was replaced.
+        include: only these modules: paths (``*`` and ``?`` match), class names, or classes.
+        exclude: none of these.
+
+    Returns:
+        What became of each module. Its ``restore()`` takes everything back.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        PatchError: ``verify`` or ``strict`` was not met. The network is as it was, as after any
+            other exception.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = _selection(include, "include")
+    unwanted = _selection(exclude, "exclude")
+    arguments = _arguments(verify)
+    report = PatchReport()
+    try:
+        before = None if arguments is None else _outputs(model, arguments)
+        _patch_inside(model, wanted, unwanted, report)
+        if arguments is not None:
+            _verify(model, arguments, before, report)
+        if strict:
+            _be_strict(report)
+    except BaseException:
+        report.restore()
+        raise
+    return report
+
+
+@contextmanager
+def patched(
+    model: nn.Module,
+    *,
+    verify: Tensor | tuple[Any, ...] | None = None,
+    strict: bool = False,
+    include: Sequence[Selection] | None = None,
+    exclude: Sequence[Selection] | None = None,
+) -> Iterator[PatchReport]:
+    """:func:`patch` for the length of a ``with`` block; restored at its end. May be nested."""
+    report = patch(model, verify=verify, strict=strict, include=include, exclude=exclude)
+    try:
+        yield report
+    finally:
+        report.restore()
+
+
+def _selection(
+    chosen: Sequence[Selection] | None, name: str
+) -> Callable[[str, nn.Module], bool] | None:
+    if chosen is None:
+        return None
+    if isinstance(chosen, (str, type)):
+        chosen = [chosen]
+    for item in chosen:
+        if not isinstance(item, (str, type)):
+            raise TypeError(
+                f"{name} must hold paths, class names or classes, got {type(item).__name__}"
+            )
+    names = [item for item in chosen if isinstance(item, str)]
+    classes = tuple(item for item in chosen if isinstance(item, type))
+
+    def selects(path: str, module: nn.Module) -> bool:
+        return isinstance(module, classes) or any(
+            fnmatch.fnmatchcase(path, item) or item == swap.original_class(module).__name__
+            for item in names
+        )
+
+    return selects
+
+
+def _patch_inside(
+    model: nn.Module,
+    wanted: Callable[[str, nn.Module], bool] | None,
+    unwanted: Callable[[str, nn.Module], bool] | None,
+    report: PatchReport,
+) -> None:
+    verdicts: dict[Any, str | None] = {}
+    whole: list[tuple[str, str]] = []  # (path prefix, path) of what is replaced as one
+    for path, module in list(model.named_modules()):
+        owner = next((name for prefix, name in whole if path.startswith(prefix)), None)
+        name = swap.original_class(module).__name__
+        if owner is not None:
+            report.entries.append(
+                PatchEntry(path, name, None, f"part of {owner or 'the network'}, replaced as one")
+            )
+            continue
+        if swap.replacement_of(module) is not None:
+            entry = PatchEntry(path, name, None, "is patched already")
+            whole.append((f"{path}." if path else "", path))
+        elif wanted is not None and not wanted(path, module):
+            entry = PatchEntry(path, name, None, "not in include")
+        elif unwanted is not None and unwanted(path, module):
+            entry = PatchEntry(path, name, None, "in exclude")
+        else:
+            entry = _patch_one(path, module, report, verdicts)
+            if entry.replaced_by is not None:
+                whole.append((f"{path}." if path else "", path))
+        report.entries.append(entry)
+
+
+def _patch_one(
+    path: str, module: nn.Module, report: PatchReport, verdicts: dict[Any, str | None]
+) -> PatchEntry:
+    name = type(module).__name__
+    if type(module).__module__.split(".")[0] == "sr_kernels":
+        return PatchEntry(path, name, None, "is of this package already")
+    if isinstance(module, torch.jit.ScriptModule):
+        return PatchEntry(path, name, None, "is compiled TorchScript")
+    if isinstance(module, torch.fx.GraphModule):
+        return PatchEntry(path, name, None, "is a traced torch.fx graph")
+    reasons: list[tuple[str, str]] = []
+    for recogniser in recognisers():
+        try:
+            candidates = list(recogniser.options(module))
+            if not candidates:
+                continue
+            obstacle = _obstacle(module) or _cannot_run(module, recogniser)
+            if obstacle:
+                raise NotRecognised(obstacle)
+            found = _recognise(module, recogniser, candidates, verdicts)
+            swap.swap(module, swap.subclass(found))
+        except NotRecognised as reason:
+            reasons.append((recogniser.name, str(reason)))
+            continue
+        except Exception as error:
+            # Other people's attributes may do anything when they are read.
+            reasons.append((recogniser.name, f"{recogniser.name} fails on it ({error!r})"))
+            continue
+        report._swapped.append((module, found.original, type(module)))
+        return PatchEntry(
+            path, name, recogniser.replacement, f"recognised as {recogniser.name}", recogniser.name
+        )
+    if reasons:
+        return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), reasons[0][0])
+    return PatchEntry(path, name, None, "of no known family")
+
+
+def _recognise(
+    module: nn.Module,
+    recogniser: Recogniser,
+    candidates: Sequence[Any],
+    verdicts: dict[Any, str | None],
+) -> swap.Replacement:
+    """The first of the candidates that passes the probe; modules that are alike are tried once."""
+    first: str | None = None
+    for options in candidates:
+        marks = swap.fingerprint(module, recogniser.constants(module, options))
+        shapes = tuple((n, t.shape) for n, t in _state(module))
+        key = (type(module), recogniser.name, options, marks, shapes)
+        if key not in verdicts:
+            try:
+                probe(module, recogniser, options)
+                verdicts[key] = None
+            except NotRecognised as reason:
+                verdicts[key] = str(reason)
+        verdict = verdicts[key]
+        if verdict is None:
+            return swap.Replacement(type(module), recogniser, options, marks)
+        first = first or verdict
+    raise NotRecognised(str(first))
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _obstacle(module: nn.Module) -> str:
+    """What, whatever the family, forbids to swap this module's class; "" if nothing does."""
+    cls = type(module)
+    if type(cls) is not type:
+        return f"its class has a metaclass of its own ({type(cls).__name__})"
+    if any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1]):
+        return "its class does something when it is derived from (__init_subclass__)"
+    if "forward" in vars(module):
+        return "its forward was set on the instance"
+    if cls.__call__ is not nn.Module.__call__:
+        return "its class overrides __call__"
+    for path, part in module.named_modules():
+        where = f"{path} inside it" if path else "it"
+        if torch.nn.utils.parametrize.is_parametrized(part):
+            return f"a parametrization computes the weights of {where}"
+    for path, why in swap.hooked(module):
+        return f"{path} inside it {why}, which would not run"
+    for name, tensor in _state(module):
+        if torch.nn.parameter.is_lazy(tensor):
+            return f"{name} has no shape yet (a lazy module)"
+        if tensor.is_meta:
+            return f"{name} is on the meta device"
+        if type(tensor) not in swap.PLAIN_TENSORS:
+            return f"{name} is a {type(tensor).__name__}"
+    return ""
+
+
+def _cannot_run(module: nn.Module, recogniser: Recogniser) -> str:
+    """Why no kernel can serve this module where it lies; "" if one can."""
+    floats = [p for p in module.parameters() if p.is_floating_point()]
+    if not floats:
+        return ""
+    if len({(p.device, p.dtype) for p in floats}) > 1:
+        return "its parameters are of several dtypes or on several devices"
+    native = "cuda" if floats[0].is_cuda else "cpu"
+    for operator in recogniser.operators:
+        ok, why = backends.can_run(native, operator, (floats[0],))
+        if not ok:
+            return why
+    return ""
+
+
+# ---------------------------------------------------------------------------------------- verify
+
+
+def _arguments(verify: Any) -> tuple[Any, ...] | None:
+    if verify is None:
+        return None
+    if isinstance(verify, Tensor):
+        return (verify,)
+    if isinstance(verify, tuple):
+        return verify
+    raise TypeError(f"verify must be a tensor or a tuple of arguments, got {type(verify).__name__}")
+
+
+def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Of the network in eval mode; training flags and buffers are afterwards as before."""
+    training = [(part, part.training) for part in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        for part, _ in training:
+            part.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            torch.random.default_generator.manual_seed(0)
+            result = model(*kept)
+    finally:
+        for part, mode in training:
+            part.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+    leaves, _ = torch.utils._pytree.tree_flatten(result)
+    return [t.detach().clone() for t in leaves if isinstance(t, Tensor)]
+
+
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest difference, relative to the largest output; infinite where they cannot be
+    compared, and where only one of them is finite."""
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return float("inf")
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        if old.numel() == 0 or torch.equal(old, new):
+            continue
+        both = torch.isnan(old) & torch.isnan(new)
+        old, new = old.double().masked_fill(both, 0), new.double().masked_fill(both, 0)
+        same = old == new
+        gap = (old - new).abs().masked_fill(same, 0).max()
+        error = float(gap / old.abs().masked_fill(same, 0).max().clamp(min=1e-12))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def _verify(model: nn.Module, arguments: tuple[Any, ...], before: Any, report: PatchReport) -> None:
+    difference = _difference(before, _outputs(model, arguments))
+    if difference <= VERIFY_TOLERANCE:
+        return
+    names = {id(m): path for path, m in model.named_modules()}
+    culprits: list[tuple[float, str]] = []
+    for module, own, ours in report._swapped:
+        swap.swap(module, own)
+        without = _difference(before, _outputs(model, arguments))
+        swap.swap(module, ours)
+        culprits.append((without, names[id(module)]))
+        if len(culprits) == 32:
+            break
+    worst = min(culprits)[1] if culprits else ""
+    raise PatchError(
+        f"verify: the output changes by {difference:.1e} of its largest value, more than "
+        f"{VERIFY_TOLERANCE:.0e} is refused"
+        + (f"; most of it comes from {worst or 'the network itself'}" if culprits else "")
+        + ". The network is as it was; leave modules out with exclude="
+    )
+
+
+def _be_strict(report: PatchReport) -> None:
+    left = [e for e in report.skipped if e.resembles]
+    if left:
+        listed = "; ".join(f"{e.path or '(the network)'}: {e.reason}" for e in left[:5])
+        more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+        raise PatchError(f"strict: left alone would be {listed}{more}. The network is as it was")
+    if not report.replaced:
+        raise PatchError("strict: nothing in this network is of a known family")

@@ -1,0 +1,226 @@
+"""What a recogniser is, the list of them, and what their forwards ask before they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sr_kernels import backends
+
+from .swap import original_class
+
+__all__ = ["NotRecognised", "Recogniser", "by_name", "recognisers", "register"]
+
+
+class NotRecognised(Exception):
+    """A module resembles a family but is not of it; the message says why, for the report."""
+
+
+class Recogniser:
+    """One family of modules, and what replaces their forward.
+
+    Derive from it, fill in the methods and :func:`register` an instance; docs/patching.md has an
+    example. A recogniser keeps no state. Whatever it claims is verified: a module is replaced only
+    if ``forward`` gives what the module's own forward gives, on ``examples``, with other weights,
+    in float64, in eval and in training mode, gradients included.
+
+    Attributes:
+        name: unique; pickles of patched modules hold it.
+        replacement: what the report prints.
+        operators: names of the operators that ``forward`` calls.
+    """
+
+    name: str = ""
+    replacement: str = ""
+    operators: tuple[str, ...] = ()
+
+    def options(self, module: nn.Module) -> Iterable[Any]:
+        """What ``module`` may be, most likely first; the first that passes the probe is taken.
+
+        Each is hashable and can be pickled. Nothing (an empty list): not of this family. Judge by
+        structure here: children, parameters, shapes. Must not call the module.
+
+        Raises:
+            NotRecognised: of the family by its looks, but something differs.
+        """
+        raise NotImplementedError
+
+    def constants(self, module: nn.Module, options: Any) -> tuple[Tensor, ...]:
+        """Tensors of the module whose values the options express, such as a frozen mask.
+
+        The probe leaves them as they are, and a module in which they change is no longer replaced.
+        """
+        return ()
+
+    def examples(self, module: nn.Module, options: Any) -> Sequence[tuple[Any, ...]]:
+        """Arguments to compare on, float64 on the CPU; random ones from torch's own generator."""
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
+        """What the module's own forward returns, or NotImplemented: this call is left to it.
+
+        args: as the caller gave them; keyword arguments in their places.
+        """
+        raise NotImplementedError
+
+
+_RECOGNISERS: dict[str, Recogniser] = {}
+
+
+def register(recogniser: Recogniser) -> Recogniser:
+    """Adds a recogniser, in front of those that are there; one of the same name is replaced.
+
+    Raises:
+        TypeError: not an instance of :class:`Recogniser`.
+        ValueError: without a name or a replacement.
+    """
+    if not isinstance(recogniser, Recogniser):
+        raise TypeError(
+            f"recogniser must be an instance of a class derived from Recogniser, got {recogniser!r}"
+        )
+    if not recogniser.name or not recogniser.replacement:
+        raise ValueError(
+            f"recogniser must have a name and a replacement, got name={recogniser.name!r}, "
+            f"replacement={recogniser.replacement!r}"
+        )
+    _RECOGNISERS[recogniser.name] = recogniser
+    return recogniser
+
+
+def recognisers() -> list[Recogniser]:
+    """All of them, in the order in which they are asked: the last registered first."""
+    return list(_RECOGNISERS.values())[::-1]
+
+
+def by_name(name: str) -> Recogniser:
+    """The recogniser of this name.
+
+    Raises:
+        LookupError: there is none; a pickle asks for a recogniser that was not registered here.
+    """
+    if name not in _RECOGNISERS:
+        raise LookupError(
+            f"no recogniser {name!r} is registered; register it before unpickling a module that it "
+            f"patched (known: {', '.join(_RECOGNISERS)})"
+        )
+    return _RECOGNISERS[name]
+
+
+# ------------------------------------------------------------------------------------- structure
+
+
+def calls(child: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling ``child`` is ``kind.forward`` and nothing else: a ``kind``, or a subclass
+    that does not override it."""
+    return isinstance(child, kind) and original_class(child).forward is kind.forward
+
+
+def state_names(module: nn.Module) -> set[str]:
+    """Names of the parameters, buffers and children of ``module`` itself, without empty ones."""
+    groups = (module._parameters, module._buffers, module._modules)
+    return {name for group in groups for name, value in group.items() if value is not None}
+
+
+def child_names(module: nn.Module) -> list[str]:
+    """Names of the children, in order."""
+    return [name for name, child in module._modules.items() if child is not None]
+
+
+def owns_tensors(module: nn.Module) -> bool:
+    """Whether ``module`` itself, not its children, has parameters or buffers."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None for tensor in tensors)
+
+
+def part_at(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """The module that these names lead to."""
+    for name in path:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def is_conv(child: Any, kernel: int, *, padding: int | None = None, groups: int = 1) -> bool:
+    """Whether ``child`` is a plain Conv2d, kernel x kernel, stride 1, zero padding that keeps the
+    size (or ``padding``)."""
+    if not calls(child, nn.Conv2d):
+        return False
+    wanted = kernel // 2 if padding is None else padding
+    return bool(
+        child.kernel_size == (kernel, kernel)
+        and child.stride == (1, 1)
+        and (child.padding in ((wanted, wanted), "same" if wanted == kernel // 2 else None))
+        and child.dilation == (1, 1)
+        and child.groups == groups
+        and (child.padding_mode == "zeros" or wanted == 0)
+        and child.weight.shape[0] == child.out_channels
+        and child.weight.shape[1] * groups == child.in_channels
+    )
+
+
+# -------------------------------------------------------------------------------- examples
+
+
+def maps(channels: int, height: int, width: int) -> list[tuple[Any, ...]]:
+    """Two feature maps, an ordinary one and one of large values."""
+    return [
+        (torch.randn(2, channels, height, width, dtype=torch.float64),),
+        (5 * torch.randn(1, channels, width, height, dtype=torch.float64),),
+    ]
+
+
+def is_map(x: Tensor, channels: int) -> bool:
+    """(N, channels, H, W) with at least one pixel."""
+    return x.dim() == 4 and x.shape[1] == channels and x.shape[2] > 0 and x.shape[3] > 0
+
+
+# ------------------------------------------------------------------------------- before a call
+
+
+def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
+    """Whether these operators can run on ``x`` with ``weights`` as the module's own layers would.
+
+    Not in an ONNX export and not under transforms that only torch's own operators know, and not
+    where they would return another dtype: with autocast, x must have autocast's dtype already.
+    """
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
+        return False
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
+    if autocast and x.dtype != torch.get_autocast_dtype(device):
+        return False
+    for weight in weights:
+        if weight is None:
+            continue
+        if weight.device != x.device or (weight.dtype != x.dtype and not autocast):
+            return False
+    if torch.onnx.is_in_onnx_export() or (not torch.compiler.is_compiling() and _transformed(x)):
+        return False
+    wanted = backends.current_backend()
+    if wanted == "auto":
+        wanted = "cuda" if x.is_cuda else "cpu"
+    return wanted != "reference" and all(backends.can_run(wanted, op, (x,))[0] for op in operators)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether something else than plain torch looks at ``x``: vmap, dual numbers, a tensor subclass
+    of someone."""
+    return bool(
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch.autograd.forward_ad._current_level >= 0
+        or type(x) not in _TENSORS
+    )
+
+
+_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
+
+
+def needs_gradient(module: nn.Module, *tensors: Any) -> bool:
+    """Whether autograd would record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return True
+    return any(p.requires_grad for p in module.parameters())

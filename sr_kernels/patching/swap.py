@@ -1,0 +1,274 @@
+"""A recognised module's class is swapped for a subclass with another ``forward``, and back.
+
+The subclass has nothing but ``forward``; nothing is stored on the module. What the replacement has
+to know beyond the module (the recogniser, its options, and what the module looked like when it was
+recognised) belongs to the class, in :data:`_REPLACEMENTS`. A subclass is made once for each
+combination of these and lives as long as a module of it.
+
+A call that the operators cannot run, or a module that has changed since, takes the class's own
+forward.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import hashlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from .recogniser import Recogniser
+
+__all__ = ["Replacement", "original_class", "replacement_of", "swap"]
+
+
+class PatchedType(type):
+    """The metaclass of the subclasses: by it they are known, and pickled."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a subclass is: one class, one recogniser, and what it found.
+
+    options: of the recogniser; hashable, and picklable if the module is.
+    fingerprint: :func:`fingerprint` of the module when it was recognised.
+    """
+
+    original: type[nn.Module]
+    recogniser: Recogniser
+    options: Any
+    fingerprint: tuple[Any, ...]
+
+
+_REPLACEMENTS: weakref.WeakKeyDictionary[type, Replacement] = weakref.WeakKeyDictionary()
+
+
+def replacement_of(module: nn.Module) -> Replacement | None:
+    """What ``module`` is replaced by; None if it is not."""
+    return _REPLACEMENTS.get(type(module))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` has when it is not patched."""
+    replacement = replacement_of(module)
+    return type(module) if replacement is None else replacement.original
+
+
+# -------------------------------------------------------------------------------- the subclass
+
+
+def subclass(replacement: Replacement) -> type[nn.Module]:
+    """The subclass of ``replacement``: the one that exists, or a new one."""
+    original = replacement.original
+    for known in type.__subclasses__(original):
+        if _REPLACEMENTS.get(known) == replacement:
+            return known
+    made = cast(
+        type[nn.Module],
+        PatchedType(
+            original.__name__,
+            (original,),
+            {
+                "__module__": original.__module__,
+                "__qualname__": original.__qualname__,
+                "__doc__": original.__doc__,
+                "forward": _forward(replacement),
+            },
+        ),
+    )
+    _REPLACEMENTS[made] = replacement
+    return made
+
+
+def _forward(replacement: Replacement) -> Callable[..., Any]:
+    own = replacement.original.forward
+    recogniser, options = replacement.recogniser, replacement.options
+    order = positional(own)
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = args if not kwargs else order(args, kwargs)
+        if given is not None and unchanged(self, replacement):
+            result = recogniser.forward(self, options, *given)
+            if result is not NotImplemented:
+                return result
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def positional(
+    forward: Callable[..., Any],
+) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | None]:
+    """A function that puts a call's keyword arguments in their places; None where it cannot."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    simple = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
+    names = tuple(p.name for p in parameters)
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+    def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        if not simple or len(args) > len(names):
+            return None
+        placed = list(args)
+        left = len(kwargs)
+        for name in names[len(args) :]:
+            if name in kwargs:
+                placed.append(kwargs[name])
+                left -= 1
+            elif name in defaults:
+                placed.append(defaults[name])
+            else:
+                return None
+        return tuple(placed) if left == 0 else None
+
+    return order
+
+
+def _remake(
+    original: type[nn.Module], name: str, options: Any, marks: tuple[Any, ...]
+) -> type[nn.Module]:
+    from .recogniser import by_name
+
+    return subclass(Replacement(original, by_name(name), options, marks))
+
+
+def _reduce(made: type[nn.Module]) -> tuple[Any, ...]:
+    r = _REPLACEMENTS[made]
+    return _remake, (r.original, r.recogniser.name, r.options, r.fingerprint)
+
+
+copyreg.pickle(PatchedType, _reduce)  # type: ignore[arg-type]
+
+
+def swap(module: nn.Module, to: type[nn.Module]) -> None:
+    """``module.__class__ = to``, whatever the module's own ``__setattr__`` does.
+
+    Raises:
+        TypeError: Python cannot swap these two classes.
+    """
+    object.__setattr__(module, "__class__", to)
+
+
+# --------------------------------------------------------------------------------- is it still so
+
+
+# Of a module's __dict__: not its configuration.
+_STATE = frozenset(vars(nn.Module())) | {"_is_replica", "_former_parameters"}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _mark(value: Any) -> Any:
+    """A configured value in a form that can be compared, hashed, copied and pickled."""
+    if type(value) in _PLAIN or isinstance(value, (type, FunctionType)):
+        return value
+    if isinstance(value, (tuple, list)):
+        if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+            return value
+        return (type(value), *map(_mark, value))
+    if isinstance(value, dict):
+        return (type(value), *((_mark(k), _mark(v)) for k, v in value.items()))
+    return type(value)
+
+
+def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The classes and the configuration of a module and all inside it, and the fixed tensors."""
+    parts = []
+    for part in _parts(module):
+        marks = tuple(
+            (name, _mark(value))
+            for name, value in vars(part).items()
+            if name not in _STATE and not isinstance(value, Tensor)
+        )
+        parts.append((original_class(part), marks))
+    return (tuple(parts), tuple(_digest(tensor) for tensor in constants))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all inside it; a shared one each time. Faster than ``modules()``."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parts(child)
+
+
+def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor, ...]) -> bool:
+    """``fingerprint(module, constants) == wanted``, but for attributes that are new: quickly, since
+    every call of a patched module asks."""
+    expected = iter(wanted[0])
+    for part in _parts(module):
+        cls, marks = next(expected, (None, ()))
+        if type(part) is not cls and original_class(part) is not cls:
+            return False
+        own = vars(part)
+        for name, mark in marks:
+            value = own.get(name, _parts)  # a value that nothing has
+            if value is not mark and _mark(value) != mark:
+                return False
+    return next(expected, None) is None and all(
+        _digest(tensor) == digest for tensor, digest in zip(constants, wanted[1], strict=True)
+    )
+
+
+def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """``(path, why)`` of each part inside ``module`` that a fused forward must not skip."""
+    for path, part in module.named_modules():
+        if part is not module and _intercepted(part):
+            yield path, "has hooks, or a forward of its instance"
+
+
+def _intercepted(part: nn.Module) -> bool:
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or (not torch.compiler.is_compiling() and "forward" in vars(part))
+    )
+
+
+def unchanged(module: nn.Module, replacement: Replacement) -> bool:
+    """Whether ``module`` is what it was when it was recognised, and no hook waits inside it.
+
+    While a graph is captured only hooks are looked for.
+    """
+    if _has_any_global_hook() or any(_intercepted(p) for p in _parts(module) if p is not module):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    constants = replacement.recogniser.constants(module, replacement.options)
+    return _matches(module, replacement.fingerprint, constants)
+
+
+# ------------------------------------------------------------------------ tensors that are fixed
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_DIGESTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _digest(tensor: Tensor) -> str:
+    """The tensor's values as a short string; computed again only when they were written to."""
+    if type(tensor) not in PLAIN_TENSORS or tensor.is_meta:
+        return "no values"
+    if tensor.is_inference():
+        return _hash(tensor)
+    written = (tensor.data_ptr(), tensor._version)
+    known = _DIGESTS.get(tensor)
+    if known is None or known[0] != written:
+        known = (written, _hash(tensor))
+        _DIGESTS[tensor] = known
+    return str(known[1])
+
+
+def _hash(tensor: Tensor) -> str:
+    values = tensor.detach().to("cpu", torch.float64).contiguous()
+    return hashlib.sha256(repr(tuple(values.shape)).encode() + values.numpy().tobytes()).hexdigest()

@@ -1,0 +1,817 @@
+"""The mechanism: what patching changes, what it must not, and what still works afterwards."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import third_party as tp
+import torch
+from torch import Tensor, nn
+
+import sr_kernels.nn
+from sr_kernels.patching import (
+    NotRecognised,
+    PatchError,
+    Recogniser,
+    core,
+    patch,
+    patched,
+    register,
+)
+from sr_kernels.patching import recogniser as recogniser_module
+from sr_kernels.patching.swap import PatchedType, replacement_of
+
+HERE = Path(__file__).resolve().parent
+
+
+class Net(nn.Module):
+    """One block of each kind, on (N, 3, H, W) with H and W multiples of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 15, 3, padding=1)
+        self.block = tp.ELAB(15, 2, 1, (2, 4, 8))
+        self.gate = tp.CCALayer(15, 3)
+        self.other = tp.with_tanh_gate(15)
+        self.tail = nn.Conv2d(15, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.other(self.gate(self.block(self.head(x))))) + x
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    model = Net()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(2, 3, 16, 16))  # running statistics
+    return model.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(1, 3, 16, 24)
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(m) for m in model.modules()]
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------- what patching changes
+
+
+def test_the_module_is_untouched_but_for_its_class(net: nn.Module, x: Tensor) -> None:
+    before = {path: dict(vars(m)) for path, m in net.named_modules()}
+    parameters = {name: (id(p), p._version) for name, p in net.named_parameters()}
+    kinds, y = classes(net), output(net, x)
+    report = patch(net)
+    assert [e.path for e in report.replaced] == ["block", "gate"]
+    for path, module in net.named_modules():
+        now = vars(module)
+        assert list(now) == list(before[path])
+        assert all(now[name] is value for name, value in before[path].items()), path
+    assert {n: (id(p), p._version) for n, p in net.named_parameters()} == parameters
+    assert isinstance(net.block, tp.ELAB)
+    assert type(net.block).__name__ == "ELAB"
+    assert set(vars(type(net.block))) - {"__module__", "__qualname__", "__doc__"} == {"forward"}
+    close(output(net, x), y)
+    report.restore()
+    assert classes(net) == kinds
+    assert torch.equal(output(net, x), y)
+    for path, module in net.named_modules():
+        assert list(vars(module)) == list(before[path])
+        assert all(vars(module)[name] is value for name, value in before[path].items()), path
+    report.restore()
+    assert classes(net) == kinds
+
+
+def test_third_party_classes_and_torch_are_untouched(net: nn.Module) -> None:
+    watched = [tp.ELAB, tp.CCALayer, nn.Module, nn.Conv2d, torch.nn.functional, torch.Tensor]
+    before = [dict(vars(thing)) for thing in watched]
+    with patched(net):
+        assert [dict(vars(thing)) for thing in watched] == before
+
+
+def test_one_class_for_modules_that_are_alike() -> None:
+    gates = nn.Sequential(tp.CALayer(32, 4), tp.CALayer(32, 4), tp.CALayer(16, 4))
+    patch(gates)
+    assert type(gates[0]) is type(gates[1]) is not type(gates[2])
+    assert type(type(gates[0])) is PatchedType
+
+
+def test_patching_again_changes_nothing(net: nn.Module) -> None:
+    first = patch(net)
+    kinds = classes(net)
+    second = patch(net)
+    assert classes(net) == kinds
+    assert not second.replaced
+    assert "patched already" in {e.path: e.reason for e in second.entries}["block"]
+    second.restore()
+    assert classes(net) == kinds
+    first.restore()
+    assert classes(net) != kinds
+
+
+def test_nested(net: nn.Module) -> None:
+    plain = classes(net)
+    with patched(net, include=["gate"]):
+        inner = classes(net)
+        assert inner != plain
+        with patched(net) as report:
+            assert [e.path for e in report.replaced] == ["block"]
+        assert classes(net) == inner
+    assert classes(net) == plain
+
+
+def test_parts_first_then_the_whole(net: nn.Module, x: Tensor) -> None:
+    y, plain = output(net, x), classes(net)
+    inner = patch(net.block.modules_lfe)
+    assert len(inner.replaced) == 2
+    outer = patch(net)
+    assert {e.path for e in outer.replaced} == {"block", "gate"}
+    close(output(net, x), y)
+    inner.restore()  # in whichever order
+    close(output(net, x), y)
+    outer.restore()
+    assert classes(net) == plain
+
+
+def test_restored_after_an_exception(net: nn.Module) -> None:
+    plain = classes(net)
+    with pytest.raises(ZeroDivisionError), patched(net):
+        raise ZeroDivisionError
+    assert classes(net) == plain
+
+
+def test_never_half_patched(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, own = classes(net), core._patch_one
+
+    def second_fails(path: str, *rest: Any) -> Any:
+        if path == "gate":
+            raise KeyboardInterrupt
+        return own(path, *rest)
+
+    monkeypatch.setattr(core, "_patch_one", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        patch(net)
+    assert classes(net) == plain
+
+
+def test_random_numbers_gradients_and_modes_stay(net: nn.Module) -> None:
+    net.train()
+    net.gate.eval()
+    modes = [m.training for m in net.modules()]
+    buffers = copy.deepcopy(dict(net.named_buffers()))
+    state = torch.get_rng_state()
+    patch(net, verify=torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in net.modules()] == modes
+    assert all(p.grad is None for p in net.parameters())
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_shared_module_is_replaced_once(x: Tensor) -> None:
+    shared = tp.PA(3)
+    model = nn.Sequential(shared, nn.Conv2d(3, 3, 3, padding=1), shared).eval()
+    y = output(model, x)
+    report = patch(model)
+    assert len(report.replaced) == 1
+    assert model[0] is model[2]
+    close(output(model, x), y)
+
+
+def test_the_network_itself_may_be_the_module() -> None:
+    gate = tp.CALayer(32, 4)
+    report = patch(gate)
+    assert (report.replaced[0].path, replacement_of(gate) is not None) == ("", True)
+    assert "(the network)" in str(report)
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def test_report(net: nn.Module) -> None:
+    report = patch(net)
+    assert [e.path for e in report.entries] == [path for path, _ in net.named_modules()]
+    assert len(report.replaced) + len(report.skipped) == len(report.entries)
+    by_path = {e.path: e for e in report.entries}
+    assert by_path["block"].class_name == "ELAB"
+    assert by_path["block"].replaced_by == "shift_conv_block + grouped_attention_block"
+    assert by_path["block.modules_lfe.lfe_0"].reason == "part of block, replaced as one"
+    assert by_path["head"].reason == "of no known family"
+    assert "Tanh" in by_path["other"].reason
+    text = str(report)
+    assert text.startswith("2 modules replaced, 1 of known kinds left alone")
+    assert "1 x CCALayer" in text
+    assert "left alone: Tanh" in text
+
+
+def test_include_and_exclude(net: nn.Module) -> None:
+    def chosen(**selection: Any) -> list[str]:
+        with patched(net, **selection) as report:
+            return [e.path for e in report.replaced]
+
+    assert chosen(include=["gate"]) == ["gate"]
+    assert chosen(include=["ELAB"]) == ["block"]
+    assert chosen(include=[tp.CCALayer]) == ["gate"]
+    assert chosen(include=tp.CCALayer) == ["gate"]
+    assert chosen(include=["block.modules_lfe.*"]) == [
+        "block.modules_lfe.lfe_0",
+        "block.modules_lfe.lfe_1",
+    ]
+    assert chosen(exclude=["gate"]) == ["block"]
+    assert chosen(exclude=["block*"]) == ["gate"]
+    assert chosen(include=["block", "gate"], exclude=["ELAB"]) == ["gate"]
+    assert chosen(include=[]) == []
+
+
+def test_bad_arguments(net: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        patch(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="include must hold"):
+        patch(net, include=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="verify must be a tensor"):
+        patch(net, verify=[1])  # type: ignore[arg-type]
+
+
+def test_strict(net: nn.Module) -> None:
+    plain = classes(net)
+    with pytest.raises(PatchError, match="other: Tanh"):
+        patch(net, strict=True)
+    assert classes(net) == plain
+    patch(net, strict=True, include=["block", "gate"])
+    with pytest.raises(PatchError, match="nothing in this network"):
+        patch(nn.Conv2d(3, 3, 3), strict=True)
+
+
+# ------------------------------------------------------------------------------------------ verify
+
+
+def test_verify(net: nn.Module, x: Tensor) -> None:
+    assert len(patch(net, verify=x).replaced) == 2
+    assert len(patched_names(Net(), verify=(x,))) == 2
+
+
+def patched_names(model: nn.Module, **options: Any) -> list[str]:
+    return [e.path for e in patch(model, **options).replaced]
+
+
+class Lying(Recogniser):
+    """Passes any probe, and is wrong on images."""
+
+    name, replacement = "lying", "nonsense"
+
+    def options(self, module: nn.Module) -> list[Any]:
+        return [()] if type(module) is tp.CCALayer else []
+
+    def examples(self, module: nn.Module, options: Any) -> list[tuple[Any, ...]]:
+        return [(torch.randn(1, 15, 2, 2, dtype=torch.float64),)]
+
+    def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
+        y = tp.CCALayer.forward(module, args[0])
+        return y if args[0].shape[2] == 2 else 2 * y
+
+
+@pytest.fixture
+def own_recognisers() -> Any:
+    """What a test registers is gone after it."""
+    before = dict(recogniser_module._RECOGNISERS)
+    yield
+    recogniser_module._RECOGNISERS.clear()
+    recogniser_module._RECOGNISERS.update(before)
+
+
+@pytest.mark.usefixtures("own_recognisers")
+def test_verify_refuses_and_names_the_module(net: nn.Module, x: Tensor) -> None:
+    register(Lying())
+    plain = classes(net)
+    with pytest.raises(PatchError, match="more than 1e-03 is refused; most of it comes from gate"):
+        patch(net, verify=x)
+    assert classes(net) == plain
+    assert "nonsense" in str(patch(net))
+
+
+def test_verify_refuses_what_it_cannot_run(net: nn.Module) -> None:
+    plain = classes(net)
+    with pytest.raises(RuntimeError):
+        patch(net, verify=torch.rand(1, 5, 8, 8))
+    assert classes(net) == plain
+
+
+# ------------------------------------------------------------------------ what works as before
+
+
+def test_copies_and_pickles(net: nn.Module, x: Tensor) -> None:
+    patch(net)
+    y = output(net, x)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(net),
+        copy.copy(net),
+        pickle.loads(pickle.dumps(net)),
+        torch.load(file, weights_only=False),
+    ):
+        assert classes(twin) == classes(net)
+        assert torch.equal(output(twin, x), y)
+    ema = copy.deepcopy(net)
+    with torch.no_grad():
+        for average, parameter in zip(ema.parameters(), net.parameters(), strict=True):
+            average.lerp_(parameter + 0.01, 0.5)
+    close(output(ema, x), output(plain_of(ema), x))
+    assert torch.equal(output(net, x), y), "the copy shares nothing"
+
+
+def plain_of(model: nn.Module) -> nn.Module:
+    twin = Net().train(model.training)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_pickle_in_another_process(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    patch(net)
+    torch.save((net.block, net.gate), tmp_path / "net.pt")
+    torch.save(
+        (net.head(x).detach(), output(net.gate, output(net.block, net.head(x)))), tmp_path / "io.pt"
+    )
+    code = """
+        import sys, torch
+        block, gate = torch.load(sys.argv[1] + "/net.pt", weights_only=False)
+        given, expected = torch.load(sys.argv[1] + "/io.pt")
+        with torch.no_grad():
+            assert torch.equal(gate(block(given)), expected)
+        from sr_kernels.patching.swap import replacement_of
+        assert replacement_of(block) and replacement_of(gate)
+        print("as before")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "as before", done.stderr
+
+
+def test_state_dict(net: nn.Module, x: Tensor) -> None:
+    keys = list(net.state_dict())
+    patch(net)
+    assert list(net.state_dict()) == keys
+    fresh = Net().eval()
+    patch(fresh)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(output(fresh, x), output(net, x))
+
+
+def test_hooks(net: nn.Module, x: Tensor) -> None:
+    y = output(net, x)
+    patch(net)
+    seen: list[str] = []
+    net.block.register_forward_pre_hook(lambda *_: seen.append("before block"))
+    net.block.register_forward_hook(lambda *_: seen.append("after block"))
+    fast = output(net, x)
+    assert seen == ["before block", "after block"]
+    inner = net.block.modules_lfe["lfe_1"].conv0
+    handle = inner.register_forward_hook(lambda *_: seen.append("inside"))
+    assert torch.equal(output(net.block, net.head(x)), output(plain_of(net).block, net.head(x)))
+    assert seen.count("inside") == 1, "a hook inside a block that is replaced as one"
+    handle.remove()
+    assert torch.equal(output(net, x), fast)
+    close(fast, y)
+    counted: list[str] = []
+    everywhere = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: counted.append(type(module).__name__)
+    )
+    output(net, x)
+    everywhere.remove()
+    assert counted.count("GMSA") == 2
+
+
+def test_children_that_are_exchanged_are_used(net: nn.Module, x: Tensor) -> None:
+    """Adapters wrap layers, and show the weights of what they wrap."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Conv2d) -> None:
+            super().__init__()
+            self.base = base
+            self.weight, self.bias = base.weight, base.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base(x)
+
+    patch(net)
+    net.gate.conv_du[0] = Adapter(net.gate.conv_du[0])
+    z = torch.rand(1, 15, 8, 8)
+    gate = net.gate.conv_du(tp.stdv_channels(z) + z.mean((2, 3), keepdim=True))
+    torch.testing.assert_close(net.gate(z), z * gate)
+
+
+def test_instance_forwards_inside_are_called(net: nn.Module) -> None:
+    patch(net)
+    own = net.gate.conv_du[2].forward
+    net.gate.conv_du[2].forward = lambda x: own(x) - 100
+    assert output(net.gate, torch.rand(1, 15, 8, 8)).abs().max() < 1e-6
+
+
+def test_optimizer_and_training(net: nn.Module) -> None:
+    net.train()
+    theirs = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    patch(net)
+    other = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9)
+    for step in range(3):
+        sample = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        for model, by in ((net, optimizer), (theirs, other)):
+            by.zero_grad()
+            (model(sample) - 1).square().mean().backward()
+            by.step()
+    for name, parameter in net.named_parameters():
+        close(parameter, dict(theirs.named_parameters())[name])
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
+
+
+def test_replicas(net: nn.Module, x: Tensor) -> None:
+    """What DataParallel makes: shallow copies whose parameters are plain attributes."""
+    patch(net)
+    replica = net.gate._replicate_for_data_parallel()
+    down = net.gate.conv_du._replicate_for_data_parallel()
+    for name, layer in list(down._modules.items()):
+        twin = layer._replicate_for_data_parallel()
+        for key, parameter in layer._parameters.items():
+            setattr(twin, key, (2 * parameter).detach())
+        down._modules[name] = twin
+    replica._modules["conv_du"] = down
+    z = torch.rand(1, 15, 8, 8)
+    expected = copy.deepcopy(net.gate)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+    assert torch.equal(output(replica, z), output(expected, z))
+    assert not torch.equal(output(replica, z), output(net.gate, z))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_compile(net: nn.Module, x: Tensor, mode: str) -> None:
+    torch._dynamo.reset()
+    net.train(mode == "train")
+    twin = copy.deepcopy(net)
+    patch(net)
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    if mode == "eval":
+        close(output(compiled, x), output(twin, x))
+    else:
+        compiled(x).sum().backward()
+        twin(x).sum().backward()
+        close(net.head.weight.grad, twin.head.weight.grad)
+    assert any("sr_kernels.shift_conv_block" in target for target in found), found
+    torch._dynamo.reset()
+
+
+def test_export(net: nn.Module, x: Tensor) -> None:
+    patch(net)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("sr_kernels.grouped_attention_block" in t for t in targets)
+    close(output(program.module(), x), output(net, x))
+
+
+def test_torch_fx_and_func_see_the_module_itself(net: nn.Module, x: Tensor) -> None:
+    y = output(net.gate, net.head(x))
+    patch(net)
+    graph = torch.fx.symbolic_trace(net.gate)
+    assert torch.equal(output(graph, net.head(x)), y)
+    samples = torch.rand(3, 1, 15, 8, 8)
+    with torch.no_grad():
+        each = torch.func.vmap(net.gate)(samples)
+        close(each, torch.stack([net.gate(sample) for sample in samples]))
+        _, tangent = torch.func.jvp(net.gate, (samples[0],), (samples[1],))
+        assert tangent.abs().max() > 0
+
+
+def test_jit_trace(net: nn.Module, x: Tensor) -> None:
+    patch(net)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (x,))
+    close(output(traced, x), output(net, x))
+
+
+def test_ddp_with_two_processes(tmp_path: Path) -> None:
+    code = """
+        import os, sys, torch, copy
+        import torch.distributed as dist
+        import third_party as tp, sr_kernels
+        rank = int(sys.argv[2])
+        dist.init_process_group(
+            "gloo", init_method="file://" + sys.argv[1] + "/rendezvous", rank=rank, world_size=2
+        )
+        torch.manual_seed(0)
+        plain = tp.ELAB(15, 2, 1, (2, 4, 8))
+        model = copy.deepcopy(plain)
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        assert len(sr_kernels.patch(model).replaced) == 1
+        batch = torch.rand(2, 15, 8, 8)
+        model.eval(), plain.eval()
+        model(batch[rank : rank + 1]).square().sum().backward()
+        plain(batch).square().sum().backward()
+        for (name, own), other in zip(plain.named_parameters(), model.parameters()):
+            if own.grad is not None:
+                scale = float(own.grad.abs().max())
+                torch.testing.assert_close(
+                    2 * other.grad, own.grad, rtol=1e-3, atol=1e-3 * scale, msg=name
+                )
+        dist.destroy_process_group()
+        print("agrees")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert out.strip() == "agrees", err
+
+
+# -------------------------------------------------------------------- modules that are left alone
+
+
+def reason(module: nn.Module) -> str:
+    kind = type(module)
+    first = patch(module).entries[0]
+    assert first.replaced_by is None
+    assert type(module) is kind
+    return first.reason
+
+
+class WithSlots(tp.CALayer):
+    __slots__ = ("extra",)
+
+
+class WithMeta(type):
+    pass
+
+
+class OtherMetaclass(tp.CALayer, metaclass=WithMeta):
+    pass
+
+
+class Registered(tp.CALayer):
+    seen: list[type] = []  # noqa: RUF012
+
+    def __init_subclass__(cls) -> None:
+        Registered.seen.append(cls)
+
+
+class OtherCall(tp.CALayer):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x)
+
+
+class OtherSetattr(tp.CALayer):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError("not mine")
+        super().__setattr__(name, value)
+
+
+class TwoArguments(tp.CALayer):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+class KeywordsOnly(tp.CALayer):
+    def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def test_odd_modules_are_left_alone() -> None:
+    gate = tp.CALayer(32, 4)
+    assert "TorchScript" in reason(torch.jit.trace(gate, torch.rand(1, 32, 4, 4)))
+    assert "torch.fx graph" in reason(torch.fx.symbolic_trace(gate))
+    assert "metaclass" in reason(OtherMetaclass(32, 4))
+    assert "derived from" in reason(Registered(32, 4))
+    assert Registered.seen == []
+    assert "__call__" in reason(OtherCall(32, 4))
+    with torch.device("meta"):
+        assert "meta device" in reason(tp.CALayer(32, 4))
+    weighted = tp.CALayer(32, 4)
+    torch.nn.utils.parametrizations.weight_norm(weighted.conv_du[0])
+    assert "parametrization" in reason(weighted)
+    old = tp.PA(8)
+    old.conv = torch.nn.utils.spectral_norm(old.conv)
+    assert "hooks" in reason(old)
+    mixed = tp.CALayer(32, 4)
+    mixed.conv_du[0].half()
+    assert "several dtypes" in reason(mixed)
+    patched_by_hand = tp.CALayer(32, 4)
+    patched_by_hand.forward = lambda x: x
+    assert "instance" in reason(patched_by_hand)
+    lazy = tp.CALayer(32, 4)
+    lazy.conv_du[0] = nn.LazyConv2d(8, 1)
+    reason(lazy)
+    quantised = tp.CALayer(32, 4)
+    quantised.conv_du[0] = torch.ao.nn.quantized.Conv2d(32, 8, 1)
+    reason(quantised)
+    reason(TwoArguments(32, 4))
+    reason(KeywordsOnly(32, 4))
+
+
+def test_layers_of_this_package_keep_their_backend() -> None:
+    layer = sr_kernels.nn.PixelAttention(8, backend="reference")
+    assert "of this package" in reason(layer)
+
+
+def test_odd_modules_that_can_be_replaced() -> None:
+    z = torch.rand(1, 32, 5, 5)
+    for kind in (WithSlots, OtherSetattr):
+        module = kind(32, 4).eval()
+        y = output(module, z)
+        report = patch(module)
+        assert len(report.replaced) == 1, str(report)
+        close(output(module, z), y)
+        report.restore()
+        assert type(module) is kind
+    with torch.inference_mode():
+        module = tp.SequentialLFE(10).eval()
+        z = torch.rand(1, 10, 5, 5)
+        y = module(z)
+        assert len(patch(module).replaced) == 1
+        close(module(z), y)
+
+
+def test_parameters_of_inference_mode_are_served() -> None:
+    with torch.inference_mode():
+        module = tp.ELAB(15, 2, 0, (2, 4, 8)).eval()
+    z = torch.rand(1, 15, 8, 8)
+    with torch.inference_mode():
+        y = module(z)
+        assert len(patch(module).replaced) == 1
+        close(module(z), y)
+
+
+def test_tensors_without_values(net: nn.Module) -> None:
+    patch(net)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert net(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+    net.to("meta")
+    assert net(torch.rand(1, 3, 16, 16, device="meta")).is_meta
+
+
+def test_a_module_that_notes_what_it_saw_is_left_alone() -> None:
+    class Noting(tp.CALayer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.mean()
+            return super().forward(x)
+
+    class Counting(tp.CALayer):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    assert "stores something" in reason(Noting(32, 4))
+    assert "stores something" in reason(Counting(32, 4))
+
+
+def test_onnx_exports_the_own_forward(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    patch(net)
+    file = tmp_path / "net.onnx"
+    with torch.no_grad():
+        torch.onnx.export(net, (x,), str(file), dynamo=False, opset_version=18)
+    assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
+
+
+def test_hooks_inside_are_in_a_compiled_graph(net: nn.Module, x: Tensor) -> None:
+    torch._dynamo.reset()
+    patch(net)
+    net.gate.conv_du[3].register_forward_hook(lambda _module, _args, out: 0 * out)
+    z = torch.rand(1, 15, 8, 8)
+    compiled = torch.compile(net.gate, fullgraph=True, backend="eager")
+    assert output(compiled, z).abs().max() == 0
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------- recognisers of one's own
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.conv(x) + x
+
+
+class ScaledConvolution(Recogniser):
+    name = "scaled_convolution"
+    replacement = "shift_conv2d"
+    operators = ("shift_conv2d",)
+
+    def options(self, module: nn.Module) -> list[float]:
+        return [0.25, 0.5] if type(module).__name__ == "Scaled" else []
+
+    def examples(self, module: nn.Module, options: float) -> list[tuple[Any, ...]]:
+        return [(torch.randn(2, 6, 5, 7, dtype=torch.float64),)]
+
+    def forward(self, module: nn.Module, options: float, *args: Any) -> Any:
+        (x,) = args
+        conv = module.conv
+        return sr_kernels.shift_conv2d(
+            x, options * conv.weight, options * conv.bias, pattern="none", residual=x
+        )
+
+
+@pytest.mark.usefixtures("own_recognisers")
+def test_a_recogniser_of_ones_own(x: Tensor) -> None:
+    module = Scaled().eval()
+    assert not patch(module).replaced
+    register(ScaledConvolution())
+    y = output(module, torch.ones(1, 6, 4, 4))
+    report = patch(module)
+    assert [e.replaced_by for e in report.replaced] == ["shift_conv2d"]
+    assert replacement_of(module).options == 0.5
+    close(output(module, torch.ones(1, 6, 4, 4)), y)
+    stored = pickle.dumps(module)
+    recogniser_module._RECOGNISERS.pop("scaled_convolution")
+    with pytest.raises(LookupError, match="no recogniser 'scaled_convolution' is registered"):
+        recogniser_module.by_name("scaled_convolution")
+    report.restore()
+    del module, report
+    assert stored
+
+
+@pytest.mark.usefixtures("own_recognisers")
+def test_the_example_in_the_documentation() -> None:
+    page = (HERE.parents[1] / "docs" / "patching.md").read_text()
+    code = page.split("```python\nimport torch\n")[1].split("```")[0]
+    scope: dict[str, Any] = {"__name__": "example"}
+    exec("import torch\n" + code, scope)
+    assert scope["report"].replaced[0].replaced_by == "shift_conv2d"
+
+
+def test_recognisers_are_checked() -> None:
+    with pytest.raises(TypeError, match="derived from Recogniser"):
+        register(object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must have a name"):
+        register(Recogniser())
+    with pytest.raises(NotImplementedError):
+        Recogniser().options(nn.Identity())
+    assert issubclass(NotRecognised, Exception)
+
+
+@pytest.mark.usefixtures("own_recognisers")
+def test_a_recogniser_that_fails_leaves_the_network_whole(net: nn.Module) -> None:
+    class Broken(ScaledConvolution):
+        name = "broken"
+
+        def options(self, module: nn.Module) -> list[float]:
+            if isinstance(module, tp.CALayer):
+                raise ZeroDivisionError
+            return []
+
+    register(Broken())
+    plain = classes(net)
+    report = patch(net)
+    assert [e.path for e in report.replaced] == ["block", "gate"]
+    assert "broken fails on it" in {e.path: e.reason for e in report.entries}["other"]
+    report.restore()
+    assert classes(net) == plain
