@@ -6,6 +6,7 @@ network has ``scale``, ``rgb_range`` (the value of white in input and output), `
 ``tile_multiple`` and ``tile_overlap``. ``plan`` makes a faster copy of one for inference.
 """
 
+from .basicsr import register_basicsr
 from .checkpoints import CheckpointError, UnknownNetworkError, load_checkpoint
 from .do_conv import DOConv2d
 from .elan import ELAN, elan, elan_light
@@ -27,4 +28,5 @@ __all__ = [
     "load_pretrained",
     "mafdn",
     "plan",
+    "register_basicsr",
 ]
