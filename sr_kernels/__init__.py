@@ -8,6 +8,7 @@ attention gates. Functions in :mod:`sr_kernels.functional` (re-exported here), m
 import sr_kernels.ops  # noqa: F401  (registers fake kernels, autograd and autocast)
 from sr_kernels._version import __version__
 from sr_kernels.backends import FallbackWarning, use_backend
+from sr_kernels.export import export_onnx
 from sr_kernels.functional import (
     WindowScores,
     apply_grouped_attention_block,
@@ -33,6 +34,7 @@ __all__ = [
     "apply_window_scores",
     "channel_attention",
     "channel_gate",
+    "export_onnx",
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",
