@@ -208,13 +208,18 @@ def load_file(path: str, model: str | None, scale: int | None, backend: str | No
 
 def _load_with_spandrel(path: str, unknown: Exception, backend: str | None) -> Any:
     """A network that is none of ours, patched; says what was replaced."""
+    from sr_kernels import FallbackWarning
+
     try:
         import sr_kernels.spandrel as ours
     except ImportError as error:
         raise Failure(
             f"the weights {path} cannot be used: {unknown}. spandrel knows many more, but {error}"
         ) from error
-    descriptor, report = ours.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the networks' own code is told by torch
+        warnings.simplefilter("default", FallbackWarning)
+        descriptor, report = ours.load(path)
     try:
         network = ours.Network(descriptor, report)
     except ValueError as error:
