@@ -34,7 +34,7 @@ try:
 
     import sr_kernels.spandrel as ours
 except ImportError as error:
-    pytest.skip(f"{error}", allow_module_level=True)
+    pytest.skip(f"{error}; `make test-abi` has spandrel and torchvision", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
 
