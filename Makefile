@@ -132,14 +132,15 @@ test-asan: $(ASAN_SITE)/.stamp  ## the CPU kernels' tests under AddressSanitizer
 
 # --- the stable ABI -----------------------------------------------------------------------------
 # The wheel built here, against this environment's torch, must work under the newest torch from PyPI
-# (a CUDA build: about 6 GB). Run before a release.
+# (a CUDA build: about 6 GB). Run before a release. The tests of spandrel run there as well: it needs
+# torchvision, which PyPI has for that torch alone.
 
 ABI_ENV := $(abspath .venv-abi)
 
-$(ABI_ENV)/.stamp: requirements-dev.txt requirements-build.txt
+$(ABI_ENV)/.stamp: requirements-dev.txt requirements-build.txt requirements-spandrel.txt
 	[ -d $(ABI_ENV) ] || $(PYTHON_FOR_VENV) -m venv $(ABI_ENV)
 	$(ABI_ENV)/bin/pip install -q torch
-	$(ABI_ENV)/bin/pip install -q -r requirements-dev.txt
+	$(ABI_ENV)/bin/pip install -q -r requirements-dev.txt -r requirements-spandrel.txt
 	@touch $@
 
 test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from PyPI (6 GB)
@@ -149,6 +150,8 @@ test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from 
 	cd build/abi-wheel && $(ABI_ENV)/bin/python $(abspath tools/check_abi.py)
 	cd build/abi-wheel && PYTHONSAFEPATH=1 $(ABI_ENV)/bin/pytest -q -p no:cacheprovider \
 		-c $(abspath pyproject.toml) --rootdir $(abspath .) -m smoke $(abspath tests)
+	cd build/abi-wheel && PYTHONSAFEPATH=1 $(ABI_ENV)/bin/pytest -q -p no:cacheprovider \
+		-c $(abspath pyproject.toml) --rootdir $(abspath .) $(abspath tests/models/test_spandrel.py)
 
 clean:  ## removes what was built; environments stay
 	rm -rf build dist *.egg-info sr_kernels/*.so sr_kernels/_build.json

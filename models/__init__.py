@@ -6,7 +6,8 @@ network has ``scale``, ``rgb_range`` (the value of white in input and output), `
 ``tile_multiple`` and ``tile_overlap``. ``plan`` makes a faster copy of one for inference.
 """
 
-from .checkpoints import CheckpointError, load_checkpoint
+from .basicsr import register_basicsr
+from .checkpoints import CheckpointError, UnknownNetworkError, load_checkpoint
 from .do_conv import DOConv2d
 from .elan import ELAN, elan, elan_light
 from .mafdn import MAFDN, mafdn
@@ -20,10 +21,12 @@ __all__ = [
     "CheckpointError",
     "DOConv2d",
     "Plan",
+    "UnknownNetworkError",
     "elan",
     "elan_light",
     "load_checkpoint",
     "load_pretrained",
     "mafdn",
     "plan",
+    "register_basicsr",
 ]

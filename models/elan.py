@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from sr_kernels.nn import GMSA, LFE, set_backend
 
+from .hub import HubMixin
+
 __all__ = ["ELAB", "ELAN", "elan", "elan_light"]
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
@@ -74,7 +76,8 @@ def mirror_index(length: int, padded: int, device: torch.device | None = None) -
     The first ``2 length - 1`` positions are those of reflection padding, which cannot go further;
     from there the mirror image is mirrored again. A single pixel repeats.
     """
-    period = max(2 * (length - 1), 1)
+    # 1 for a single pixel; without a branch, which tracing would take one way for good.
+    period = 2 * (length - 1) + 1 // length
     position = torch.arange(padded, device=device) % period
     return torch.minimum(position, period - position)
 
@@ -91,7 +94,7 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     return x.index_select(3, mirror_index(width, columns, x.device))
 
 
-class ELAN(nn.Module):
+class ELAN(nn.Module, HubMixin):
     """ELAN; the arguments are named as in the authors' configuration files.
 
     Input (N, colors, H, W) in 0..rgb_range, any H, W >= 1; output (N, colors, sH, sW) in the same
@@ -113,6 +116,7 @@ class ELAN(nn.Module):
             PyTorch. May be changed later through the attribute.
 
     Attributes:
+        config: the arguments but for ``backend``: ``ELAN(**model.config)`` is one like it.
         tile_multiple: a tile's corner must lie on a multiple of this (LR pixels), or its windows
             are not those of the whole image.
         tile_overlap: overlap of tiles (LR pixels) that hides their seams in practice.
@@ -142,6 +146,17 @@ class ELAN(nn.Module):
             )
         if norm and colors != 3:
             raise ValueError(f"colors is {colors}; the mean colour (norm=True) needs 3")
+        self.config: dict[str, Any] = {
+            "scale": scale,
+            "m_elan": m_elan,
+            "c_elan": c_elan,
+            "n_share": n_share,
+            "r_expand": r_expand,
+            "window_sizes": list(window_sizes),
+            "colors": colors,
+            "rgb_range": float(rgb_range),
+            "norm": norm,
+        }
         self.scale = scale
         self.rgb_range = float(rgb_range)
         self.window_sizes = tuple(window_sizes)

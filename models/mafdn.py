@@ -32,6 +32,7 @@ from sr_kernels.nn import (
 )
 
 from .do_conv import DOConv2d
+from .hub import HubMixin
 
 __all__ = ["MAFDB", "MAFDN", "Attention", "mafdn"]
 
@@ -124,7 +125,7 @@ class MAFDB(nn.Module):
         return y + x
 
 
-class MAFDN(nn.Module):
+class MAFDN(nn.Module, HubMixin):
     """MAFDN, a reconstruction that matches the published size and cost (head of this file).
 
     Input (N, colors, H, W) in 0..1, any H, W >= 1; output (N, colors, sH, sW) in 0..1, not
@@ -143,6 +144,7 @@ class MAFDN(nn.Module):
             PyTorch. May be changed later through the attribute.
 
     Attributes:
+        config: the arguments but for ``backend``: ``MAFDN(**model.config)`` is one like it.
         rgb_range: 1.0, the value of white in input and output.
         receptive_radius: LR pixels to the farthest input that can reach an output through the
             convolutions. The channel attention besides looks at the mean and deviation over the
@@ -172,6 +174,15 @@ class MAFDN(nn.Module):
             raise ValueError(f"num_blocks is {num_blocks}, branches {branches}; both must be >= 1")
         if reduction is None:
             reduction = 4 if attention == "branch_channel" else 16
+        self.config: dict[str, Any] = {
+            "scale": scale,
+            "channels": channels,
+            "num_blocks": num_blocks,
+            "branches": branches,
+            "attention": attention,
+            "reduction": reduction,
+            "colors": colors,
+        }
         self.scale = scale
         self.rgb_range = 1.0
         # Head, smoothing and tail reach 1 each; a block one a refinement, and 3 by its 7x7 gate.

@@ -8,6 +8,7 @@ modules in :mod:`sr_kernels.nn`, networks in :mod:`sr_kernels.models`.
 import sr_kernels.ops  # noqa: F401  (registers fake kernels, autograd and autocast)
 from sr_kernels._version import __version__
 from sr_kernels.backends import FallbackWarning, use_backend
+from sr_kernels.export import export_onnx
 from sr_kernels.functional import (
     WindowScores,
     apply_grouped_attention_block,
@@ -38,6 +39,7 @@ __all__ = [
     "channel_attention",
     "channel_gate",
     "conv3x3",
+    "export_onnx",
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",

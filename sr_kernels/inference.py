@@ -86,7 +86,8 @@ def upscale_array(
         alpha (not premultiplied). 0 is black, 255 or 65535 is white.
     model: a network with `scale` and `rgb_range` (of input and output), in eval mode, called with
         (N, 3, H, W) on the device and in the dtype of its parameters. `tile_multiple` (tiles begin
-        at multiples of it) and `tile_overlap` are respected where it has them.
+        at multiples of it), `tile_overlap` and `whole_preferred` (no tiles where the memory allows)
+        are respected where it has them.
     tile: side in input pixels of the square that goes through the network at once, overlap
         included; None takes the whole picture; "auto" the largest that suits the memory at hand.
     overlap: input pixels that a tile reads beyond the part it keeps, on each inner side; None is
@@ -111,7 +112,9 @@ def upscale_array(
     multiple = int(getattr(model, "tile_multiple", 1))
     device, dtype = _placement(model)
     if tile == "auto":
-        tile = choose_tile(model, overlap=overlap)
+        needed = height * width * bytes_per_pixel(model, dtype)
+        whole = getattr(model, "whole_preferred", False) and needed <= available_memory(device) // 2
+        tile = None if whole else choose_tile(model, overlap=overlap)
     side, margin = _tile_and_overlap(model, tile, overlap, multiple)
 
     has_alpha = channels in (2, 4)

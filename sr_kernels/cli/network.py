@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 
+from sr_kernels.cli import console
 from sr_kernels.cli.errors import Failure, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,6 +67,9 @@ def load(
         if weights is None
         else load_file(weights, model, scale, chosen)
     )
+    supports = getattr(network, "supports", None)
+    if supports is not None and not supports(DTYPES[dtype]):
+        raise UsageError(f"--dtype {dtype}: {name_of(network)} does not work in it, says spandrel")
     network = network.to(place, DTYPES[dtype]).eval()
     if chosen is not None:
         network.backend = chosen
@@ -79,6 +84,8 @@ def describe(network: Any) -> str:
     """The backend that the network's operators run on, for the user: "cpu (avx512)"."""
     from sr_kernels import backends
 
+    if not getattr(network, "patched", True):
+        return "stock PyTorch"
     parameter = next(network.parameters(), torch.empty(0))
     probe = torch.empty(1, 3, 1, 1, device=parameter.device, dtype=parameter.dtype)
     with warnings.catch_warnings():
@@ -180,7 +187,10 @@ def load_file(path: str, model: str | None, scale: int | None, backend: str | No
     import sr_kernels.models as models
 
     try:
-        network = models.load_checkpoint(path, backend=backend)
+        try:
+            network: Any = models.load_checkpoint(path, backend=backend)
+        except models.UnknownNetworkError as error:
+            network = _load_with_spandrel(path, error, backend)
     except FileNotFoundError as error:
         raise Failure(f"the weights {path} do not exist") from error
     except OSError as error:
@@ -193,6 +203,34 @@ def load_file(path: str, model: str | None, scale: int | None, backend: str | No
         kind = _family(getattr(network, "name", type(network).__name__))
         if not (_family(model).startswith(kind) or kind.startswith(_family(model))):
             raise UsageError(f"the weights {path} are {kind}, but --model says {model}")
+    return network
+
+
+def _load_with_spandrel(path: str, unknown: Exception, backend: str | None) -> Any:
+    """A network that is none of ours, patched; says what was replaced."""
+    from sr_kernels import FallbackWarning
+
+    try:
+        import sr_kernels.spandrel as ours
+    except ImportError as error:
+        raise Failure(
+            f"the weights {path} cannot be used: {unknown}. spandrel knows many more, but {error}"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the networks' own code is told by torch
+        warnings.simplefilter("default", FallbackWarning)
+        descriptor, report = ours.load(path)
+    try:
+        network = ours.Network(descriptor, report)
+    except ValueError as error:
+        raise Failure(f"the weights {path} cannot be used: {error}") from error
+    replaced = Counter(entry.class_name for entry in report.entries if entry.replaced_by)
+    if backend not in (None, "reference") and not replaced:
+        raise Failure(
+            f"--backend {backend}: {network.name} has no layer that sr_kernels has kernels for"
+        )
+    layers = ", ".join(f"{count} {name}" for name, count in replaced.most_common()) or "no layer"
+    console.note(f"{path} is {name_of(network)}, by spandrel; replaced by our kernels: {layers}")
     return network
 
 

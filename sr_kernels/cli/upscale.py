@@ -29,7 +29,7 @@ examples:
   sr-kernels upscale photo.jpg                       photo_x4.png beside it
   sr-kernels upscale photo.jpg -o large.webp         the format is that of the name
   sr-kernels upscale photos -o large --format jpeg   a tree; large/ holds the same folders
-  sr-kernels upscale photo.png --weights elan.pth    weights of your own (ELAN, MAFDN)
+  sr-kernels upscale photo.png --weights elan.pth    weights of your own
   sr-kernels upscale photo.png --tile 128            less memory
 
 folders:
@@ -38,6 +38,11 @@ folders:
   continued by the same command; --overwrite does everything again. A picture that fails is
   reported, and the rest goes on. A run that was killed (kill -9, power) may leave a hidden file
   .sr-kernels-*.part behind: delete it.
+
+weights:
+  ELAN in every public form, and MAFDN. With the extra sr_kernels[spandrel] also everything that
+  spandrel knows (SwinIR, HAT, ESRGAN, ...); where these networks have layers that there are kernels
+  for, the kernels run. Nothing that a file holds is ever executed.
 
 tiles:
   A large picture goes through the network in tiles, so that memory stays bounded; when it runs out
@@ -93,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weights",
         metavar="FILE",
-        help="a checkpoint (.pth, .pt, .safetensors); the network and the scale are recognised",
+        help="a checkpoint (torch.save or safetensors); the network and the scale are recognised",
     )
     group = parser.add_argument_group("memory")
     group.add_argument(

@@ -698,3 +698,32 @@ def test_the_device_and_dtype_reach_the_network(run: Run, photo: Path, nearest_c
     assert net.weight.dtype == torch.bfloat16
     assert run("upscale", photo, "--backend", "reference", "--overwrite", net=net).status == 0
     assert net.backend == "reference"
+
+
+# ------------------------------------------------------------------------ other people's networks
+
+
+def test_other_networks_without_the_extra(
+    run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "sr_kernels.spandrel", raising=False)
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    weights = tmp_path / "other.pth"
+    torch.save({"a.weight": torch.zeros(1)}, weights)
+    outcome = run("upscale", photo, "--weights", weights)
+    assert outcome.status == 1
+    for words in ("another network", "a.weight", "spandrel knows many more", "[spandrel]"):
+        assert words in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_broken_weights_of_ours_are_not_offered_to_spandrel(
+    run: Run, photo: Path, tmp_path: Path
+) -> None:
+    state = models.mafdn(2, channels=8, num_blocks=1).state_dict()
+    del state["fuse.bias"]
+    torch.save(state, tmp_path / "mafdn.pth")
+    outcome = run("upscale", photo, "--weights", tmp_path / "mafdn.pth")
+    assert outcome.status == 1
+    assert "fuse.bias is missing" in outcome.err
+    assert "spandrel" not in outcome.err

@@ -17,6 +17,7 @@ from sr_kernels.models import (
     MAFDN,
     PRETRAINED,
     CheckpointError,
+    UnknownNetworkError,
     elan,
     elan_light,
     load_checkpoint,
@@ -269,6 +270,13 @@ def test_pickle_that_would_run_code(legacy: bool, tmp_path: Path) -> None:
     assert marker.exists()  # the file is one that must not be unpickled
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_torchscript_is_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 2, 2)).save(str(path))
+    refused(path, "TorchScript", "program", "state_dict")
+
+
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 def test_truncated(form: str, keep: float, tmp_path: Path) -> None:
@@ -383,3 +391,5 @@ def test_masked_3x3_without_values(shape: tuple[int, ...], save: Callable[[Any],
 @pytest.mark.parametrize("name", ["imdn_x4.pth", "pan_x4.pth", "dctlsa_x4.pt"])
 def test_real_weights_of_other_networks(name: str, data: Path) -> None:
     refused(data / "weights" / name, "another network")
+    with pytest.raises(UnknownNetworkError):
+        load_checkpoint(data / "weights" / name)
