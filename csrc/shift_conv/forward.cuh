@@ -43,8 +43,8 @@ SR_DEVICE bool fits_in_epilogue(Activation activation) {
   return activation != Activation::kGelu && activation != Activation::kSilu;
 }
 SR_DEVICE float activate_in_epilogue(Activation activation, float slope, float z) {
-  if (activation == Activation::kRelu) return z < 0.0f ? 0.0f : z;
-  if (activation == Activation::kLeakyRelu) return z > 0.0f ? z : z * slope;
+  if (activation == Activation::kRelu) return activate(Activation::kRelu, z, slope);
+  if (activation == Activation::kLeakyRelu) return activate(Activation::kLeakyRelu, z, slope);
   return z;
 }
 

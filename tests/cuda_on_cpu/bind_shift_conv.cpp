@@ -55,6 +55,18 @@ ShiftConvBlockParams block_params(int kind, const Array& x, const Array& w0, con
 
 PYBIND11_MODULE(shift_conv, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
+  // Bytes a block of each kernel asks for; of block_kernel with c_in channels.
+  m.def("shared_bytes", [](int c_in) {
+    py::dict bytes;
+    bytes["conv_kernel<float>"] = ConvTile<float>::kSharedBytes;
+    bytes["conv_kernel<__half>"] = ConvTile<__half>::kSharedBytes;
+    bytes["block_kernel<float, 1>"] = BlockTile<float, 1>::shared_bytes(c_in);
+    bytes["block_kernel<__half, 1>"] = BlockTile<__half, 1>::shared_bytes(c_in);
+    bytes["block_kernel<__half, 3>"] = BlockTile<__half, 3>::shared_bytes(c_in);
+    bytes["weight_gradient_kernel<float>"] = WeightGradientTile<float>::kSharedBytes;
+    bytes["weight_gradient_kernel<__half>"] = WeightGradientTile<__half>::kSharedBytes;
+    return bytes;
+  });
   m.def("shift_conv2d", [](int kind, Object x_, Object weight_, Object bias_, Object residual_,
                            int activation, double slope, int pattern, int groups, Object y_) {
     const Array x(x_), weight(weight_), bias(bias_), residual(residual_), y(y_);

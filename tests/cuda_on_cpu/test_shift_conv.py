@@ -82,8 +82,8 @@ def test_every_subset_of_gradients():
     check_block(block_inputs(1, 10, 12, 5, 7), gradients="subsets", few_pixels_slack=True)
 
 
-# The first fits one kernel with y's sums in 64 channels, the next, in 16 bits, in 192; the last, too
-# wide, runs as two products with the hidden activations in a workspace.
+# One kernel with y's sums in 64 channels; in 16 bits, in 192; and those too wide, which run as two
+# products with the hidden activations in a workspace.
 WIDE = [(1, 64, 100, 9, 17), (1, 180, 90, 3, 20), (1, 200, 70, 3, 5), (1, 70, 300, 3, 5)]
 
 
@@ -130,6 +130,26 @@ def test_which_blocks_need_a_workspace(on_emulated_kernels, dtype):
     assert workspace(64, 256) == 0
     assert (workspace(180, 360) == 0) == (dtype != torch.float32)
     assert workspace(200, 200) > 0
+
+
+# Bytes a block, as cuda_codegen.json has the registers: more is a decision. block_kernel's are with
+# 60 input channels; two of its blocks in 16 bits fit a multiprocessor of every architecture.
+SHARED_BYTES = {
+    "conv_kernel<float>": 53248,
+    "conv_kernel<__half>": 34816,
+    "block_kernel<float, 1>": 93056,
+    "block_kernel<__half, 1>": 48128,
+    "block_kernel<__half, 3>": 48128,
+    "weight_gradient_kernel<float>": 36864,
+    "weight_gradient_kernel<__half>": 18432,
+}
+
+
+def test_shared_memory_is_within_the_table(on_emulated_kernels):
+    found = on_emulated_kernels.shared_bytes(60)
+    assert set(found) == set(SHARED_BYTES)
+    for kernel, most in SHARED_BYTES.items():
+        assert found[kernel] <= most, kernel
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

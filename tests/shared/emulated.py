@@ -9,6 +9,7 @@ autograd, autocast) is the package's own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -62,8 +63,10 @@ def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
 @contextmanager
 def emulated(kernels: ModuleType, names: Sequence[str]) -> Iterator[None]:
     library = torch.library.Library("sr_kernels", "IMPL")
-    for name in names:
-        library.impl(name, implementation(kernels, name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced is what is meant
+        for name in names:
+            library.impl(name, implementation(kernels, name), "CPU", allow_override=True)
     try:
         yield
     finally:
