@@ -108,7 +108,7 @@ struct ConvTile {
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads) conv_kernel(ConvParams p) {
+__global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 3 : 1) conv_kernel(ConvParams p) {
   using Tile = ConvTile<E>;
   constexpr int kPixels = Tile::kPixels, kK = Tile::kK;
   const int thread = static_cast<int>(threadIdx.x);

@@ -91,7 +91,7 @@ def test_a_hundred_repeats_are_bit_equal(dtype):
 
 def test_a_training_step_under_amp():
     x, *weights = block_leaves(4, 60, 120, 64, 64)
-    optimizer = torch.optim.SGD(weights, lr=1e-4)
+    optimizer = torch.optim.SGD(weights, lr=0.1)
     losses = []
     for _ in range(5):
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -75,7 +76,6 @@ def compile_source(source: Path, arch: str, folder: Path, setup: ModuleType) -> 
     number = arch.replace(".", "")
     flags = [flag for flag in parameters.nvcc_flags if not flag.startswith("-gencode")]
     cubin = folder / f"{source.parent.name}-{source.stem}-{number}.cubin"
-    # GNU's time stamps aside, what is compiled here is what setup.py compiles.
     command = [parameters.nvcc, *flags, f"-gencode=arch=compute_{number},code=sm_{number}"]
     command += ["-cubin", "-Xptxas=-v", "-o", str(cubin), str(source.relative_to(ROOT))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -102,8 +102,6 @@ def compile_source(source: Path, arch: str, folder: Path, setup: ModuleType) -> 
 
 
 def path_environment() -> dict[str, str]:
-    import os
-
     keep = ("PATH", "NVCC", "CUDA_HOME", "CUDA_PATH", "CXX")
     return {name: os.environ[name] for name in keep if name in os.environ}
 
