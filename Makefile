@@ -23,6 +23,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= auto
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 TORCH_VERSION := 2.13.0
 # The plain version first: it is found where pip's own index or wheel folder has the CPU build. PyTorch's
 # index has it for everyone else (PyPI's Linux wheel is a CUDA build of gigabytes).
@@ -36,7 +37,7 @@ SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
 PYTHON_FILES := setup.py sr_kernels_cli.py sr_kernels models benchmarks tests tools
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench demo test test-abi test-asan lint format wheel setup setup-dev clean distclean
+.PHONY: help bench demo gpu-check test test-abi test-asan lint format wheel setup setup-dev clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -49,6 +50,10 @@ bench: $(STAMPS)/bench setup  ## the quick set of benchmarks; rows and charts in
 
 test: setup-dev  ## all tests that this machine can run
 	$(PYTHON) -m pytest -q -n $(PYTEST_JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+# No set-up: a GPU machine may have no network. What is missing there is named.
+gpu-check:  ## what only a GPU can tell: tests, compute-sanitizer, benchmarks (GPU_CHECK_ARGS=--built)
+	@$(or $(wildcard $(PYTHON)),$(PYTHON_FOR_VENV)) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: setup-dev  ## ruff, mypy, clang-format: changes nothing
 	$(PYTHON) -m ruff check $(PYTHON_FILES)

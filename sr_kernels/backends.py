@@ -151,7 +151,7 @@ _why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _CPU_OPERATORS = frozenset({"conv3x3"})
 
 # Operators with a CUDA implementation in this version.
-_CUDA_OPERATORS: frozenset[str] = frozenset()
+_CUDA_OPERATORS = frozenset({"shift_conv2d", "shift_conv_block"})
 
 
 def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
@@ -226,8 +226,6 @@ def report() -> list[tuple[str, bool, str]]:
         rows.append(("cuda", False, str(_library.CUDA_LIBRARY.error)))
     elif not torch.cuda.is_available():
         rows.append(("cuda", False, "_C_cuda is loaded, but torch sees no CUDA device"))
-    elif not _CUDA_OPERATORS:
-        rows.append(("cuda", False, "_C_cuda is loaded; no operator of it is enabled yet"))
     else:
         rows.append(("cuda", True, f"{len(_CUDA_OPERATORS)} operators"))
     rows.append(("triton", *_triton_report()))

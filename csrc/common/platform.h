@@ -6,8 +6,10 @@
 
 #if defined(__CUDACC__)
 #define SR_HOST_DEVICE __host__ __device__ __forceinline__
+#define SR_DEVICE __device__ __forceinline__
 #else
 #define SR_HOST_DEVICE inline __attribute__((always_inline))
+#define SR_DEVICE inline  // CUDA kernels compiled by g++, for tests
 #endif
 
 // CPU kernels are compiled once per instruction set from one source. Each copy lives in a

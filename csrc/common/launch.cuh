@@ -1,0 +1,43 @@
+// Starts a kernel. The one place that knows how, on a GPU and in tests/cuda_on_cpu.
+#pragma once
+
+#include "common/ptx.cuh"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace sr_kernels {
+
+// Blocks that a grid's y and z dimension can have, and its x.
+constexpr int64_t kMaxGridYZ = 65535;
+constexpr int64_t kMaxGridX = 0x7fffffff;
+
+// Shared memory that a block can have on every architecture from sm_80 to sm_120, in bytes.
+constexpr int kMaxSharedBytes = 99 * 1024;
+
+// Starts kernel(params...) on `stream` (a cudaStream_t). Returns an error text, nullptr for
+// success.
+template <typename... Formal, typename... Params>
+const char* launch_kernel(void (*kernel)(Formal...), dim3 grid, int threads, int shared_bytes,
+                          void* stream, const Params&... params) {
+#if defined(__CUDACC__)
+  if (shared_bytes > 48 * 1024) {  // beyond this a kernel must ask
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // an error that is reported here is not left for the next caller
+      return cudaGetErrorString(error);
+    }
+  }
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  (void)stream;
+  cuda_on_cpu::launch(kernel, grid, threads, shared_bytes, params...);
+  return nullptr;
+#endif
+}
+
+}  // namespace sr_kernels

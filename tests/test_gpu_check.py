@@ -1,0 +1,58 @@
+"""tools/gpu_check.py where there is no GPU: it says so; and its bookkeeping."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check.py"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing():
+    report = TOOL.parent.parent / "benchmarks" / "results" / "gpu_check.txt"
+    before = report.read_bytes() if report.exists() else None
+    done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "finds no CUDA GPU; nothing was checked" in done.stderr
+    assert (report.read_bytes() if report.exists() else None) == before
+
+
+def test_outcomes(tool, capfd):
+    def step(name, program, limit=30, missing=None):
+        return tool.Step(name, (sys.executable, "-c", program), limit, missing)
+
+    outcomes = tool.run_all(
+        [
+            step("tests", "pass"),
+            step("memcheck", "raise SystemExit(9)"),
+            step("racecheck", "import time; time.sleep(60)", limit=1),
+            step("synccheck", "", missing="compute-sanitizer is not on PATH"),
+        ]
+    )
+    assert [(name, text) for name, text, _ in outcomes] == [
+        ("tests", "passed"),
+        ("memcheck", "failed (status 9)"),
+        ("racecheck", "failed (not done after 1 s)"),
+        ("synccheck", "not run: compute-sanitizer is not on PATH"),
+    ]
+
+
+def test_nothing_is_tried_without_the_build(tool, capfd):
+    build = tool.Step("build", (sys.executable, "-c", "raise SystemExit(1)"), 30)
+    tests = tool.Step("tests", (sys.executable, "-c", "print('ran')"), 30)
+    outcomes = tool.run_all([build, tests])
+    assert [text for _, text, _ in outcomes] == ["failed (status 1)", "not run: the build failed"]
+    assert "ran\n" not in capfd.readouterr().out
