@@ -195,9 +195,16 @@ KEPT = {
         "shift_conv_block",
         "grouped_attention_block",
         "apply_grouped_attention_block",
+        "conv3x3",
     },
     ("mafdn", False): {"pixel_spatial_attention", "channel_gate", "gated_conv1x1"},
-    ("mafdn", True): {"pixel_spatial_attention", "channel_gate", "gated_conv1x1", "shift_conv2d"},
+    ("mafdn", True): {
+        "pixel_spatial_attention",
+        "channel_gate",
+        "gated_conv1x1",
+        "shift_conv2d",
+        "conv3x3",
+    },
 }
 
 
