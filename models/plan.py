@@ -247,8 +247,8 @@ class ELANPlan(Plan):
     def _body(self, x: Tensor) -> Tensor:
         """The ELABs, in the memory of x where that saves something."""
         spare = queries = None
-        # Not on a GPU, whose allocator keeps what is freed; not under autocast, whose operators choose
-        # their dtype; not in a graph, which is best without writes.
+        # Not on a GPU, whose allocator keeps what is freed; not under autocast, whose operators
+        # choose their dtype; not in a graph, which is best without writes.
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not traced and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             spare, queries = torch.empty_like(x), x.new_empty(x.shape)
