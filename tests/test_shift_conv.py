@@ -4,83 +4,21 @@ import itertools
 
 import pytest
 import torch
+from shift_conv_cases import (
+    ACTIVATIONS,
+    BLOCK_SIZES,
+    FLOATS,
+    LAYOUTS,
+    SIZES,
+    block_inputs,
+    check_block,
+    check_conv,
+    conv_inputs,
+)
 
 import sr_kernels
 from sr_kernels import reference
-from sr_kernels.testing import bitwise_equal, check_operator, make_tensor
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
-# (N, C_in, C_out, H, W): the networks' channel counts, odd sizes, single rows and columns, batch 0.
-SIZES = [
-    (1, 60, 60, 12, 40),
-    (2, 1, 3, 5, 7),
-    (1, 3, 31, 1, 9),
-    (2, 31, 5, 6, 1),
-    (1, 48, 48, 3, 97),
-    (1, 52, 26, 7, 5),
-    (1, 64, 64, 4, 16),
-    (1, 180, 60, 2, 3),
-    (1, 4, 4, 1, 1),
-    (0, 10, 5, 4, 4),
-]
-
-
-def conv_inputs(n, c_in, c_out, h, w, dtype=torch.float32, layout="contiguous", residual=True):
-    # Scaled so that pre-activations have unit size: an activation sees both of its sides.
-    return {
-        "x": make_tensor((n, c_in, h, w), dtype, layout=layout, seed=0),
-        "weight": make_tensor((c_out, c_in, 1, 1), dtype, seed=1, scale=c_in**-0.5),
-        "bias": make_tensor((c_out,), dtype, seed=2),
-        "residual": make_tensor((n, c_out, h, w), dtype, layout=layout, seed=3)
-        if residual
-        else None,
-    }
-
-
-def block_inputs(n, channels, hidden, h, w, dtype=torch.float32, layout="contiguous"):
-    return {
-        "x": make_tensor((n, channels, h, w), dtype, layout=layout, seed=0),
-        "w0": make_tensor((hidden, channels, 1, 1), dtype, seed=1, scale=channels**-0.5),
-        "b0": make_tensor((hidden,), dtype, seed=2),
-        "w1": make_tensor((channels, hidden, 1, 1), dtype, seed=3, scale=hidden**-0.5),
-        "b1": make_tensor((channels,), dtype, seed=4),
-    }
-
-
-def allow_float64_rounding(inputs, options):
-    """In float64 stock's error on a handful of numbers is a matter of luck, 0 included."""
-    if inputs["x"].dtype == torch.float64:
-        options.setdefault("atol", 1e-14)
-        options.setdefault("gradient_atol", 1e-13)
-
-
-def check_conv(inputs, **options):
-    allow_float64_rounding(inputs, options)
-    kwargs = {k: options.pop(k) for k in ("activation", "pattern", "groups") if k in options}
-    check_operator(
-        "shift_conv2d",
-        sr_kernels.shift_conv2d,
-        reference.shift_conv2d,
-        inputs,
-        kwargs=kwargs,
-        **options,
-    )
-
-
-def check_block(inputs, **options):
-    allow_float64_rounding(inputs, options)
-    kwargs = {k: options.pop(k) for k in ("activation", "pattern", "residual") if k in options}
-    check_operator(
-        "shift_conv_block",
-        sr_kernels.shift_conv_block,
-        reference.shift_conv_block,
-        inputs,
-        kwargs=kwargs,
-        **options,
-    )
-
+from sr_kernels.testing import bitwise_equal, make_tensor
 
 # ------------------------------------------------------------------------------ the operators
 
@@ -135,17 +73,7 @@ def test_conv_every_subset_of_gradients():
 
 @pytest.mark.asan
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    "size",
-    [
-        (1, 60, 120, 9, 40),
-        (2, 3, 5, 1, 7),
-        (1, 31, 62, 6, 1),
-        (1, 52, 52, 35, 3),
-        (1, 5, 9, 2, 200),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
 def test_block_sizes_and_dtypes(size, dtype):
     check_block(block_inputs(*size, dtype=dtype))
 

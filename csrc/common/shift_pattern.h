@@ -24,10 +24,8 @@ struct ShiftOffset {
 };
 
 SR_HOST_DEVICE int shift_group(int channel, int channels, int groups) {
-  const int group_size = channels / groups;
-  if (group_size == 0) return 4;
-  const int group = channel / group_size;
-  return group < 4 ? group : 4;
+  const int size = channels / groups;  // 0 where there are fewer channels than groups: none moves
+  return (channel >= size) + (channel >= 2 * size) + (channel >= 3 * size) + (channel >= 4 * size);
 }
 
 SR_HOST_DEVICE ShiftOffset shift_offset_of_group(ShiftPattern pattern, int group) {

@@ -1,39 +1,412 @@
 #include "shift_conv/launch.h"
 
-#include <cuda_runtime.h>
-
+#include "common/launch.cuh"
+#include "shift_conv/backward.cuh"
 #include "shift_conv/forward.cuh"
 
 namespace sr_kernels {
 namespace {
 
-template <typename S>
-const char* launch(const ShiftConvParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.batch * p.height * p.width + kThreads - 1) / kThreads;
-  const int64_t slices = (p.c_out + kOutputs - 1) / kOutputs;
-  if (blocks > 0x7fffffffLL || slices > 65535) return "the image or c_out is too large for a grid";
-  shift_conv2d_kernel<S>
-      <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), kThreads, 0, stream>>>(
-          p);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+constexpr const char* kTooLarge =
+    "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^20)";
+
+// Cuts a workspace into pieces; from nullptr, measures how large it must be.
+class Pieces {
+ public:
+  explicit Pieces(void* workspace) : base_(static_cast<char*>(workspace)) {}
+  void* take(int64_t bytes) {
+    void* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (bytes + 255) / 256 * 256;
+    return piece;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+int64_t element_bytes(ScalarKind kind) { return kind == ScalarKind::kFloat32 ? 4 : 2; }
+
+// A dense map in the memory format of `like`.
+FeatureMap take_map(Pieces& pieces, ScalarKind kind, int64_t batch, int64_t channels,
+                    int64_t height, int64_t width, const FeatureMap& like) {
+  FeatureMap map;
+  map.data = pieces.take(batch * channels * height * width * element_bytes(kind));
+  const bool channels_last = like.stride_c == 1;
+  map.stride_n = channels * height * width;
+  map.stride_c = channels_last ? 1 : height * width;
+  map.stride_h = channels_last ? width * channels : width;
+  map.stride_w = channels_last ? channels : 1;
+  return map;
 }
 
-}  // namespace
+bool fits_a_grid(int64_t height, int64_t width, int64_t channels) {
+  return height < 1 << 30 && width < 1 << 30 && channels < 1 << 20;
+}
 
-const char* launch_shift_conv2d(const ShiftConvParams& params, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.kind) {
+ImageSize image_size(int64_t batch, int64_t height, int64_t width) {
+  return {batch, static_cast<int>(height), static_cast<int>(width)};
+}
+
+Shift shift_of(ShiftPattern pattern, int64_t channels, int groups) {
+  Shift shift;
+  shift.pattern = pattern;
+  shift.channels = static_cast<int>(channels);
+  shift.groups = groups;
+  return shift;
+}
+
+// The first error of a sequence of launches; those behind it are left out.
+#define SR_KERNELS_RETURN_IF_ERROR(expression)                            \
+  do {                                                                    \
+    if (const char* error = (expression); error != nullptr) return error; \
+  } while (false)
+
+template <typename E>
+const char* launch_conv(const ConvParams& p, void* stream) {
+  using Tile = ConvTile<E>;
+  const int64_t blocks = (p.size.pixels() + Tile::kPixels - 1) / Tile::kPixels;
+  const int64_t slices = (p.m_count + kProductRows - 1) / kProductRows;
+  if (blocks > kMaxGridX || slices > kMaxGridYZ) return kTooLarge;
+  if (blocks == 0) return nullptr;
+  return launch_kernel(conv_kernel<E>,
+                       dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)),
+                       kBlockThreads, Tile::kSharedBytes, stream, p);
+}
+
+// ------------------------------------------------------------------ weight gradients
+
+int64_t chunks(int64_t m_count, int64_t k_count) {
+  return (m_count + kProductRows - 1) / kProductRows * ((k_count + 63) / 64);
+}
+// How many blocks share the pixels: about 512 blocks in all, and at least 4 tiles for each.
+int slices_for(const ImageSize& size, int64_t m_count, int64_t k_count) {
+  const int64_t tiles = (size.pixels() + 63) / 64, most = 512 / chunks(m_count, k_count);
+  const int64_t slices = tiles / 4 < most ? tiles / 4 : most;
+  return static_cast<int>(slices < 1 ? 1 : slices);
+}
+
+// dW = dz act(S(x))^T and db = sum dz, into tensors of x's type; nullptr: not wanted.
+struct WeightGradient {
+  ImageSize size;
+  int64_t m_count, k_count;
+  int slices;
+  float *weight_parts, *bias_parts;
+};
+WeightGradient take_weight_gradient(Pieces& pieces, const ImageSize& size, int64_t m_count,
+                                    int64_t k_count, bool weight, bool bias) {
+  WeightGradient g{size, m_count, k_count, slices_for(size, m_count, k_count), nullptr, nullptr};
+  if (weight) g.weight_parts = static_cast<float*>(pieces.take(g.slices * m_count * k_count * 4));
+  if (bias) g.bias_parts = static_cast<float*>(pieces.take(g.slices * m_count * 4));
+  return g;
+}
+template <typename E>
+const char* launch_weight_gradient(const WeightGradient& g, const FeatureMap& dz,
+                                   const FeatureMap& x, const Shift& shift, Activation activation,
+                                   float slope, void* dweight, void* dbias, void* stream) {
+  if (dweight == nullptr && dbias == nullptr) return nullptr;
+  const WeightGradientParams p{g.size,
+                               static_cast<int>(g.m_count),
+                               static_cast<int>(g.k_count),
+                               dz,
+                               x,
+                               shift,
+                               activation,
+                               slope,
+                               g.slices,
+                               g.weight_parts,
+                               g.bias_parts};
+  const int64_t grid_y = chunks(g.m_count, g.k_count);
+  if (grid_y > kMaxGridYZ) return kTooLarge;
+  SR_KERNELS_RETURN_IF_ERROR(
+      launch_kernel(weight_gradient_kernel<E>,
+                    dim3(static_cast<unsigned>(g.slices), static_cast<unsigned>(grid_y)),
+                    kBlockThreads, WeightGradientTile<E>::kSharedBytes, stream, p));
+  const auto reduce = [&](const float* parts, int64_t count, void* out) {
+    const int64_t blocks = (count + kBlockThreads - 1) / kBlockThreads;
+    return launch_kernel(reduce_kernel<E>, dim3(static_cast<unsigned>(blocks)), kBlockThreads, 0,
+                         stream, parts, g.slices, count, static_cast<E*>(out));
+  };
+  if (dweight != nullptr)
+    SR_KERNELS_RETURN_IF_ERROR(reduce(g.weight_parts, g.m_count * g.k_count, dweight));
+  if (dbias != nullptr) SR_KERNELS_RETURN_IF_ERROR(reduce(g.bias_parts, g.m_count, dbias));
+  return nullptr;
+}
+
+// ------------------------------------------------------------------ shift_conv2d
+
+// z = W S(x) + b, before any epilogue.
+ConvParams conv_of(const ShiftConvParams& p) {
+  ConvParams c{};
+  c.size = image_size(p.batch, p.height, p.width);
+  c.k_count = static_cast<int>(p.c_in);
+  c.m_count = static_cast<int>(p.c_out);
+  c.x = p.x;
+  c.shift = shift_of(p.pattern, p.c_in, p.groups);
+  c.weight = p.weight;
+  c.weight_stride_m = p.c_in;
+  c.weight_stride_k = 1;
+  c.bias = p.bias;
+  c.activation = p.activation;
+  c.slope = static_cast<float>(p.negative_slope);
+  return c;
+}
+
+// out = S^T(W^T dz), where W is (m_count of dz, k_count of out).
+ConvParams transposed_conv(const ImageSize& size, const FeatureMap& dz, const void* weight,
+                           int64_t dz_channels, int64_t out_channels, const Shift& shift,
+                           const FeatureMap& out) {
+  ConvParams c{};
+  c.size = size;
+  c.k_count = static_cast<int>(dz_channels);
+  c.m_count = static_cast<int>(out_channels);
+  c.x = dz;
+  c.weight = weight;
+  c.weight_stride_m = 1;
+  c.weight_stride_k = out_channels;
+  c.scatter = shift;
+  c.out = out;
+  return c;
+}
+
+template <typename E>
+const char* run(const ShiftConvParams& p, void* stream) {
+  ConvParams c = conv_of(p);
+  c.residual = p.residual;
+  c.out = p.y;
+  return launch_conv<E>(c, stream);
+}
+
+struct ConvBackward {
+  FeatureMap dz;
+  WeightGradient gradient;
+};
+ConvBackward take(Pieces& pieces, const ShiftConvBackwardParams& p) {
+  const ShiftConvParams& f = p.forward;
+  ConvBackward b{p.grad, {}};
+  if (f.activation != Activation::kNone)
+    b.dz = take_map(pieces, f.kind, f.batch, f.c_out, f.height, f.width, f.x);
+  b.gradient = take_weight_gradient(pieces, image_size(f.batch, f.height, f.width), f.c_out, f.c_in,
+                                    p.dweight != nullptr, p.dbias != nullptr);
+  return b;
+}
+template <typename E>
+const char* run(const ShiftConvBackwardParams& p, void* workspace, void* stream) {
+  const ShiftConvParams& f = p.forward;
+  const ImageSize size = image_size(f.batch, f.height, f.width);
+  const Shift shift = shift_of(f.pattern, f.c_in, f.groups);
+  Pieces pieces(workspace);
+  const ConvBackward b = take(pieces, p);
+  if (f.activation != Activation::kNone) {
+    ConvParams c = conv_of(f);
+    c.grad = p.grad;
+    c.out = b.dz;
+    SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(c, stream));
+  }
+  if (p.dx.data != nullptr)
+    SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(
+        transposed_conv(size, b.dz, f.weight, f.c_out, f.c_in, shift, p.dx), stream));
+  return launch_weight_gradient<E>(b.gradient, b.dz, f.x, shift, Activation::kNone, 0.0f, p.dweight,
+                                   p.dbias, stream);
+}
+
+// ------------------------------------------------------------------ shift_conv_block
+
+// The first product as a convolution of its own, without its activation.
+ShiftConvParams first_conv(const ShiftConvBlockParams& p, const FeatureMap& out) {
+  ShiftConvParams c{};
+  c.kind = p.kind;
+  c.batch = p.batch;
+  c.height = p.height;
+  c.width = p.width;
+  c.c_in = p.c_in;
+  c.c_out = p.c_hidden;
+  c.pattern = p.pattern;
+  c.groups = p.groups;
+  c.activation = Activation::kNone;
+  c.negative_slope = p.negative_slope;
+  c.x = p.x;
+  c.weight = p.w0;
+  c.bias = p.b0;
+  c.y = out;
+  return c;
+}
+
+template <typename E>
+int units_in_one_kernel(const ShiftConvBlockParams& p) {
+  const int64_t channels = p.c_in < 4096 ? p.c_in : 4096;
+  if (p.c_out <= 64 && BlockTile<E, 1>::shared_bytes(static_cast<int>(channels)) <= kMaxSharedBytes)
+    return 1;
+  if (sizeof(E) == 2 && p.c_out <= 192 &&
+      BlockTile<E, 3>::shared_bytes(static_cast<int>(channels)) <= kMaxSharedBytes)
+    return 3;
+  return 0;
+}
+int units_in_one_kernel(const ShiftConvBlockParams& p) {
+  return p.kind == ScalarKind::kFloat32 ? units_in_one_kernel<float>(p)
+                                        : units_in_one_kernel<__half>(p);
+}
+
+template <typename E, int kOut>
+const char* launch_block(const ShiftConvBlockParams& p, void* stream) {
+  using Tile = BlockTile<E, kOut>;
+  BlockParams b{};
+  b.size = image_size(p.batch, p.height, p.width);
+  b.c_in = static_cast<int>(p.c_in);
+  b.c_hidden = static_cast<int>(p.c_hidden);
+  b.c_out = static_cast<int>(p.c_out);
+  b.x = p.x;
+  b.y = p.y;
+  b.w0 = p.w0;
+  b.b0 = p.b0;
+  b.w1 = p.w1;
+  b.b1 = p.b1;
+  b.shift_in = shift_of(p.pattern, p.c_in, p.groups);
+  b.shift_hidden = shift_of(p.pattern, p.c_hidden, p.groups);
+  b.activation = p.activation;
+  b.slope = static_cast<float>(p.negative_slope);
+  b.residual = p.residual;
+  const int64_t blocks = (p.width + Tile::kColumns - 1) / Tile::kColumns *
+                         ((p.height + Tile::kRows - 1) / Tile::kRows) * p.batch;
+  if (blocks > kMaxGridX) return kTooLarge;
+  if (blocks == 0) return nullptr;
+  return launch_kernel(block_kernel<E, kOut>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                       static_cast<int>(Tile::shared_bytes(b.c_in)), stream, b);
+}
+
+FeatureMap take_hidden(Pieces& pieces, const ShiftConvBlockParams& p) {
+  return take_map(pieces, p.kind, p.batch, p.c_hidden, p.height, p.width, p.x);
+}
+
+template <typename E>
+const char* run(const ShiftConvBlockParams& p, void* workspace, void* stream) {
+  const int units = units_in_one_kernel<E>(p);
+  if (units == 1) return launch_block<E, 1>(p, stream);
+  if constexpr (sizeof(E) == 2)
+    if (units == 3) return launch_block<E, 3>(p, stream);
+  Pieces pieces(workspace);
+  ShiftConvParams first = first_conv(p, take_hidden(pieces, p));
+  first.activation = p.activation;
+  SR_KERNELS_RETURN_IF_ERROR(run<E>(first, stream));
+  ShiftConvParams second = first;
+  second.c_in = p.c_hidden;
+  second.c_out = p.c_out;
+  second.activation = Activation::kNone;
+  second.x = first.y;
+  second.weight = p.w1;
+  second.bias = p.b1;
+  second.residual = p.residual ? p.x : FeatureMap{};
+  second.y = p.y;
+  return run<E>(second, stream);
+}
+
+struct BlockBackward {
+  bool need_z, need_dz;
+  FeatureMap z, dz;
+  WeightGradient first, second;
+};
+BlockBackward take(Pieces& pieces, const ShiftConvBlockBackwardParams& p) {
+  const ShiftConvBlockParams& f = p.forward;
+  const ImageSize size = image_size(f.batch, f.height, f.width);
+  BlockBackward b{};
+  b.need_dz = p.dx.data != nullptr || p.dw0 != nullptr || p.db0 != nullptr;
+  b.need_z = p.dw1 != nullptr || (b.need_dz && f.activation != Activation::kNone);
+  if (b.need_z) b.z = take_hidden(pieces, f);
+  if (b.need_dz) b.dz = take_hidden(pieces, f);
+  b.first =
+      take_weight_gradient(pieces, size, f.c_hidden, f.c_in, p.dw0 != nullptr, p.db0 != nullptr);
+  b.second =
+      take_weight_gradient(pieces, size, f.c_out, f.c_hidden, p.dw1 != nullptr, p.db1 != nullptr);
+  return b;
+}
+// z = W0 S(x) + b0 is computed again; dz = S^T(W1^T G) act'(z), dx = S^T(W0^T dz) + G.
+template <typename E>
+const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* stream) {
+  const ShiftConvBlockParams& f = p.forward;
+  const ImageSize size = image_size(f.batch, f.height, f.width);
+  const Shift shift_in = shift_of(f.pattern, f.c_in, f.groups);
+  const Shift shift_hidden = shift_of(f.pattern, f.c_hidden, f.groups);
+  const auto slope = static_cast<float>(f.negative_slope);
+  Pieces pieces(workspace);
+  const BlockBackward b = take(pieces, p);
+  if (b.need_z) SR_KERNELS_RETURN_IF_ERROR(run<E>(first_conv(f, b.z), stream));
+  if (b.need_dz) {
+    ConvParams c = transposed_conv(size, p.grad, f.w1, f.c_out, f.c_hidden, shift_hidden, b.dz);
+    if (f.activation != Activation::kNone) c.before = b.z;
+    c.before_activation = f.activation;
+    c.slope = slope;
+    SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(c, stream));
+  }
+  if (p.dx.data != nullptr) {
+    ConvParams c = transposed_conv(size, b.dz, f.w0, f.c_hidden, f.c_in, shift_in, p.dx);
+    if (f.residual) c.residual = p.grad;
+    SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(c, stream));
+  }
+  SR_KERNELS_RETURN_IF_ERROR(launch_weight_gradient<E>(
+      b.first, b.dz, f.x, shift_in, Activation::kNone, 0.0f, p.dw0, p.db0, stream));
+  return launch_weight_gradient<E>(b.second, p.grad, b.z, shift_hidden, f.activation, slope, p.dw1,
+                                   p.db1, stream);
+}
+
+template <typename Function>
+const char* for_kind(ScalarKind kind, const Function& function) {
+  switch (kind) {
     case ScalarKind::kFloat32:
-      return launch<float>(params, cuda_stream);
+      return function(float{});
     case ScalarKind::kFloat16:
-      return launch<__half>(params, cuda_stream);
+      return function(__half{});
     case ScalarKind::kBFloat16:
-      return launch<__nv_bfloat16>(params, cuda_stream);
+      return function(__nv_bfloat16{});
     case ScalarKind::kFloat64:
       break;
   }
   return "CUDA kernels take float32, float16 and bfloat16";
+}
+
+}  // namespace
+
+const char* launch_shift_conv2d(const ShiftConvParams& p, void* stream) {
+  if (!fits_a_grid(p.height, p.width, p.c_in + p.c_out)) return kTooLarge;
+  return for_kind(p.kind, [&](auto element) { return run<decltype(element)>(p, stream); });
+}
+
+int64_t shift_conv2d_backward_workspace(const ShiftConvBackwardParams& p) {
+  Pieces pieces(nullptr);
+  take(pieces, p);
+  return pieces.bytes();
+}
+const char* launch_shift_conv2d_backward(const ShiftConvBackwardParams& p, void* workspace,
+                                         void* stream) {
+  if (!fits_a_grid(p.forward.height, p.forward.width, p.forward.c_in + p.forward.c_out))
+    return kTooLarge;
+  return for_kind(p.forward.kind,
+                  [&](auto element) { return run<decltype(element)>(p, workspace, stream); });
+}
+
+int64_t shift_conv_block_workspace(const ShiftConvBlockParams& p) {
+  if (units_in_one_kernel(p) > 0) return 0;
+  Pieces pieces(nullptr);
+  take_hidden(pieces, p);
+  return pieces.bytes();
+}
+const char* launch_shift_conv_block(const ShiftConvBlockParams& p, void* workspace, void* stream) {
+  if (!fits_a_grid(p.height, p.width, p.c_in + p.c_hidden + p.c_out)) return kTooLarge;
+  return for_kind(p.kind,
+                  [&](auto element) { return run<decltype(element)>(p, workspace, stream); });
+}
+
+int64_t shift_conv_block_backward_workspace(const ShiftConvBlockBackwardParams& p) {
+  Pieces pieces(nullptr);
+  take(pieces, p);
+  return pieces.bytes();
+}
+const char* launch_shift_conv_block_backward(const ShiftConvBlockBackwardParams& p, void* workspace,
+                                             void* stream) {
+  const ShiftConvBlockParams& f = p.forward;
+  if (!fits_a_grid(f.height, f.width, f.c_in + f.c_hidden + f.c_out)) return kTooLarge;
+  return for_kind(f.kind,
+                  [&](auto element) { return run<decltype(element)>(p, workspace, stream); });
 }
 
 }  // namespace sr_kernels

@@ -61,6 +61,8 @@ def build(name: str, *, sanitize: bool = False) -> Path:
     includes = cuda_includes()
     assert includes is not None, why_not()
     flags = [*FLAGS, *(SANITIZER_FLAGS if sanitize else ())]
+    if re.search(r"^flags\b.*\bfma\b", Path("/proc/cpuinfo").read_text(), re.M):
+        flags += ["-mfma", "-ffp-contract=fast"]  # multiply and add with one rounding, as nvcc does
     flags += ["-I", str(ROOT / "csrc"), "-I", str(HERE), "-isystem", str(includes)]
     flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     digest = hashlib.sha256(" ".join(flags).encode())
@@ -82,6 +84,16 @@ def build(name: str, *, sanitize: bool = False) -> Path:
             subprocess.run(["g++", *flags, "-o", str(partial), str(source)], check=True)
             partial.rename(target)
     return target
+
+
+def sanitizer_runtimes() -> str:
+    """LD_PRELOAD for a Python that loads a sanitized library."""
+    return " ".join(
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    )
 
 
 def load(name: str, *, sanitize: bool = False) -> ModuleType:

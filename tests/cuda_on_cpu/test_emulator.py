@@ -117,20 +117,12 @@ def test_a_launch_that_a_gpu_would_refuse(planted, y, threads, shared, message):
         planted.refused(y, threads, shared)
 
 
-def run_script(script, *arguments, sanitize=False):
-    environment = dict(os.environ)
-    if sanitize:
-        found = [
-            subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
-            for name in ("libasan.so", "libubsan.so")
-        ]
-        environment["LD_PRELOAD"] = " ".join(f.stdout.strip() for f in found)
-        environment["ASAN_OPTIONS"] = "detect_leaks=0"
+def run_script(script, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **environment},
         cwd=HERE,
     )
 
@@ -165,7 +157,8 @@ def test_shared_memory_cannot_be_touched_round_the_checks(planted):
 @pytest.mark.parametrize("floats", [64, 63])
 def test_address_sanitizer_sees_raw_pointers(build, floats):
     build.build("planted", sanitize=True)  # here: a compiler under the sanitizer takes a minute
-    result = run_script(HEAP, floats, sanitize=True)
+    environment = {"LD_PRELOAD": build.sanitizer_runtimes(), "ASAN_OPTIONS": "detect_leaks=0"}
+    result = run_script(HEAP, floats, **environment)
     assert "clean" in result.stdout, result.stderr
     assert ("passed" in result.stdout) == (floats == 64)
     assert ("heap-buffer-overflow" in result.stderr) == (floats == 63)

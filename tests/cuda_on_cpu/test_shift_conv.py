@@ -1,0 +1,202 @@
+"""The shift convolution's CUDA kernels, run on the CPU, against the definition in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import emulated
+from shift_conv_cases import (
+    ACTIVATIONS,
+    BLOCK_SIZES,
+    LAYOUTS,
+    SIZES,
+    block_inputs,
+    check_block,
+    check_conv,
+    conv_inputs,
+)
+
+import sr_kernels
+from sr_kernels import reference
+from sr_kernels.testing import bitwise_equal, make_tensor
+
+OPERATORS = [
+    "shift_conv2d",
+    "shift_conv2d_backward",
+    "shift_conv_block",
+    "shift_conv_block_backward",
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def on_emulated_kernels(kernels):
+    module = kernels("shift_conv")
+    module.set_schedule("shuffled", 0)
+    with emulated(module, OPERATORS):
+        yield module
+    module.set_schedule("forward", 0)
+
+
+def conv(*size, dtype=torch.float32, layout="contiguous", residual=True, **options):
+    inputs = conv_inputs(*size, dtype=dtype, layout=layout, residual=residual)
+    check_conv(inputs, few_pixels_slack=True, **options)
+
+
+def block(*size, dtype=torch.float32, layout="contiguous", **options):
+    check_block(block_inputs(*size, dtype=dtype, layout=layout), few_pixels_slack=True, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_conv_sizes_and_dtypes(size, dtype):
+    conv(*size, dtype=dtype, activation="silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
+def test_conv_layouts_dtypes_and_patterns(layout, dtype, pattern):
+    conv(2, 13, 12, 6, 21, dtype=dtype, layout=layout, activation="leaky_relu", pattern=pattern)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_conv_activations(activation):
+    conv(1, 13, 70, 6, 21, activation=activation)
+    conv(1, 13, 12, 6, 21, dtype=torch.float16, activation=activation, residual=False)
+
+
+@pytest.mark.parametrize("groups", [4, 5, 9, 100])
+def test_groups(groups):
+    conv(1, 18, 7, 5, 6, groups=groups)
+
+
+def test_every_subset_of_gradients():
+    inputs = conv_inputs(1, 10, 6, 5, 7)
+    check_conv(inputs, activation="gelu", gradients="subsets", few_pixels_slack=True)
+    inputs = {**conv_inputs(1, 10, 6, 5, 7, residual=False), "bias": None}
+    check_conv(inputs, gradients="subsets", few_pixels_slack=True)
+    check_block(block_inputs(1, 10, 12, 5, 7), gradients="subsets", few_pixels_slack=True)
+
+
+# The first fits one kernel with y's sums in 64 channels, the next, in 16 bits, in 192; the last, too
+# wide, runs as two products with the hidden activations in a workspace.
+WIDE = [(1, 64, 100, 9, 17), (1, 180, 90, 3, 20), (1, 200, 70, 3, 5), (1, 70, 300, 3, 5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", BLOCK_SIZES + WIDE, ids=str)
+def test_block_sizes_and_dtypes(size, dtype):
+    block(*size, dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [True, False])
+def test_block_layouts_and_dtypes(layout, dtype, residual):
+    block(2, 13, 22, 6, 21, dtype=dtype, layout=layout, residual=residual)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
+def test_block_activations_and_patterns(activation, pattern):
+    block(1, 10, 70, 10, 18, activation=activation, pattern=pattern)
+    block(1, 10, 22, 9, 17, dtype=torch.float16, activation=activation, pattern=pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("height", [1, 8, 9])
+@pytest.mark.parametrize("width", [1, 15, 16, 17])
+def test_block_at_the_edges_of_its_tile(height, width, dtype):
+    block(2, 6, 7, height, width, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_which_blocks_need_a_workspace(on_emulated_kernels, dtype):
+    kind = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}[dtype]
+
+    def workspace(channels, hidden):
+        maps = list(block_inputs(1, channels, hidden, 2, 3, dtype=dtype).values())
+        x, w0, b0, w1, b1 = (t.view(torch.int16) if t.element_size() == 2 else t for t in maps)
+        arrays = [t.numpy() for t in (x, w0, b0, w1, b1)]
+        return on_emulated_kernels.shift_conv_block(
+            kind, *arrays, 1, 0.0, True, 0, 5, torch.empty_like(x).numpy()
+        )
+
+    assert workspace(60, 120) == 0
+    assert workspace(64, 256) == 0
+    assert (workspace(180, 360) == 0) == (dtype != torch.float32)
+    assert workspace(200, 200) > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_nan_and_inf_pass_as_in_the_reference(value, activation):
+    x = make_tensor((1, 10, 9, 18))
+    x[0, 3, 2, 2] = value
+    inputs = {**conv_inputs(1, 10, 5, 9, 18), "x": x}
+    ours = sr_kernels.shift_conv2d(**inputs, activation=activation, backend="cpu")
+    stock = reference.shift_conv2d(**inputs, activation=activation)
+    # Four groups of hidden channels, no rest: what fills a tile up to its size must not spread.
+    inputs = {**block_inputs(1, 10, 8, 9, 18), "x": x}
+    options = {"activation": activation, "groups": 4}
+    ours_block = sr_kernels.shift_conv_block(**inputs, **options, backend="cpu")
+    stock_block = reference.shift_conv_block(**inputs, **options)
+    for a, b in ((ours, stock), (ours_block, stock_block)):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isinf(), b.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(on_emulated_kernels, dtype):
+    leaves = [t.requires_grad_() for t in block_inputs(2, 10, 20, 20, 35, dtype=dtype).values()]
+    results = []
+    for order, seed in (("forward", 0), ("reversed", 0), ("shuffled", 1)):
+        on_emulated_kernels.set_schedule(order, seed)
+        out = sr_kernels.shift_conv_block(*leaves, backend="cpu")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for other in results[1:]:
+        assert all(map(bitwise_equal, results[0], other))
+
+
+def test_an_image_beyond_the_grid_is_refused(on_emulated_kernels):
+    x = torch.zeros(1).expand(1, 1, 1, 2**30).numpy()
+    one = torch.ones(1, 1, 1, 1).numpy()
+    with pytest.raises(RuntimeError, match="too large for a CUDA grid"):
+        on_emulated_kernels.shift_conv2d(0, x, one, None, None, 0, 0.0, 0, 5, x)
+
+
+@pytest.mark.skipif("SR_KERNELS_CUDA_ON_CPU_SANITIZE" in os.environ, reason="is what it runs")
+def test_under_the_sanitizers(build):
+    """Some of the tests above with the kernels under AddressSanitizer and UBSan."""
+    build.build("shift_conv", sanitize=True)  # a compiler under the sanitizer would take minutes
+    select = "(float16 and (misaligned or edges)) or (wide and float32) or subset or nan or groups"
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            select,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        env={
+            **os.environ,
+            "LD_PRELOAD": build.sanitizer_runtimes(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "SR_KERNELS_CUDA_ON_CPU_SANITIZE": "1",
+        },
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout

@@ -1,0 +1,70 @@
+"""Runs the package's operators on the emulated CUDA kernels (tests/cuda_on_cpu).
+
+    with emulated(kernels("shift_conv"), ["shift_conv2d", "shift_conv2d_backward"]):
+        sr_kernels.shift_conv2d(x, weight, backend="cpu")
+
+While the block lasts, the operators' CPU implementations are these: everything above them (checks,
+autograd, autocast) is the package's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# As ScalarKind in csrc/common/platform.h.
+KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
+
+
+def as_array(value: Any) -> Any:
+    """A tensor as the numpy array of the same memory; what is no tensor, as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    return (value.view(torch.uint16) if value.element_size() == 2 else value).numpy()
+
+
+def as_meta(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
+    """`name` as its schema has it, computed by kernels.<name>(kind, arguments, outputs).
+
+    Outputs are allocated as the operator's fake kernel says; what is empty is passed as None, and
+    the `need_*` flags, which that expresses, are left out.
+    """
+    operator = getattr(torch.ops.sr_kernels, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def run(*arguments: Any) -> Any:
+        shapes = operator(*map(as_meta, arguments))
+        single = isinstance(shapes, torch.Tensor)
+        outputs = [
+            torch.empty_strided(s.shape, s.stride(), dtype=s.dtype)
+            for s in ([shapes] if single else shapes)
+        ]
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        passed = [as_array(a) for a, n in zip(arguments, names, strict=True) if n[:5] != "need_"]
+        results = [as_array(out) if out.numel() > 0 else None for out in outputs]
+        getattr(kernels, name)(KINDS[first.dtype], *passed, *results)
+        return outputs[0] if single else tuple(outputs)
+
+    return run
+
+
+@contextmanager
+def emulated(kernels: ModuleType, names: Sequence[str]) -> Iterator[None]:
+    library = torch.library.Library("sr_kernels", "IMPL")
+    for name in names:
+        library.impl(name, implementation(kernels, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
