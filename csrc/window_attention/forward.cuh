@@ -27,7 +27,7 @@
 
 namespace sr_kernels {
 
-constexpr int kMaxGroups = 8;  // of one launch
+constexpr int kMaxGroups = 4;  // of one launch: the params stay below 4 KiB
 
 struct WindowAttentionLaunch {
   int count;
@@ -82,6 +82,24 @@ SR_DEVICE ScoreTerms<E> load_terms(const WindowAttentionParams& p, int head, int
   return terms;
 }
 
+// Place and label of a block's rows, by all threads; a barrier must follow.
+template <int kRows>
+SR_DEVICE void find_rows(const WindowAttentionParams& p, const RowPlan& plan, int64_t window,
+                         int tile, RowPlace* places, RowLabel* labels, int thread) {
+  if (thread >= kRows) return;
+  RowPlace place;
+  RowLabel label;
+  find_row(p, plan, window, tile, thread, &place, &label);
+  store_shared(places + thread, place);
+  store_shared(labels + thread, label);
+}
+
+// How many columns a warp's rows have in tile `tile` of their window, padded to 16.
+SR_DEVICE int columns_of(const RowPlan& plan, int slot, int tile) {
+  const int rest = plan.tokens - tile * plan.slot_rows;
+  return slot >= plan.slots ? 0 : round_up(rest < plan.slot_rows ? rest : plan.slot_rows, 16);
+}
+
 template <typename E, int kD>
 __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     window_attention_kernel(const __grid_constant__ WindowAttentionLaunch launch) {
@@ -111,13 +129,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
   const ScoreTerms<E> terms =
       load_terms<E>(p, head, Tile::kBiasAt, Tile::kMaxBias, thread, Tile::kThreads);
 
-  if (thread < kRows) {
-    RowPlace place;
-    RowLabel label;
-    find_row(p, plan, window, own_tile, thread, &place, &label);
-    store_shared(places + thread, place);
-    store_shared(labels + thread, label);
-  }
+  find_rows<kRows>(p, plan, window, own_tile, places, labels, thread);
   __syncthreads();
   Rows::load(query_rows, p.q, head * d_qk, d_qk, places, thread);
 
@@ -144,13 +156,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     const RowLabel* key_labels = own ? labels : labels + kRows;
     if (tile > 0) __syncthreads();  // the tile before has been used
     if (!own) {
-      if (thread < kRows) {
-        RowPlace place;
-        RowLabel label;
-        find_row(p, plan, window, tile, thread, &place, &label);
-        store_shared(places + kRows + thread, place);
-        store_shared(labels + kRows + thread, label);
-      }
+      find_rows<kRows>(p, plan, window, tile, places + kRows, labels + kRows, thread);
       __syncthreads();
     }
     if (!own || !shared_keys)
@@ -158,9 +164,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     Rows::load(value_rows, p.v, head * d_v, d_v, key_places, thread);
     __syncthreads();
 
-    const int rest = plan.tokens - tile * plan.slot_rows;
-    int keys = round_up(rest < plan.slot_rows ? rest : plan.slot_rows, 16);
-    if (slot >= plan.slots) keys = 0;
+    const int keys = columns_of(plan, slot, tile);
 #pragma unroll 1
     for (int key = 0; key < keys; key += Tile::kChunk) {
       const int columns = keys - key < Tile::kChunk ? keys - key : Tile::kChunk;

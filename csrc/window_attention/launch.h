@@ -12,4 +12,10 @@ namespace sr_kernels {
 const char* launch_window_attention(const WindowAttentionParams* groups, int64_t group_count,
                                     bool reuse, void* stream);
 
+// workspace: window_attention_backward_workspace() bytes, 256-byte aligned, uninitialised.
+int64_t window_attention_backward_workspace(const WindowAttentionBackwardParams* groups,
+                                            int64_t group_count);
+const char* launch_window_attention_backward(const WindowAttentionBackwardParams* groups,
+                                             int64_t group_count, void* workspace, void* stream);
+
 }  // namespace sr_kernels

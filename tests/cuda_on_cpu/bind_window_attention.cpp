@@ -67,6 +67,35 @@ void run(const std::vector<WindowAttentionParams>& groups, bool reuse) {
                                           reuse, nullptr));
 }
 
+void run_backward(const std::vector<WindowAttentionBackwardParams>& groups) {
+  const int64_t count = static_cast<int64_t>(groups.size());
+  Workspace workspace(window_attention_backward_workspace(groups.data(), count));
+  require_success(
+      launch_window_attention_backward(groups.data(), count, workspace.data(), nullptr));
+}
+
+// As run_grouped_backward of csrc/window_attention/ops_cuda.cpp.
+void run_grouped_backward(int kind, const Array& grad, const Array& qv, const Array& lse,
+                          const Array* v, const std::vector<int>& windows, bool shifted,
+                          const Array& dqv, const Array* dv) {
+  const int64_t element = kind == 0 ? 4 : 2;
+  const auto groups = group_params(kind, qv, v, windows, shifted);
+  std::vector<WindowAttentionBackwardParams> backward;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const int64_t g = static_cast<int64_t>(i);
+    WindowAttentionBackwardParams p{};
+    p.forward = groups[i];
+    p.forward.lse = from_channel(lse, g, 4);
+    const int64_t d = p.forward.d_qk, d_v = p.forward.d_v;
+    p.grad = from_channel(grad, g * d_v, element);
+    p.dq = from_channel(dqv, 2 * g * d, element);
+    p.dv = v == nullptr ? from_channel(dqv, (2 * g + 1) * d, element)
+                        : from_channel(*dv, g * d_v, element);
+    backward.push_back(p);
+  }
+  run_backward(backward);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(window_attention, m) {
@@ -116,5 +145,35 @@ PYBIND11_MODULE(window_attention, m) {
             p.lse = from_channel(lse, g++, 4);
           }
           run(groups, true);
+        });
+  m.def("window_attention_backward",
+        [](int kind, Object grad_, Object q_, Object k_, Object lse_, Object v_, Object bias_,
+           int window_h, int window_w, int64_t shift_h, int64_t shift_w, int64_t heads,
+           double scale, bool mask, Object dq_, Object dk_, Object dv_, Object dbias_) {
+          const Array grad(grad_), q(q_), k(k_), lse(lse_), v(v_), bias(bias_), dq(dq_), dk(dk_),
+              dv(dv_), dbias(dbias_);
+          WindowAttentionBackwardParams p{};
+          p.forward = window_params(kind, q, k, v, bias, window_h, window_w, shift_h, shift_w,
+                                    heads, scale, mask);
+          p.forward.lse = lse.map();
+          p.grad = grad.map();
+          p.dq = dq.map();
+          p.dk = dk.map();
+          p.dv = dv.map();
+          p.dbias = dbias.data();
+          run_backward({p});
+        });
+  m.def("grouped_window_attention_backward",
+        [](int kind, Object grad_, Object qv_, Object lse_, std::vector<int> windows, bool shifted,
+           Object dqv_) {
+          const Array grad(grad_), qv(qv_), lse(lse_), dqv(dqv_);
+          run_grouped_backward(kind, grad, qv, lse, nullptr, windows, shifted, dqv, nullptr);
+        });
+  m.def("apply_grouped_window_scores_backward",
+        [](int kind, Object grad_, Object qv_, Object lse_, Object v_, std::vector<int> windows,
+           bool shifted, Object dqv_, Object dv_) {
+          const Array grad(grad_), qv(qv_), lse(lse_), v(v_), dqv(dqv_), dv(dv_);
+          dqv.zero();  // as the operator does: nothing flows into qv's own values
+          run_grouped_backward(kind, grad, qv, lse, &v, windows, shifted, dqv, &dv);
         });
 }
