@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
       scores.add_product(query_rows + 16 * warp * kLd, key_rows + row * kLd, kLd, d_qk, columns,
                          lane);
       dp.add_product(grad_rows + 16 * warp * kLd, value_rows + row * kLd, kLd, d_v, columns, lane);
-      finish_scores<false>(scores, terms, labels + 16 * warp, key_labels + row, columns, lane);
+      finish_scores(scores, terms, false, labels + 16 * warp, key_labels + row, columns, lane);
 #pragma unroll
       for (int i = 0; i < kRowsOfLane; ++i) {
         float base = highest[i];
@@ -194,29 +194,39 @@ struct BiasGradient {
   }
 };
 
-// scores become P and dp becomes dS, both 0 where two do not see each other. kKeys: the rows are
-// keys, the columns queries, whose statistics are in `statistics`; else in row_statistics.
-template <bool kKeys, typename Scores>
-SR_DEVICE void finish_gradients(Scores& scores, Scores& dp,
-                                const RowStatistics (&row_statistics)[Scores::kRowsOfLane],
+// scores become P and dp becomes dS, both 0 where two do not see each other. `statistics` are those
+// of the queries: the columns where as_keys, else the warp's rows.
+template <typename Scores>
+SR_DEVICE void finish_gradients(Scores& scores, Scores& dp, bool as_keys,
                                 const RowStatistics* statistics, int columns, int lane) {
+  const auto finish = [&](int i, int j, const RowStatistics& s) {
+    const float score = scores.at(i, j);
+    const bool seen = score != kMinusInfinity;
+    const float probability = seen ? exp_of(score - s.highest) * s.factor : 0.0f;
+    scores.at(i, j) = probability;
+    dp.at(i, j) = seen ? probability * (dp.at(i, j) - s.delta) : 0.0f;
+  };
+  if (as_keys) {
 #pragma unroll
-  for (int j = 0; j < Scores::kColumnsOfLane; ++j) {
-    if (16 * Scores::group(j) >= columns) break;
-    RowStatistics of_column{};
-    if constexpr (kKeys)
-      of_column = load_shared<RowStatistics>(statistics + Scores::column(lane, j));
+    for (int j = 0; j < Scores::kColumnsOfLane; ++j) {
+      if (16 * Scores::group(j) >= columns) break;
+      const auto s = load_shared<RowStatistics>(statistics + Scores::column(lane, j));
+#pragma unroll
+      for (int i = 0; i < Scores::kRowsOfLane; ++i) finish(i, j, s);
+    }
+  } else {
 #pragma unroll
     for (int i = 0; i < Scores::kRowsOfLane; ++i) {
-      const RowStatistics& s = kKeys ? of_column : row_statistics[i];
-      const float score = scores.at(i, j);
-      const bool seen = score != kMinusInfinity;
-      const float probability = seen ? exp_of(score - s.highest) * s.factor : 0.0f;
-      scores.at(i, j) = probability;
-      dp.at(i, j) = seen ? probability * (dp.at(i, j) - s.delta) : 0.0f;
+      const auto s = load_shared<RowStatistics>(statistics + Scores::row(lane, i));
+#pragma unroll
+      for (int j = 0; j < Scores::kColumnsOfLane; ++j)
+        if (16 * Scores::group(j) < columns) finish(i, j, s);
     }
   }
 }
+
+// What a block's own rows are taken for.
+constexpr int kQueries = 0, kKeys = 1;
 
 template <typename E, int kD>
 __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
@@ -226,7 +236,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
   using Stage = typename Tile::Stage;
   using Scores = WarpScores<E, Tile::kChunk>;
   using Weighted = WarpWeighted<E, kD>;
-  constexpr int kRows = Tile::kRows, kLd = Rows::kLd, kRowsOfLane = Scores::kRowsOfLane;
+  constexpr int kRows = Tile::kRows, kLd = Rows::kLd;
   constexpr int kWarps = Tile::kThreads / 32;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int64_t block = blockIdx.x;
@@ -269,40 +279,49 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
   for (int64_t unit = part * per_block; unit < last; ++unit) {
     const int64_t window = plan.first_window(unit);
     const int own_tile = plan.tile(unit);
-    // Own rows, of x (queries or keys) and y (gradient or values), and those streamed past them.
-    E* own_x = shared_array<E>(0, kRows * kLd);
-    E* own_y = shared_array<E>(Rows::kBytes, kRows * kLd);
-    E* other_x = shared_array<E>(2 * Rows::kBytes, kRows * kLd);
-    E* other_y = shared_array<E>(3 * Rows::kBytes, kRows * kLd);
     __syncthreads();  // the unit before has been stored
     find_rows<kRows>(p, plan, window, own_tile, places, labels, thread);
-    __syncthreads();
 
-    Weighted dx;  // of the own x; where keys are queries, of both roles
-    float factor[kRowsOfLane];
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) factor[i] = terms.scale;
-    if (as_queries) {
-      Rows::load(own_x, p.q, head * d_qk, d_qk, places, thread);
-      Rows::load(own_y, g.grad, head * d_v, d_v, places, thread);
-      RowStatistics row_statistics[kRowsOfLane];
-#pragma unroll
-      for (int i = 0; i < kRowsOfLane; ++i)
-        row_statistics[i] =
-            load_global<RowStatistics>(g.statistics + (unit * p.num_heads + head) * kRows +
-                                       16 * warp + Scores::row(lane, i));
+    // The block's own rows and those streamed past them: x, queries and keys, y, gradient and
+    // values; own is the first of each as queries, the second as keys.
+    Weighted dx, dv;
+    bool loaded = false;
+#pragma unroll 1
+    for (int role = as_queries ? kQueries : kKeys; role <= (as_keys ? kKeys : kQueries); ++role) {
+      // Where the keys are the queries, whole windows stay, and the tiles of y change places.
+      const int own_y_at = loaded ? 3 : 1;
+      E* own_x = shared_array<E>(0, kRows * kLd);
+      E* own_y = shared_array<E>(own_y_at * Rows::kBytes, kRows * kLd);
+      E* buffer_x = shared_array<E>(2 * Rows::kBytes, kRows * kLd);
+      E* other_y = shared_array<E>((4 - own_y_at) * Rows::kBytes, kRows * kLd);
+      const FeatureMap& y = role == kQueries ? g.grad : p.v;
+      const FeatureMap& streamed_y = role == kQueries ? p.v : g.grad;
+      __syncthreads();
+      if (!loaded) {
+        Rows::load(own_x, role == kQueries ? p.q : keys, head * d_qk, d_qk, places, thread);
+        Rows::load(own_y, y, head * d_v, d_v, places, thread);
+      }
 #pragma unroll 1
       for (int tile = 0; tile < plan.tiles; ++tile) {
         const bool own = tile == own_tile;
-        const E* x = own && shared_keys ? own_x : other_x;
+        E* other_x = own && shared_keys ? own_x : buffer_x;
         const RowPlace* other_places = own ? places : places + kRows;
         const RowLabel* other_labels = own ? labels : labels + kRows;
         if (tile > 0) __syncthreads();
-        if (!own) find_rows<kRows>(p, plan, window, tile, places + kRows, labels + kRows, thread);
-        __syncthreads();
+        if (!own) {
+          find_rows<kRows>(p, plan, window, tile, places + kRows, labels + kRows, thread);
+          __syncthreads();
+        }
         if (!own || !shared_keys)
-          Rows::load(other_x, keys, head * d_qk, d_qk, other_places, thread);
-        Rows::load(other_y, p.v, head * d_v, d_v, other_places, thread);
+          Rows::load(buffer_x, role == kQueries ? keys : p.q, head * d_qk, d_qk, other_places,
+                     thread);
+        if (!loaded) Rows::load(other_y, streamed_y, head * d_v, d_v, other_places, thread);
+        if (thread < kRows) {
+          const int64_t of_tile = role == kQueries ? unit : unit - own_tile + tile;
+          store_shared(statistics + thread,
+                       load_global<RowStatistics>(
+                           g.statistics + (of_tile * p.num_heads + head) * kRows + thread));
+        }
         __syncthreads();
         const int count = columns_of(plan, slot, tile);
 #pragma unroll 1
@@ -310,13 +329,17 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
           const int columns = count - c < Tile::kChunk ? count - c : Tile::kChunk;
           const int row = first_row + c;
           Scores scores, dp;
-          scores.add_product(own_x + 16 * warp * kLd, x + row * kLd, kLd, d_qk, columns, lane);
+          scores.add_product(own_x + 16 * warp * kLd, other_x + row * kLd, kLd, d_qk, columns,
+                             lane);
           dp.add_product(own_y + 16 * warp * kLd, other_y + row * kLd, kLd, d_v, columns, lane);
-          finish_scores<false>(scores, terms, labels + 16 * warp, other_labels + row, columns,
-                               lane);
-          finish_gradients<false>(scores, dp, row_statistics, nullptr, columns, lane);
-          dx.add_product(dp, stage, x + row * kLd, kLd, d_qk, columns, lane);
-          if (!want_bias) continue;
+          finish_scores(scores, terms, role == kKeys, labels + 16 * warp, other_labels + row,
+                        columns, lane);
+          finish_gradients(scores, dp, role == kKeys,
+                           statistics + (role == kKeys ? row : 16 * warp), columns, lane);
+          if (role == kKeys)
+            dv.add_product(scores, stage, other_y + row * kLd, kLd, d_v, columns, lane);
+          dx.add_product(dp, stage, other_x + row * kLd, kLd, d_qk, columns, lane);
+          if (!want_bias || role == kKeys) continue;
           if constexpr (sizeof(E) == 2) Stage::write(stage, dp, columns, lane);
           const auto column = load_shared<RowLabel>(other_labels + row + lane % columns);
           const bool exists = lane < columns && column.region >= 0;
@@ -330,75 +353,21 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
           }
         }
       }
-      if (!shared_keys && g.dq.data != nullptr) {
-        __syncthreads();
-        store_weighted<E, kD>(dx, factor, own_x + 16 * warp * kLd, kLd, d_qk, lane);
-        __syncthreads();
-        Rows::store(own_x, g.dq, head * d_qk, d_qk, places, thread);
-      }
-    }
-    if (!as_keys) continue;
-
-    // As keys. What a whole window's queries have loaded serves again with the roles exchanged.
-    const bool loaded = as_queries && shared_keys && plan.tiles == 1;
-    if (loaded) {
-      E* y = own_y;
-      own_y = other_y;
-      other_y = y;
-      other_x = own_x;
-    }
-    Weighted dv;
-    if (!shared_keys) dx = Weighted();
-    if (!loaded) {
+      loaded = shared_keys && plan.tiles == 1;
+      if (shared_keys && role == kQueries && as_keys) continue;  // both roles make dq
+      __syncthreads();  // the rows have been used: they take the results
+      E* rows = shared_array<E>(0, kRows * kLd);
+      E* dv_rows = shared_array<E>(Rows::kBytes, kRows * kLd);
+      store_weighted<E, kD>(dx, terms.scale, rows + 16 * warp * kLd, kLd, d_qk, lane);
+      if (role == kKeys)
+        store_weighted<E, kD>(dv, 1.0f, dv_rows + 16 * warp * kLd, kLd, d_v, lane);
       __syncthreads();
-      Rows::load(own_x, keys, head * d_qk, d_qk, places, thread);
-      Rows::load(own_y, p.v, head * d_v, d_v, places, thread);
+      const FeatureMap& to = role == kQueries || shared_keys ? g.dq : g.dk;
+      if (to.data != nullptr) Rows::store(rows, to, head * d_qk, d_qk, places, thread);
+      if (role == kKeys && g.dv.data != nullptr)
+        Rows::store(dv_rows, g.dv, head * d_v, d_v, places, thread);
+      dx = Weighted();
     }
-#pragma unroll 1
-    for (int tile = 0; tile < plan.tiles; ++tile) {
-      const bool own = tile == own_tile;
-      const RowPlace* other_places = own ? places : places + kRows;
-      const RowLabel* other_labels = own ? labels : labels + kRows;
-      __syncthreads();
-      if (!own) {
-        find_rows<kRows>(p, plan, window, tile, places + kRows, labels + kRows, thread);
-        __syncthreads();
-      }
-      if (!loaded) {
-        Rows::load(other_x, p.q, head * d_qk, d_qk, other_places, thread);
-        Rows::load(other_y, g.grad, head * d_v, d_v, other_places, thread);
-      }
-      if (thread < kRows)
-        store_shared(statistics + thread,
-                     load_global<RowStatistics>(
-                         g.statistics +
-                         ((unit - own_tile + tile) * p.num_heads + head) * kRows + thread));
-      __syncthreads();
-      const int count = columns_of(plan, slot, tile);
-#pragma unroll 1
-      for (int c = 0; c < count; c += Tile::kChunk) {
-        const int columns = count - c < Tile::kChunk ? count - c : Tile::kChunk;
-        const int row = first_row + c;
-        Scores scores, dp;
-        scores.add_product(own_x + 16 * warp * kLd, other_x + row * kLd, kLd, d_qk, columns, lane);
-        dp.add_product(own_y + 16 * warp * kLd, other_y + row * kLd, kLd, d_v, columns, lane);
-        finish_scores<true>(scores, terms, labels + 16 * warp, other_labels + row, columns, lane);
-        const RowStatistics unused[kRowsOfLane] = {};
-        finish_gradients<true>(scores, dp, unused, statistics + row, columns, lane);
-        dv.add_product(scores, stage, other_y + row * kLd, kLd, d_v, columns, lane);
-        if (want_dk) dx.add_product(dp, stage, other_x + row * kLd, kLd, d_qk, columns, lane);
-      }
-    }
-    __syncthreads();  // the rows have been used: they take the results
-    E* dx_rows = shared_array<E>(0, kRows * kLd);
-    E* dv_rows = shared_array<E>(Rows::kBytes, kRows * kLd);
-    store_weighted<E, kD>(dx, factor, dx_rows + 16 * warp * kLd, kLd, d_qk, lane);
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) factor[i] = 1.0f;
-    store_weighted<E, kD>(dv, factor, dv_rows + 16 * warp * kLd, kLd, d_v, lane);
-    __syncthreads();
-    if (want_dk) Rows::store(dx_rows, shared_keys ? g.dq : g.dk, head * d_qk, d_qk, places, thread);
-    if (g.dv.data != nullptr) Rows::store(dv_rows, g.dv, head * d_v, d_v, places, thread);
   }
 
   if (!want_bias || g.tables != 1) return;

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
 #pragma unroll
   for (int i = 0; i < kRowsOfLane; ++i) {
     highest[i] = kMinusInfinity;
-    sum[i] = launch.reuse ? 1.0f : 0.0f;
+    sum[i] = 0.0f;
     if (launch.reuse) {
       const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
       highest[i] = 0.0f;
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
       Scores scores;
       scores.add_product(query_rows + 16 * warp * kLd, key_rows + row * kLd, kLd, d_qk, columns,
                          lane);
-      finish_scores<false>(scores, terms, labels + 16 * warp, key_labels + row, columns, lane);
+      finish_scores(scores, terms, false, labels + 16 * warp, key_labels + row, columns, lane);
 #pragma unroll
       for (int i = 0; i < kRowsOfLane; ++i) {
         float base = highest[i];
@@ -204,17 +204,19 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     }
   }
 
-  float factor[kRowsOfLane];
 #pragma unroll
   for (int i = 0; i < kRowsOfLane; ++i) {
-    if (!launch.reuse) sum[i] = row_sum<Scores::kLanesOfRow>(sum[i]);
-    factor[i] = 1.0f / sum[i];
+    if (launch.reuse) continue;
+    sum[i] = row_sum<Scores::kLanesOfRow>(sum[i]);
+    const float factor = 1.0f / sum[i];
+#pragma unroll
+    for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c) weighted.at(i, c) *= factor;
     const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
-    if (!launch.reuse && p.lse.data != nullptr && lane % Scores::kLanesOfRow == 0 && place.n >= 0)
+    if (p.lse.data != nullptr && lane % Scores::kLanesOfRow == 0 && place.n >= 0)
       store_global<float>(row_pointer<float>(p.lse, place, head), highest[i] + logf(sum[i]));
   }
   __syncthreads();  // the queries may have been other warps' keys
-  store_weighted<E, kD>(weighted, factor, query_rows + 16 * warp * kLd, kLd, d_v, lane);
+  store_weighted<E, kD>(weighted, 1.0f, query_rows + 16 * warp * kLd, kLd, d_v, lane);
   __syncthreads();
   Rows::store(query_rows, p.out, head * d_v, d_v, places, thread);
 }

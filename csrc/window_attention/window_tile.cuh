@@ -109,7 +109,7 @@ struct RowTile {
       const RowPlace place = load_shared<RowPlace>(places + row);
       const E* from = row_pointer<const E>(map, place, channel);
       const int count = place.n < 0 ? 0 : channels;
-#pragma unroll 4
+#pragma unroll 2
       for (int c = thread / kRows * 2; c < padded; c += 4) {
         Vector<E, 2> pair{{zero, zero}};
         if (c < count) pair.element[0] = load_global<E>(from + c * map.stride_c);
@@ -146,7 +146,7 @@ struct RowTile {
       const RowPlace place = load_shared<RowPlace>(places + row);
       if (place.n < 0) return;
       E* to = row_pointer<E>(map, place, channel);
-#pragma unroll 4
+#pragma unroll 2
       for (int c = thread / kRows * 2; c < channels; c += 4) {
         const auto pair = load_shared<Vector<E, 2>>(tile + row * kLd + c);
         store_global<E>(to + c * map.stride_c, pair.element[0]);
@@ -330,10 +330,10 @@ struct WarpWeighted<float, kD> {
   }
 };
 
-// The 16 rows of a warp into a tile, times factor[i].
+// The 16 rows of a warp into a tile, times a factor.
 template <typename E, int kD>
-SR_DEVICE void store_weighted(WarpWeighted<E, kD>& weighted, const float* factor, E* rows, int ld,
-                              int d, int lane) {
+SR_DEVICE void store_weighted(WarpWeighted<E, kD>& weighted, float factor, E* rows, int ld, int d,
+                              int lane) {
   using Weighted = WarpWeighted<E, kD>;
 #pragma unroll
   for (int i = 0; i < Weighted::kRowsOfLane; ++i)
@@ -342,8 +342,8 @@ SR_DEVICE void store_weighted(WarpWeighted<E, kD>& weighted, const float* factor
       const int column = weighted.column(lane, j);
       if (column < d)
         store_shared(rows + weighted.row(lane, i) * ld + column,
-                     Vector<E, 2>{{from_float<E>(weighted.at(i, j) * factor[i]),
-                                   from_float<E>(weighted.at(i, j + 1) * factor[i])}});
+                     Vector<E, 2>{{from_float<E>(weighted.at(i, j) * factor),
+                                   from_float<E>(weighted.at(i, j + 1) * factor)}});
     }
 }
 
@@ -386,10 +386,11 @@ struct ScoreTerms {
 };
 
 // scores (of rows with these labels, against columns with those) from products, -inf where two do
-// not see each other. kTransposed: the columns are the queries.
-template <bool kTransposed, typename E, int kColumns>
+// not see each other. The columns are the queries where `transposed`.
+template <typename E, int kColumns>
 SR_DEVICE void finish_scores(WarpScores<E, kColumns>& scores, const ScoreTerms<E>& terms,
-                             const RowLabel* rows, const RowLabel* columns, int count, int lane) {
+                             bool transposed, const RowLabel* rows, const RowLabel* columns,
+                             int count, int lane) {
   using Scores = WarpScores<E, kColumns>;
   if (terms.plain) {
 #pragma unroll
@@ -413,7 +414,7 @@ SR_DEVICE void finish_scores(WarpScores<E, kColumns>& scores, const ScoreTerms<E
       score *= terms.scale;
       if (terms.bias.global != nullptr && seen) {
         const int difference = row[i].position - column.position;
-        score += terms.bias[terms.bias_centre + (kTransposed ? -difference : difference)];
+        score += terms.bias[terms.bias_centre + (transposed ? -difference : difference)];
       }
       score = seen ? score : kMinusInfinity;
     }
