@@ -5,6 +5,9 @@
 // (torch.ops.sr_kernels.*), and a kernel must never see a size that it was not written for.
 #pragma once
 
+#if defined(USE_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -177,6 +180,30 @@ inline void* current_cuda_stream(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
+}
+
+// Makes the tensor's device current while it lives.
+struct CudaGuard {
+  explicit CudaGuard(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+// Memory of torch's allocator for one operator's intermediate results. It is given back while the
+// kernels that use it may still be queued: torch hands it out again in the order of the stream.
+class CudaWorkspace {
+ public:
+  CudaWorkspace(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) tensor_ = new_tensor(like, {bytes}, ScalarType::Byte);
+  }
+  void* data() const { return data_or_null(tensor_); }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+// error: what a launch function returned, nullptr for success.
+inline void require_launched(const char* op, const char* error) {
+  require(error == nullptr, op, ": ", error == nullptr ? "" : error);
 }
 #endif
 

@@ -55,14 +55,18 @@ SR_DEVICE void store_shared(void* to, V value) {
 }
 template <typename V>
 SR_DEVICE V load_global(const void* from) {
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(from));
+#else
   cuda_on_cpu::block->check_global(from, sizeof(V), "read");
 #endif
   return *static_cast<const V*>(from);
 }
 template <typename V>
 SR_DEVICE void store_global(void* to, V value) {
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(to));
+#else
   cuda_on_cpu::block->check_global(to, sizeof(V), "write");
 #endif
   *static_cast<V*>(to) = value;
@@ -196,6 +200,15 @@ SR_DEVICE float exp2_approximate(float x) {
 #else
   return std::exp2(x);
 #endif
+}
+
+// x, but nothing computed from it can be computed before this point: keeps loop invariants that are
+// cheap to compute again from holding registers through a loop.
+SR_DEVICE int opaque(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 // ------------------------------------------------------------------ elements

@@ -57,9 +57,9 @@ struct TileProduct {
     const int lane = thread % 32, warp = thread / 32;
     const int row = warp % 2 * 32, column = warp / 2 * (kN / 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2 * kPairs; ++j)
 #pragma unroll
-      for (int j = 0; j < 2 * kPairs; ++j)
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int x = 0; x < 4; x += 2)
           function(row + 16 * i + accumulator_row(lane, x),
@@ -123,6 +123,7 @@ template <typename E, int kColumns>
 SR_DEVICE void load_weights(E* a, int lda, int columns, const E* matrix, int64_t stride_m,
                             int64_t stride_k, int m_count, int k_count, int thread) {
   const bool along_k = stride_k == 1;  // lanes lie along what is contiguous
+#pragma unroll 4                       // more of them at once would take registers from the sums
   for (int i = thread; i < kProductRows * kColumns; i += kBlockThreads) {
     const int m = along_k ? i / kColumns : i % kProductRows;
     const int k = along_k ? i % kColumns : i / kProductRows;

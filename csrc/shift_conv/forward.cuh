@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
       z.accumulate(weight, Tile::kLdW, input + k0 * Tile::kLdX, Tile::kLdX, k_padded, thread);
     }
     // The product of the hidden channels before these has read `hidden`: two barriers ago at least.
-    z.visit(thread, [&](int row, int column, float first, float second) {
+    z.visit(opaque(thread), [&](int row, int column, float first, float second) {
       const bool real = row < j_count;
       const ShiftOffset offset = p.shift_hidden(j0 + row);
       float bias = 0.0f;

@@ -1,95 +1,31 @@
-// sr_kernels::shift_conv2d, shift_conv_block and their backwards on the CPU: checks and params.
+// sr_kernels::shift_conv2d, shift_conv_block and their backwards on the CPU.
 #include "common/cpu_isa.h"
-#include "shift_conv/arguments.h"
-#include "torch_adapter.h"
+#include "shift_conv/operators.h"
 
 namespace sr_kernels {
 namespace {
 
-Tensor shift_conv2d_cpu(const Tensor& x, const Tensor& weight_in,
-                        const std::optional<Tensor>& bias_in, const std::optional<Tensor>& residual,
-                        int64_t activation, double negative_slope, int64_t pattern,
-                        int64_t groups) {
-  const Tensor weight = dense(weight_in);
-  const std::optional<Tensor> bias = dense(bias_in);
-  ShiftConvParams p = conv_params("shift_conv2d", x, weight, bias, residual, activation,
-                                  negative_slope, pattern, groups);
-  Tensor y = new_feature_map(x, p.c_out);
-  p.y = feature_map(y);
-  if (y.numel() > 0) SR_KERNELS_CALL_CPU(shift_conv2d, p, torch_parallel);
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> shift_conv2d_backward_cpu(
-    const Tensor& grad, const Tensor& x, const Tensor& weight_in,
-    const std::optional<Tensor>& bias_in, int64_t activation, double negative_slope,
-    int64_t pattern, int64_t groups, bool need_x, bool need_weight, bool need_bias) {
-  const Tensor weight = dense(weight_in);
-  const std::optional<Tensor> bias = dense(bias_in);
-  ShiftConvBackwardParams p{};
-  p.forward = conv_params("shift_conv2d_backward", x, weight, bias, std::nullopt, activation,
-                          negative_slope, pattern, groups);
-  const ShiftConvParams& f = p.forward;
-  require_shape(grad, {f.batch, f.c_out, f.height, f.width}, "grad");
-  require_like(grad, x, "grad", "x");
-  p.grad = feature_map(grad);
-  Tensor dx = need_x ? new_feature_map(x, f.c_in) : no_gradient(x);
-  Tensor dweight = need_weight ? new_tensor(x, {f.c_out, f.c_in, 1, 1}) : no_gradient(x);
-  Tensor dbias = need_bias ? new_tensor(x, {f.c_out}) : no_gradient(x);
-  if (need_x) p.dx = feature_map(dx);
-  if (need_weight) p.dweight = dweight.data_ptr();
-  if (need_bias) p.dbias = dbias.data_ptr();
-  SR_KERNELS_CALL_CPU(shift_conv2d_backward, p, torch_parallel);
-  return {dx, dweight, dbias};
-}
-
-Tensor shift_conv_block_cpu(const Tensor& x, const Tensor& w0_in,
-                            const std::optional<Tensor>& b0_in, const Tensor& w1_in,
-                            const std::optional<Tensor>& b1_in, int64_t activation,
-                            double negative_slope, bool residual, int64_t pattern, int64_t groups) {
-  const Tensor w0 = dense(w0_in), w1 = dense(w1_in);
-  const std::optional<Tensor> b0 = dense(b0_in), b1 = dense(b1_in);
-  ShiftConvBlockParams p = block_params("shift_conv_block", x, w0, b0, w1, b1, activation,
-                                        negative_slope, residual, pattern, groups);
-  Tensor y = new_feature_map(x, p.c_out);
-  p.y = feature_map(y);
-  if (y.numel() > 0) SR_KERNELS_CALL_CPU(shift_conv_block, p, torch_parallel);
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shift_conv_block_backward_cpu(
-    const Tensor& grad, const Tensor& x, const Tensor& w0_in, const std::optional<Tensor>& b0_in,
-    const Tensor& w1_in, int64_t activation, double negative_slope, bool residual, int64_t pattern,
-    int64_t groups, bool need_x, bool need_w0, bool need_b0, bool need_w1, bool need_b1) {
-  const Tensor w0 = dense(w0_in), w1 = dense(w1_in);
-  const std::optional<Tensor> b0 = dense(b0_in);
-  ShiftConvBlockBackwardParams p{};
-  p.forward = block_params("shift_conv_block_backward", x, w0, b0, w1, std::nullopt, activation,
-                           negative_slope, residual, pattern, groups);
-  const ShiftConvBlockParams& f = p.forward;
-  require_shape(grad, {f.batch, f.c_out, f.height, f.width}, "grad");
-  require_like(grad, x, "grad", "x");
-  p.grad = feature_map(grad);
-  Tensor dx = need_x ? new_feature_map(x, f.c_in) : no_gradient(x);
-  Tensor dw0 = need_w0 ? new_tensor(x, {f.c_hidden, f.c_in, 1, 1}) : no_gradient(x);
-  Tensor db0 = need_b0 ? new_tensor(x, {f.c_hidden}) : no_gradient(x);
-  Tensor dw1 = need_w1 ? new_tensor(x, {f.c_out, f.c_hidden, 1, 1}) : no_gradient(x);
-  Tensor db1 = need_b1 ? new_tensor(x, {f.c_out}) : no_gradient(x);
-  if (need_x) p.dx = feature_map(dx);
-  if (need_w0) p.dw0 = dw0.data_ptr();
-  if (need_b0) p.db0 = db0.data_ptr();
-  if (need_w1) p.dw1 = dw1.data_ptr();
-  if (need_b1) p.db1 = db1.data_ptr();
-  SR_KERNELS_CALL_CPU(shift_conv_block_backward, p, torch_parallel);
-  return {dx, dw0, db0, dw1, db1};
-}
+struct Cpu {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+  static void run(const ShiftConvParams& p, const Tensor&) {
+    SR_KERNELS_CALL_CPU(shift_conv2d, p, torch_parallel);
+  }
+  static void run(const ShiftConvBackwardParams& p, const Tensor&) {
+    SR_KERNELS_CALL_CPU(shift_conv2d_backward, p, torch_parallel);
+  }
+  static void run(const ShiftConvBlockParams& p, const Tensor&) {
+    SR_KERNELS_CALL_CPU(shift_conv_block, p, torch_parallel);
+  }
+  static void run(const ShiftConvBlockBackwardParams& p, const Tensor&) {
+    SR_KERNELS_CALL_CPU(shift_conv_block_backward, p, torch_parallel);
+  }
+};
 
 }  // namespace
 }  // namespace sr_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
-  m.impl("shift_conv2d", TORCH_BOX(&sr_kernels::shift_conv2d_cpu));
-  m.impl("shift_conv2d_backward", TORCH_BOX(&sr_kernels::shift_conv2d_backward_cpu));
-  m.impl("shift_conv_block", TORCH_BOX(&sr_kernels::shift_conv_block_cpu));
-  m.impl("shift_conv_block_backward", TORCH_BOX(&sr_kernels::shift_conv_block_backward_cpu));
+  sr_kernels::ShiftConvOperators<sr_kernels::Cpu>::implement(m);
 }

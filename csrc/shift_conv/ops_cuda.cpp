@@ -1,33 +1,36 @@
-// sr_kernels::shift_conv2d on CUDA: params, device guard and stream.
-#include <torch/csrc/stable/accelerator.h>
-
-#include "shift_conv/arguments.h"
+// sr_kernels::shift_conv2d, shift_conv_block and their backwards on CUDA: device, stream,
+// workspace.
 #include "shift_conv/launch.h"
-#include "torch_adapter.h"
+#include "shift_conv/operators.h"
 
 namespace sr_kernels {
 namespace {
 
-Tensor shift_conv2d_cuda(const Tensor& x, const Tensor& weight_in,
-                         const std::optional<Tensor>& bias_in,
-                         const std::optional<Tensor>& residual, int64_t activation,
-                         double negative_slope, int64_t pattern, int64_t groups) {
-  const Tensor weight = dense(weight_in);
-  const std::optional<Tensor> bias = dense(bias_in);
-  ShiftConvParams p = conv_params("shift_conv2d", x, weight, bias, residual, activation,
-                                  negative_slope, pattern, groups);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = new_feature_map(x, p.c_out);
-  p.y = feature_map(y);
-  if (y.numel() == 0) return y;
-  const char* error = launch_shift_conv2d(p, current_cuda_stream(x));
-  require(error == nullptr, "shift_conv2d: ", error == nullptr ? "" : error);
-  return y;
-}
+struct Cuda {
+  using Guard = CudaGuard;
+  static void run(const ShiftConvParams& p, const Tensor& x) {
+    require_launched("shift_conv2d", launch_shift_conv2d(p, current_cuda_stream(x)));
+  }
+  static void run(const ShiftConvBackwardParams& p, const Tensor& x) {
+    const CudaWorkspace workspace(x, shift_conv2d_backward_workspace(p));
+    require_launched("shift_conv2d_backward",
+                     launch_shift_conv2d_backward(p, workspace.data(), current_cuda_stream(x)));
+  }
+  static void run(const ShiftConvBlockParams& p, const Tensor& x) {
+    const CudaWorkspace workspace(x, shift_conv_block_workspace(p));
+    require_launched("shift_conv_block",
+                     launch_shift_conv_block(p, workspace.data(), current_cuda_stream(x)));
+  }
+  static void run(const ShiftConvBlockBackwardParams& p, const Tensor& x) {
+    const CudaWorkspace workspace(x, shift_conv_block_backward_workspace(p));
+    require_launched("shift_conv_block_backward",
+                     launch_shift_conv_block_backward(p, workspace.data(), current_cuda_stream(x)));
+  }
+};
 
 }  // namespace
 }  // namespace sr_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CUDA, m) {
-  m.impl("shift_conv2d", TORCH_BOX(&sr_kernels::shift_conv2d_cuda));
+  sr_kernels::ShiftConvOperators<sr_kernels::Cuda>::implement(m);
 }

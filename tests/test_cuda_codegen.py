@@ -1,0 +1,70 @@
+"""The CUDA kernels as nvcc compiles them: no spills, no more registers than were agreed to, tensor
+cores where they are meant. Needs no GPU."""
+
+import json
+import re
+
+import cuda_codegen
+import pytest
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(cuda_codegen.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    missing = cuda_codegen.why_not()
+    if missing is not None:
+        pytest.skip(missing)
+    return cuda_codegen.measure(workers=2)
+
+
+def test_nothing_is_spilled_and_no_shared_memory_is_static(kernels):
+    assert kernels
+    for key, kernel in kernels.items():
+        assert kernel.registers > 0, key
+        assert (kernel.spills, kernel.stack) == (0, 0), key
+        assert kernel.shared == 0, f"{key}: shared memory comes from shared_array"
+
+
+def test_registers_are_within_the_table(kernels, table):
+    version = cuda_codegen.toolkit_version()
+    if version != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}, here is {version}")
+    found = {name for name, _ in kernels}
+    assert found == set(table["registers"]), "run tests/shared/cuda_codegen.py, commit its table"
+    for (name, arch), kernel in kernels.items():
+        most = table["registers"][name][arch]
+        assert kernel.registers <= most, f"{name}, sm_{arch}: {kernel.registers} > {most}"
+
+
+def test_tensor_cores_where_they_are_meant(kernels):
+    """16-bit products: HMMA from ldmatrix. float32: FFMA, never a matrix instruction (TF32)."""
+    seen = 0
+    for (name, arch), kernel in kernels.items():
+        if not kernel.sass:
+            pytest.skip("no cuobjdump and nvdisasm here, neither the toolkit's nor Triton's")
+        matrix = len(re.findall(r"\bHMMA\.", kernel.sass))
+        if "<float" in name:
+            assert matrix == 0, (name, arch)
+        elif name.split("<")[0] in PRODUCTS:
+            seen += 1
+            assert matrix > 0, (name, arch)
+            assert "LDSM" in kernel.sass, (name, arch)
+    assert seen > 0
+
+
+# Kernels that are products of matrices.
+PRODUCTS = {"conv_kernel", "block_kernel", "weight_gradient_kernel"}
+
+
+@pytest.mark.parametrize("kernel", sorted(PRODUCTS))
+def test_shared_memory_is_addressed_as_such(kernels, kernel):
+    """An access through a generic pointer costs an address check: a sign that it was lost somewhere
+    that the memory is shared."""
+    for (name, arch), compiled in kernels.items():
+        if name.split("<")[0] == kernel and compiled.sass:
+            generic = re.findall(r"\b(?:LD|ST)\.E[.\w]*\b", compiled.sass)
+            assert not generic, (name, arch, generic[:3])
