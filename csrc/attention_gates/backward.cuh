@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kBlockThreads) spatial_weight_gradient_kernel(
     float seen = 1.0f;
     if (tap < 2 * area) {
       if (!p.size.has(at.h + dh, at.w + dw)) continue;
-      seen = load_global<float>(plane + (at.n * p.size.height + at.h + dh) * p.size.width + at.w +
-                                dw);
+      seen =
+          load_global<float>(plane + (at.n * p.size.height + at.h + dh) * p.size.width + at.w + dw);
     }
     sum += seen * load_global<float>(p.d + first + thread);
   }
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kBlockThreads) channel_gate_gradient_kernel(Ch
   for (int r = thread / 32; r < p.hidden; r += kBlockThreads / 32) {
     float sum = 0.0f;
     for (int c = thread % 32; c < p.channels; c += 32)
-      sum += parameter<E>(p.w_up, static_cast<int64_t>(c) * p.hidden + r) *
-             load_shared<float>(up + c);
+      sum +=
+          parameter<E>(p.w_up, static_cast<int64_t>(c) * p.hidden + r) * load_shared<float>(up + c);
     sum = warp_sum(sum);
     if (thread % 32 == 0) {
       const float value = load_shared<float>(hidden + r);

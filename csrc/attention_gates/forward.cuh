@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kBlockThreads) pixel_gate_kernel(PixelGatePara
 #pragma unroll 1
     for (int k0 = 0; k0 < p.channels; k0 += kK) {
       const int k_count = p.channels - k0 < kK ? p.channels - k0 : kK;
-      const int k_padded = (k_count + Tile::Product::kStepK - 1) / Tile::Product::kStepK *
-                           Tile::Product::kStepK;
+      const int k_padded =
+          (k_count + Tile::Product::kStepK - 1) / Tile::Product::kStepK * Tile::Product::kStepK;
       __syncthreads();
       load_weights<E, kK>(
           weight, Tile::kLdW, k_padded,
@@ -411,10 +411,10 @@ __global__ void __launch_bounds__(kBlockThreads) gated_conv_kernel(GatedParams p
       if (k >= k_padded) continue;
       float value = 0.0f;
       if (m < m_count && k < k_count)
-        value = to_float(load_global<E>(static_cast<const E*>(p.weight) +
-                                        (m0 + m) * p.weight_stride_m +
-                                        (k0 + k) * p.weight_stride_k)) *
-                to_float(load_global<E>(gate + (p.gate_of_output ? m0 + m : k0 + k)));
+        value =
+            to_float(load_global<E>(static_cast<const E*>(p.weight) + (m0 + m) * p.weight_stride_m +
+                                    (k0 + k) * p.weight_stride_k)) *
+            to_float(load_global<E>(gate + (p.gate_of_output ? m0 + m : k0 + k)));
       store_shared(weight + m * Tile::kLdW + k, from_float<E>(value));
     }
     load_shifted<E, kPixels>(input, Tile::kLdX, 1, k_padded, p.x, size, pixels, Shift(), k0,

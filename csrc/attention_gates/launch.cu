@@ -29,8 +29,7 @@ ImageSize size_of(const Params& p) {
   return image_size(p.batch, p.height, p.width);
 }
 bool fits(const ImageSize& size, int64_t channels) {
-  return size.batch < 65536 && size.height < 1 << 30 && size.width < 1 << 30 &&
-         channels < 1 << 16;
+  return size.batch < 65536 && size.height < 1 << 30 && size.width < 1 << 30 && channels < 1 << 16;
 }
 template <typename Params>
 bool fits(const Params& p, int64_t channels) {
@@ -74,7 +73,7 @@ FeatureMap take_map(WorkspacePieces& pieces, ScalarKind kind, const ImageSize& s
   const int64_t count = size.pixels() * channels;
   void* memory = kind == ScalarKind::kFloat32 ? static_cast<void*>(pieces.take<float>(count))
                                               : static_cast<void*>(pieces.take<uint16_t>(count));
-  return dense_map(memory, channels, size.height, size.width, like);
+  return dense_map(memory, channels, size.height, size.width, like.stride_c == 1);
 }
 
 // ------------------------------------------------------------------ sums over pixels
@@ -90,11 +89,16 @@ template <typename E>
 const char* launch_products(const ImageSize& size, int64_t m_count, int64_t k_count,
                             const FeatureMap& dz, const FeatureMap& x, int slices,
                             float* weight_parts, float* bias_parts, void* stream) {
-  const WeightGradientParams p{size,         static_cast<int>(m_count),
-                               static_cast<int>(k_count), dz,
-                               x,            Shift(),
-                               Activation::kNone,         0.0f,
-                               slices,       weight_parts,
+  const WeightGradientParams p{size,
+                               static_cast<int>(m_count),
+                               static_cast<int>(k_count),
+                               dz,
+                               x,
+                               Shift(),
+                               Activation::kNone,
+                               0.0f,
+                               slices,
+                               weight_parts,
                                bias_parts};
   return launch_blocks(weight_gradient_kernel<E>, slices,
                        ceil_div(m_count, kProductRows) * ceil_div(k_count, 64), 1,
@@ -106,8 +110,9 @@ const char* launch_products(const ImageSize& size, int64_t m_count, int64_t k_co
 template <typename E>
 const char* run(const PixelAttentionParams& f, const FeatureMap& grad, const FeatureMap& out,
                 const FeatureMap& dz, float* maximum, float* mean, void* stream) {
-  const PixelGateParams p{size_of(f), static_cast<int>(f.channels), f.x, grad, f.weight, f.bias,
-                          out, dz, maximum, mean};
+  const PixelGateParams p{
+      size_of(f), static_cast<int>(f.channels), f.x, grad, f.weight, f.bias, out, dz, maximum,
+      mean};
   return launch_blocks(pixel_gate_kernel<E>, ceil_div(p.size.pixels(), ConvTile<E>::kPixels), 1, 1,
                        ConvTile<E>::kSharedBytes, stream, p);
 }
@@ -241,9 +246,9 @@ const char* run(const SpatialAttentionBackwardParams& g, WorkspacePieces& pieces
     const int taps = 2 * p.kernel * p.kernel + 1;
     SR_KERNELS_RETURN_IF_ERROR(launch_blocks(spatial_weight_gradient_kernel<E>, p.slices, taps, 1,
                                              kBlockThreads / 32 * 4, stream, p));
-    SR_KERNELS_RETURN_IF_ERROR(launch_threads(
-        spatial_reduce_kernel<E>, taps, stream, static_cast<const float*>(p.taps), p.slices, taps,
-        static_cast<E*>(g.dweight), static_cast<E*>(g.dbias)));
+    SR_KERNELS_RETURN_IF_ERROR(
+        launch_threads(spatial_reduce_kernel<E>, taps, stream, static_cast<const float*>(p.taps),
+                       p.slices, taps, static_cast<E*>(g.dweight), static_cast<E*>(g.dbias)));
   }
   return b.pixel ? run<E>(b.next, pieces, stream) : nullptr;
 }
@@ -286,8 +291,7 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams
   p.db_up = g.db_up;
   for (float** array : {&p.z, &p.up, &p.mean, &p.offset, &p.slope})
     *array = pieces.take<float>(p.batch * p.channels);
-  for (float** array : {&p.hidden_values, &p.down})
-    *array = pieces.take<float>(p.batch * p.hidden);
+  for (float** array : {&p.hidden_values, &p.down}) *array = pieces.take<float>(p.batch * p.hidden);
   return p;
 }
 template <typename E>
@@ -301,9 +305,9 @@ const char* run_channels(const ChannelParams& p, void* stream) {
                                            kBlockThreads * static_cast<int>(sizeof(Moments)),
                                            stream, p));
   SR_KERNELS_RETURN_IF_ERROR(
-      backward ? launch_blocks(channel_gate_gradient_kernel<E>, p.batch, 1, 1, shared_bytes, stream,
-                               p)
-               : launch_blocks(channel_gate_kernel<E>, p.batch, 1, 1, shared_bytes, stream, p));
+      backward
+          ? launch_blocks(channel_gate_gradient_kernel<E>, p.batch, 1, 1, shared_bytes, stream, p)
+          : launch_blocks(channel_gate_kernel<E>, p.batch, 1, 1, shared_bytes, stream, p));
   if (p.out.data != nullptr) {
     const int64_t pixels = p.batch * p.height * p.width;
     SR_KERNELS_RETURN_IF_ERROR(launch_blocks(
@@ -327,10 +331,10 @@ const char* launch_gated(const GatedParams& p, void* stream) {
 }
 template <typename E>
 const char* run(const GatedConvParams& f, void* stream) {
-  return launch_gated<E>({f.batch, static_cast<int>(f.height), static_cast<int>(f.width),
-                          static_cast<int>(f.c_in), static_cast<int>(f.c_out), f.x, f.residual, f.y,
-                          f.gate, f.weight, f.bias, false, f.c_in, 1},
-                         stream);
+  return launch_gated<E>(
+      {f.batch, static_cast<int>(f.height), static_cast<int>(f.width), static_cast<int>(f.c_in),
+       static_cast<int>(f.c_out), f.x, f.residual, f.y, f.gate, f.weight, f.bias, false, f.c_in, 1},
+      stream);
 }
 
 GatedReduceParams take(WorkspacePieces& pieces, const GatedConvBackwardParams& g) {

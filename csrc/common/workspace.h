@@ -22,10 +22,8 @@ class WorkspacePieces {
   int64_t used_ = 0;
 };
 
-// A dense map in `memory`, in the memory format of `like`.
 inline FeatureMap dense_map(void* memory, int64_t channels, int64_t height, int64_t width,
-                            const FeatureMap& like) {
-  const bool channels_last = like.stride_c == 1;
+                            bool channels_last) {
   return {memory, channels * height * width, channels_last ? 1 : height * width,
           channels_last ? width * channels : width, channels_last ? channels : 1};
 }

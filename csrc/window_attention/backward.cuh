@@ -55,8 +55,7 @@ struct WindowBackwardTile {
   static constexpr int kPlacesAt = 4 * Rows::kBytes;
   static constexpr int kLabelsAt = kPlacesAt + 2 * kRows * static_cast<int>(sizeof(RowPlace));
   static constexpr int kStatisticsAt = kLabelsAt + 2 * kRows * static_cast<int>(sizeof(RowLabel));
-  static constexpr int kStageAt =
-      kStatisticsAt + kRows * static_cast<int>(sizeof(RowStatistics));
+  static constexpr int kStageAt = kStatisticsAt + kRows * static_cast<int>(sizeof(RowStatistics));
   // float32 always stages its scores, 16 bits for the bias gradient alone.
   static constexpr int kBiasAt = kStageAt + kThreads / 32 * Stage::kBytes;
   static constexpr int kRoom = (kMaxSharedBytes - kBiasAt) / 4;
@@ -168,9 +167,9 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     weighted[i] = row_sum<Scores::kLanesOfRow>(weighted[i]);
     const float factor = launch.reuse ? 1.0f : 1.0f / sum[i];
     if (lane % Scores::kLanesOfRow == 0)
-      store_global(g.statistics + (unit * p.num_heads + head) * kRows + 16 * warp +
-                       Scores::row(lane, i),
-                   RowStatistics{highest[i], factor, weighted[i] * factor, 0.0f});
+      store_global(
+          g.statistics + (unit * p.num_heads + head) * kRows + 16 * warp + Scores::row(lane, i),
+          RowStatistics{highest[i], factor, weighted[i] * factor, 0.0f});
   }
 }
 
@@ -319,8 +318,8 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
         if (thread < kRows) {
           const int64_t of_tile = role == kQueries ? unit : unit - own_tile + tile;
           store_shared(statistics + thread,
-                       load_global<RowStatistics>(
-                           g.statistics + (of_tile * p.num_heads + head) * kRows + thread));
+                       load_global<RowStatistics>(g.statistics +
+                                                  (of_tile * p.num_heads + head) * kRows + thread));
         }
         __syncthreads();
         const int count = columns_of(plan, slot, tile);
@@ -359,8 +358,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
       E* rows = shared_array<E>(0, kRows * kLd);
       E* dv_rows = shared_array<E>(Rows::kBytes, kRows * kLd);
       store_weighted<E, kD>(dx, terms.scale, rows + 16 * warp * kLd, kLd, d_qk, lane);
-      if (role == kKeys)
-        store_weighted<E, kD>(dv, 1.0f, dv_rows + 16 * warp * kLd, kLd, d_v, lane);
+      if (role == kKeys) store_weighted<E, kD>(dv, 1.0f, dv_rows + 16 * warp * kLd, kLd, d_v, lane);
       __syncthreads();
       const FeatureMap& to = role == kQueries || shared_keys ? g.dq : g.dk;
       if (to.data != nullptr) Rows::store(rows, to, head * d_qk, d_qk, places, thread);

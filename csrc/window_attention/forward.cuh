@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
   E* value_rows = shared_array<E>(2 * Rows::kBytes, kRows * kLd);
   float* stage = nullptr;
   if constexpr (Tile::kStageBytes > 0)
-    stage = shared_array<float>(3 * Rows::kBytes + warp * Tile::Stage::kBytes,
-                                16 * Tile::Stage::kLd);
+    stage =
+        shared_array<float>(3 * Rows::kBytes + warp * Tile::Stage::kBytes, 16 * Tile::Stage::kLd);
   RowPlace* places = shared_array<RowPlace>(Tile::kPlacesAt, 2 * kRows);
   RowLabel* labels = shared_array<RowLabel>(Tile::kLabelsAt, 2 * kRows);
   const ScoreTerms<E> terms =
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     if (launch.reuse) {
       const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
       highest[i] = 0.0f;
-      if (place.n >= 0) highest[i] = load_global<float>(row_pointer<const float>(p.lse, place, head));
+      if (place.n >= 0)
+        highest[i] = load_global<float>(row_pointer<const float>(p.lse, place, head));
     }
   }
 
@@ -182,8 +183,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
             if (16 * Scores::group(j) < columns) base = larger(base, scores.at(i, j));
           base = row_maximum<Scores::kLanesOfRow>(base);
           // A row that has seen no key yet is not to become NaN.
-          const float factor =
-              base == kMinusInfinity ? 1.0f : exp_of(highest[i] - base);
+          const float factor = base == kMinusInfinity ? 1.0f : exp_of(highest[i] - base);
           highest[i] = base;
           if (base == kMinusInfinity) base = 0.0f;
           sum[i] *= factor;

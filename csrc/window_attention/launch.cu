@@ -99,8 +99,8 @@ WindowGradientGroup gradient_group(const WindowAttentionBackwardParams& p, char*
   if (p.dbias != nullptr) {
     g.blocks_per_head = std::min(units, kBiasParts);
     g.tables = rows <= Tile::kMaxGradient ? 1 : Tile::kThreads / 32;
-    g.dbias_parts = reinterpret_cast<float*>(
-        take(f.num_heads * g.blocks_per_head * g.tables * rows * 4));
+    g.dbias_parts =
+        reinterpret_cast<float*>(take(f.num_heads * g.blocks_per_head * g.tables * rows * 4));
   }
   return g;
 }
@@ -122,7 +122,8 @@ const char* backward(const WindowAttentionBackwardParams* groups, const std::vec
       WindowGradientGroup& g = launch.group[launch.count];
       g = gradient_group<E, kD>(p, workspace, &used);
       const int64_t rows = f.bias == nullptr ? 0 : f.geometry.bias_rows();
-      if (rows <= Tile::kMaxBias) statistics_bias = std::max(statistics_bias, static_cast<int>(rows));
+      if (rows <= Tile::kMaxBias)
+        statistics_bias = std::max(statistics_bias, static_cast<int>(rows));
       if (g.tables == 1)
         bias = std::max(bias, round_up(static_cast<int>(rows), 4) * (Tile::kThreads / 32 + 1));
       else if (g.tables == 0 && rows <= Tile::kMaxBias)

@@ -39,9 +39,7 @@ struct RowPlan {
   SR_DEVICE int64_t first_window(int64_t unit) const {
     return slots > 1 ? unit * slots : unit / tiles;
   }
-  SR_DEVICE int tile(int64_t unit) const {
-    return slots > 1 ? 0 : static_cast<int>(unit % tiles);
-  }
+  SR_DEVICE int tile(int64_t unit) const { return slots > 1 ? 0 : static_cast<int>(unit % tiles); }
 };
 
 // Where a row's pixel is; n < 0: the row has none.
@@ -82,10 +80,9 @@ SR_DEVICE E* row_pointer(const FeatureMap& map, const RowPlace& place, int chann
 // Whether runs of four channels from `channel` on lie side by side and aligned.
 template <typename E>
 SR_DEVICE bool has_quads(const FeatureMap& map, int channel) {
-  const uint64_t places = reinterpret_cast<uint64_t>(
-                              static_cast<const E*>(map.data) + channel) /
-                              sizeof(E) |
-                          static_cast<uint64_t>(map.stride_n | map.stride_h | map.stride_w);
+  const uint64_t places =
+      reinterpret_cast<uint64_t>(static_cast<const E*>(map.data) + channel) / sizeof(E) |
+      static_cast<uint64_t>(map.stride_n | map.stride_h | map.stride_w);
   return map.stride_c == 1 && places % 4 == 0;
 }
 
@@ -217,8 +214,7 @@ struct WarpScores<float, kColumns> {
   static SR_DEVICE int column(int lane, int j) { return lane % 8 + 8 * j; }
   static SR_DEVICE constexpr int group(int j) { return j / 2; }
 
-  SR_DEVICE void add_product(const float* a, const float* b, int ld, int d, int columns,
-                             int lane) {
+  SR_DEVICE void add_product(const float* a, const float* b, int ld, int d, int columns, int lane) {
     a += lane / 8 * ld;
     b += lane % 8 * ld;
 #pragma unroll 2
@@ -323,8 +319,7 @@ struct WarpWeighted<float, kD> {
 #pragma unroll
           for (int i = 0; i < kRowsOfLane; ++i)
 #pragma unroll
-            for (int y = 0; y < 4; ++y)
-              sum[i][4 * c + y] += left[i].element[x] * right.element[y];
+            for (int y = 0; y < 4; ++y) sum[i][4 * c + y] += left[i].element[x] * right.element[y];
         }
     }
   }
@@ -357,8 +352,7 @@ SR_DEVICE float row_sum(float x) {
 template <int kLanes>
 SR_DEVICE float row_maximum(float x) {
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2)
-    x = larger(x, __shfl_xor_sync(kFullWarp, x, step));
+  for (int step = 1; step < kLanes; step *= 2) x = larger(x, __shfl_xor_sync(kFullWarp, x, step));
   return x;
 }
 

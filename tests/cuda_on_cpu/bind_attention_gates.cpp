@@ -113,43 +113,40 @@ PYBIND11_MODULE(attention_gates, m) {
     p.y = y.map();
     require_success(launch_gate(p, nullptr));
   });
-  m.def("pixel_attention_backward",
-        [](int kind, Object grad_, Object x_, Object weight_, Object bias_, Object dx_,
-           Object dweight_, Object dbias_) {
-          const Array grad(grad_), x(x_), weight(weight_), bias(bias_), dx(dx_), dweight(dweight_),
-              dbias(dbias_);
-          PixelAttentionBackwardParams p{};
-          p.forward = pixel_params(kind, x, weight, bias);
-          p.grad = grad.map();
-          p.dx = dx.map();
-          p.dweight = dweight.data();
-          p.dbias = dbias.data();
-          run(p);
-        });
+  m.def("pixel_attention_backward", [](int kind, Object grad_, Object x_, Object weight_,
+                                       Object bias_, Object dx_, Object dweight_, Object dbias_) {
+    const Array grad(grad_), x(x_), weight(weight_), bias(bias_), dx(dx_), dweight(dweight_),
+        dbias(dbias_);
+    PixelAttentionBackwardParams p{};
+    p.forward = pixel_params(kind, x, weight, bias);
+    p.grad = grad.map();
+    p.dx = dx.map();
+    p.dweight = dweight.data();
+    p.dbias = dbias.data();
+    run(p);
+  });
   m.def("spatial_attention", [](int kind, Object x_, Object weight_, Object bias_, Object y_) {
     const Array x(x_), none{py::none()}, weight(weight_), bias(bias_), y(y_);
     SpatialAttentionParams p = spatial_params(kind, x, none, none, weight, bias);
     p.y = y.map();
     run(p);
   });
-  m.def("spatial_attention_backward",
-        [](int kind, Object grad_, Object x_, Object weight_, Object bias_, Object dx_,
-           Object dweight_, Object dbias_) {
-          const Array grad(grad_), x(x_), none{py::none()}, weight(weight_), bias(bias_), dx(dx_),
-              dweight(dweight_), dbias(dbias_);
-          SpatialAttentionBackwardParams p{};
-          p.forward = spatial_params(kind, x, none, none, weight, bias);
-          run_spatial_backward(p, grad, dx, nullptr, nullptr, dweight, dbias);
-        });
-  m.def("pixel_spatial_attention",
-        [](int kind, Object x_, Object pixel_weight_, Object pixel_bias_, Object weight_,
-           Object bias_, Object y_) {
-          const Array x(x_), pixel_weight(pixel_weight_), pixel_bias(pixel_bias_), weight(weight_),
-              bias(bias_), y(y_);
-          SpatialAttentionParams p = spatial_params(kind, x, pixel_weight, pixel_bias, weight, bias);
-          p.y = y.map();
-          run(p);
-        });
+  m.def("spatial_attention_backward", [](int kind, Object grad_, Object x_, Object weight_,
+                                         Object bias_, Object dx_, Object dweight_, Object dbias_) {
+    const Array grad(grad_), x(x_), none{py::none()}, weight(weight_), bias(bias_), dx(dx_),
+        dweight(dweight_), dbias(dbias_);
+    SpatialAttentionBackwardParams p{};
+    p.forward = spatial_params(kind, x, none, none, weight, bias);
+    run_spatial_backward(p, grad, dx, nullptr, nullptr, dweight, dbias);
+  });
+  m.def("pixel_spatial_attention", [](int kind, Object x_, Object pixel_weight_, Object pixel_bias_,
+                                      Object weight_, Object bias_, Object y_) {
+    const Array x(x_), pixel_weight(pixel_weight_), pixel_bias(pixel_bias_), weight(weight_),
+        bias(bias_), y(y_);
+    SpatialAttentionParams p = spatial_params(kind, x, pixel_weight, pixel_bias, weight, bias);
+    p.y = y.map();
+    run(p);
+  });
   m.def("pixel_spatial_attention_backward",
         [](int kind, Object grad_, Object x_, Object pixel_weight_, Object pixel_bias_,
            Object weight_, Object bias_, Object dx_, Object dpixel_weight_, Object dpixel_bias_,
@@ -161,36 +158,30 @@ PYBIND11_MODULE(attention_gates, m) {
           p.forward = spatial_params(kind, x, pixel_weight, pixel_bias, weight, bias);
           run_spatial_backward(p, grad, dx, &dpixel_weight, &dpixel_bias, dweight, dbias);
         });
-  m.def("channel_gate",
-        [](int kind, Object x_, Object w_down_, Object b_down_, Object w_up_, Object b_up_,
-           int statistic, Object gate_) {
-          const Array x(x_), w_down(w_down_), b_down(b_down_), w_up(w_up_), b_up(b_up_),
-              gate(gate_);
-          ChannelAttentionParams p =
-              channel_params(kind, x, w_down, b_down, w_up, b_up, statistic);
-          p.gate = gate.data();
-          run(p);
-        });
+  m.def("channel_gate", [](int kind, Object x_, Object w_down_, Object b_down_, Object w_up_,
+                           Object b_up_, int statistic, Object gate_) {
+    const Array x(x_), w_down(w_down_), b_down(b_down_), w_up(w_up_), b_up(b_up_), gate(gate_);
+    ChannelAttentionParams p = channel_params(kind, x, w_down, b_down, w_up, b_up, statistic);
+    p.gate = gate.data();
+    run(p);
+  });
   m.def("channel_gate_backward", &channel_backward<true>);
-  m.def("channel_attention",
-        [](int kind, Object x_, Object w_down_, Object b_down_, Object w_up_, Object b_up_,
-           int statistic, Object y_) {
-          const Array x(x_), w_down(w_down_), b_down(b_down_), w_up(w_up_), b_up(b_up_), y(y_);
-          ChannelAttentionParams p =
-              channel_params(kind, x, w_down, b_down, w_up, b_up, statistic);
-          p.y = y.map();
-          run(p);
-        });
+  m.def("channel_attention", [](int kind, Object x_, Object w_down_, Object b_down_, Object w_up_,
+                                Object b_up_, int statistic, Object y_) {
+    const Array x(x_), w_down(w_down_), b_down(b_down_), w_up(w_up_), b_up(b_up_), y(y_);
+    ChannelAttentionParams p = channel_params(kind, x, w_down, b_down, w_up, b_up, statistic);
+    p.y = y.map();
+    run(p);
+  });
   m.def("channel_attention_backward", &channel_backward<false>);
-  m.def("gated_conv1x1",
-        [](int kind, Object x_, Object gate_, Object weight_, Object bias_, Object residual_,
-           Object y_) {
-          const Array x(x_), gate(gate_), weight(weight_), bias(bias_), residual(residual_), y(y_);
-          GatedConvParams p = gated_params(kind, x, gate, weight, bias);
-          p.residual = residual.map();
-          p.y = y.map();
-          require_success(launch_gate(p, nullptr));
-        });
+  m.def("gated_conv1x1", [](int kind, Object x_, Object gate_, Object weight_, Object bias_,
+                            Object residual_, Object y_) {
+    const Array x(x_), gate(gate_), weight(weight_), bias(bias_), residual(residual_), y(y_);
+    GatedConvParams p = gated_params(kind, x, gate, weight, bias);
+    p.residual = residual.map();
+    p.y = y.map();
+    require_success(launch_gate(p, nullptr));
+  });
   m.def("gated_conv1x1_backward",
         [](int kind, Object grad_, Object x_, Object gate_, Object weight_, Object dx_,
            Object dgate_, Object dweight_, Object dbias_) {

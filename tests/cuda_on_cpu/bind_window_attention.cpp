@@ -20,8 +20,7 @@ WindowAttentionParams window_params(int kind, const Array& q, const Array& k, co
   p.num_heads = heads;
   p.d_qk = q.size(1) / heads;
   p.d_v = v.size(1) / heads;
-  p.geometry =
-      make_window_geometry(q.size(2), q.size(3), window_h, window_w, shift_h, shift_w);
+  p.geometry = make_window_geometry(q.size(2), q.size(3), window_h, window_w, shift_h, shift_w);
   p.mask = mask;
   p.scale = scale;
   p.q = q.map();
@@ -63,8 +62,8 @@ std::vector<WindowAttentionParams> group_params(int kind, const Array& qv, const
 }
 
 void run(const std::vector<WindowAttentionParams>& groups, bool reuse) {
-  require_success(launch_window_attention(groups.data(), static_cast<int64_t>(groups.size()),
-                                          reuse, nullptr));
+  require_success(
+      launch_window_attention(groups.data(), static_cast<int64_t>(groups.size()), reuse, nullptr));
 }
 
 void run_backward(const std::vector<WindowAttentionBackwardParams>& groups) {
@@ -100,17 +99,16 @@ void run_grouped_backward(int kind, const Array& grad, const Array& qv, const Ar
 
 PYBIND11_MODULE(window_attention, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
-  m.def("window_attention",
-        [](int kind, Object q_, Object k_, Object v_, Object bias_, int window_h, int window_w,
-           int64_t shift_h, int64_t shift_w, int64_t heads, double scale, bool mask, Object out_,
-           Object lse_) {
-          const Array q(q_), k(k_), v(v_), bias(bias_), out(out_), lse(lse_);
-          WindowAttentionParams p = window_params(kind, q, k, v, bias, window_h, window_w, shift_h,
-                                                  shift_w, heads, scale, mask);
-          p.out = out.map();
-          p.lse = lse.map();
-          run({p}, false);
-        });
+  m.def("window_attention", [](int kind, Object q_, Object k_, Object v_, Object bias_,
+                               int window_h, int window_w, int64_t shift_h, int64_t shift_w,
+                               int64_t heads, double scale, bool mask, Object out_, Object lse_) {
+    const Array q(q_), k(k_), v(v_), bias(bias_), out(out_), lse(lse_);
+    WindowAttentionParams p = window_params(kind, q, k, v, bias, window_h, window_w, shift_h,
+                                            shift_w, heads, scale, mask);
+    p.out = out.map();
+    p.lse = lse.map();
+    run({p}, false);
+  });
   m.def("apply_window_scores",
         [](int kind, Object q_, Object k_, Object lse_, Object v_, Object bias_, int window_h,
            int window_w, int64_t shift_h, int64_t shift_w, int64_t heads, double scale, bool mask,
@@ -123,8 +121,7 @@ PYBIND11_MODULE(window_attention, m) {
           run({p}, true);
         });
   m.def("grouped_window_attention",
-        [](int kind, Object qv_, std::vector<int> windows, bool shifted, Object out_,
-           Object lse_) {
+        [](int kind, Object qv_, std::vector<int> windows, bool shifted, Object out_, Object lse_) {
           const Array qv(qv_), out(out_), lse(lse_);
           auto groups = group_params(kind, qv, nullptr, windows, shifted);
           int64_t g = 0;
@@ -134,18 +131,17 @@ PYBIND11_MODULE(window_attention, m) {
           }
           run(groups, false);
         });
-  m.def("apply_grouped_window_scores",
-        [](int kind, Object qv_, Object lse_, Object v_, std::vector<int> windows, bool shifted,
-           Object out_) {
-          const Array qv(qv_), lse(lse_), v(v_), out(out_);
-          auto groups = group_params(kind, qv, &v, windows, shifted);
-          int64_t g = 0;
-          for (WindowAttentionParams& p : groups) {
-            p.out = from_channel(out, g * p.d_v, kind == 0 ? 4 : 2);
-            p.lse = from_channel(lse, g++, 4);
-          }
-          run(groups, true);
-        });
+  m.def("apply_grouped_window_scores", [](int kind, Object qv_, Object lse_, Object v_,
+                                          std::vector<int> windows, bool shifted, Object out_) {
+    const Array qv(qv_), lse(lse_), v(v_), out(out_);
+    auto groups = group_params(kind, qv, &v, windows, shifted);
+    int64_t g = 0;
+    for (WindowAttentionParams& p : groups) {
+      p.out = from_channel(out, g * p.d_v, kind == 0 ? 4 : 2);
+      p.lse = from_channel(lse, g++, 4);
+    }
+    run(groups, true);
+  });
   m.def("window_attention_backward",
         [](int kind, Object grad_, Object q_, Object k_, Object lse_, Object v_, Object bias_,
            int window_h, int window_w, int64_t shift_h, int64_t shift_w, int64_t heads,
