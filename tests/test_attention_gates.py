@@ -6,7 +6,7 @@ from attention_gate_cases import CASES, FLOATS, LAYOUTS, SIZES, check, functions
 
 import sr_kernels
 from sr_kernels import reference
-from sr_kernels.testing import bitwise_equal, check_operator, make_tensor
+from sr_kernels.testing import bitwise_equal, make_tensor
 
 ALL = pytest.mark.parametrize("case", CASES)
 

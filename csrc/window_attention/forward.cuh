@@ -200,7 +200,18 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
         }
         if (!launch.reuse) sum[i] += part;
       }
-      weighted.add_product(scores, stage, value_rows + row * kLd, kLd, d_v, columns, lane);
+      if constexpr (sizeof(E) == 4) {
+        // Chunk by chunk: one long sum would cost the digits that stock's blocks keep.
+        WarpWeighted<E, kD> part;
+        part.add_product(scores, stage, value_rows + row * kLd, kLd, d_v, columns, lane);
+#pragma unroll
+        for (int i = 0; i < kRowsOfLane; ++i)
+#pragma unroll
+          for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c)
+            weighted.at(i, c) += part.at(i, c);
+      } else {
+        weighted.add_product(scores, stage, value_rows + row * kLd, kLd, d_v, columns, lane);
+      }
     }
   }
 

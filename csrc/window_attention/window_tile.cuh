@@ -228,9 +228,13 @@ struct WarpScores<float, kColumns> {
         if (16 * group(j) >= columns) break;
         const auto right = load_shared<Vector<float, 4>>(b + 8 * j * ld + k);
 #pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i)
+        for (int i = 0; i < kRowsOfLane; ++i) {
+          // Four products first: with logits of hundreds every addition to the sum costs digits.
+          float part = left[i].element[0] * right.element[0];
 #pragma unroll
-          for (int x = 0; x < 4; ++x) sum[i][j] += left[i].element[x] * right.element[x];
+          for (int x = 1; x < 4; ++x) part += left[i].element[x] * right.element[x];
+          sum[i][j] += part;
+        }
       }
     }
   }

@@ -5,8 +5,7 @@ import torch
 from attention_gate_cases import CASES, LAYOUTS, SIZES, check, functions, make_inputs
 from emulated import emulated, run_sanitized
 
-from sr_kernels import reference
-from sr_kernels.testing import bitwise_equal, make_tensor
+from sr_kernels.testing import bitwise_equal
 
 OPERATORS = [
     name + suffix
