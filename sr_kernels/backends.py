@@ -118,7 +118,21 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
 
 
 # Operators with a CUDA implementation in this version.
-_CUDA_OPERATORS: frozenset[str] = frozenset()
+_CUDA_OPERATORS: frozenset[str] = frozenset(
+    {
+        "window_attention",
+        "apply_window_scores",
+        "grouped_window_attention",
+        "grouped_attention_block",
+        "apply_grouped_attention_block",
+        "pixel_attention",
+        "spatial_attention",
+        "pixel_spatial_attention",
+        "channel_gate",
+        "channel_attention",
+        "gated_conv1x1",
+    }
+)
 
 
 def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:

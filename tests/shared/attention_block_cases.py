@@ -1,5 +1,4 @@
-"""Inputs of the attention block's tests, and the check against its definition: for the operators and
-for the emulated CUDA kernels."""
+"""Inputs and checks of the attention block: for the operators and the emulated CUDA kernels."""
 
 import math
 

@@ -1,5 +1,4 @@
-"""Inputs of the attention gates' tests, and the check against their definition: for the operators and
-for the emulated CUDA kernels."""
+"""Inputs and checks of the attention gates: for the operators and the emulated CUDA kernels."""
 
 import torch
 

@@ -65,7 +65,7 @@ def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
 
 
 def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
-    """Runs the tests of `file` that `select` names with the kernels under AddressSanitizer and UBSan."""
+    """Runs tests of `file`, those that `select` names, with the kernels under the sanitizers."""
     if "SR_KERNELS_CUDA_ON_CPU_SANITIZE" in os.environ:
         pytest.skip("is what it runs")
     build.build(name, sanitize=True)  # a compiler under the sanitizer would take minutes
