@@ -46,7 +46,7 @@ struct PixelGateParams {
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads) pixel_gate_kernel(PixelGateParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 1) pixel_gate_kernel(PixelGateParams p) {
   using Tile = ConvTile<E>;
   constexpr int kPixels = Tile::kPixels, kK = Tile::kK;
   const int thread = static_cast<int>(threadIdx.x);

@@ -7,8 +7,8 @@
 // the rows as queries, which makes dq, and once as keys, which makes dk and dv: each gradient is
 // summed in the registers of one warp, nothing is added up between blocks. Where the keys are the
 // queries, both roles add to the same sums, and whole windows are loaded once for both. P is
-// recomputed in either role, 32 columns at a time, from what statistics_kernel left for every row:
-// its maximum, 1 / its sum and delta (in 16 bits log-sum-exp, 1 and delta).
+// recomputed in either role, 32 columns at a time (16 for wide heads), from what statistics_kernel
+// left for every row: its maximum, 1 / its sum and delta (in 16 bits log-sum-exp, 1 and delta).
 //
 // dbias: a row of dS meets every element of the table at most once, so a warp adds its rows one
 // after the other, lanes side by side, to a table of its own, in shared memory where it fits. Then
@@ -49,7 +49,7 @@ struct WindowGradientLaunch {
 template <typename E, int kD>
 struct WindowBackwardTile {
   static constexpr int kRows = 16 * kWindowWarps<E, kD>, kThreads = 2 * kRows;
-  static constexpr int kChunk = 32;
+  static constexpr int kChunk = kD <= 64 ? 32 : 16;  // columns at a time: what registers allow
   using Rows = RowTile<E, kRows, kD>;
   using Stage = ScoreStage<E, kChunk>;
   static constexpr int kPlacesAt = 4 * Rows::kBytes;
@@ -67,7 +67,7 @@ struct WindowBackwardTile {
 // ------------------------------------------------------------------ statistics of every row
 
 template <typename E, int kD>
-__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
+__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>, 1)
     window_statistics_kernel(const __grid_constant__ WindowGradientLaunch launch) {
   using Tile = WindowBackwardTile<E, kD>;
   using Rows = typename Tile::Rows;
@@ -228,7 +228,7 @@ SR_DEVICE void finish_gradients(Scores& scores, Scores& dp, bool as_keys,
 constexpr int kQueries = 0, kKeys = 1;
 
 template <typename E, int kD>
-__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
+__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>, 1)
     window_gradient_kernel(const __grid_constant__ WindowGradientLaunch launch) {
   using Tile = WindowBackwardTile<E, kD>;
   using Rows = typename Tile::Rows;

@@ -217,7 +217,7 @@ struct WarpScores<float, kColumns> {
   SR_DEVICE void add_product(const float* a, const float* b, int ld, int d, int columns, int lane) {
     a += lane / 8 * ld;
     b += lane % 8 * ld;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < d; k += 4) {
       Vector<float, 4> left[kRowsOfLane];
 #pragma unroll
