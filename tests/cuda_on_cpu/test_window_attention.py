@@ -84,7 +84,9 @@ def test_grouped_windows(windows, dtype):
 @pytest.mark.parametrize("score_scale", [0.37, -2.0, 0.0])
 def test_scale(score_scale):
     inputs = attention_inputs(1, 1, 6, 6, 4, 8, (4, 4))
-    check_attention(inputs, window=(4, 4), score_scale=score_scale)
+    # Stock's error on two windows is a matter of luck: a few units in the last place are allowed.
+    atol = 4 * torch.finfo(torch.float32).eps
+    check_attention(inputs, window=(4, 4), score_scale=score_scale, atol=atol)
 
 
 def test_every_subset_of_gradients():
