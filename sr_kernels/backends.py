@@ -151,7 +151,23 @@ _why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _CPU_OPERATORS = frozenset({"conv3x3"})
 
 # Operators with a CUDA implementation in this version.
-_CUDA_OPERATORS = frozenset({"shift_conv2d", "shift_conv_block"})
+_CUDA_OPERATORS: frozenset[str] = frozenset(
+    {
+        "shift_conv2d",
+        "shift_conv_block",
+        "window_attention",
+        "apply_window_scores",
+        "grouped_window_attention",
+        "grouped_attention_block",
+        "apply_grouped_attention_block",
+        "pixel_attention",
+        "spatial_attention",
+        "pixel_spatial_attention",
+        "channel_gate",
+        "channel_attention",
+        "gated_conv1x1",
+    }
+)
 
 
 def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:

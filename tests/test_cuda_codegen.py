@@ -57,7 +57,16 @@ def test_tensor_cores_where_they_are_meant(kernels):
 
 
 # Kernels that are products of matrices.
-PRODUCTS = {"conv_kernel", "block_kernel", "weight_gradient_kernel"}
+PRODUCTS = {
+    "conv_kernel",
+    "block_kernel",
+    "weight_gradient_kernel",
+    "window_attention_kernel",
+    "window_statistics_kernel",
+    "window_gradient_kernel",
+    "pixel_gate_kernel",
+    "gated_conv_kernel",
+}
 
 
 @pytest.mark.parametrize("kernel", sorted(PRODUCTS))

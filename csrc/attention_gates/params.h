@@ -34,7 +34,7 @@ struct SpatialAttentionParams {
   const void *pixel_weight, *pixel_bias;  // (C, C), (C)
   const void *weight, *bias;              // (2, kernel, kernel), (1)
   FeatureMap y;
-  void* workspace;  // (N, kForwardPlanes or kBackwardPlanes, H, W)
+  void* workspace;  // (N, kForwardPlanes or kBackwardPlanes, H, W), of the CPU kernels
 
   static constexpr int64_t kForwardPlanes = 3, kBackwardPlanes = 5;
 };

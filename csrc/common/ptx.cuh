@@ -11,6 +11,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <limits>
+
 namespace sr_kernels {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
@@ -183,6 +186,11 @@ SR_KERNELS_DEFINE_MMA(__nv_bfloat16, "bf16")
 
 // ------------------------------------------------------------------ arithmetic
 
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// b where it is larger than a: a NaN in b is not taken.
+SR_DEVICE float larger(float a, float b) { return b > a ? b : a; }
+
 // 2^x with a relative error of about 2^-22; 0 for -inf, inf above 128, NaN passes.
 SR_DEVICE float exp2_approximate(float x) {
 #if defined(__CUDACC__)
@@ -222,6 +230,24 @@ SR_HOST_DEVICE __half from_float<__half>(float x) {
 template <>
 SR_HOST_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
+}
+
+// Two elements as a matrix fragment holds them, the first in the low half.
+template <typename E>
+SR_DEVICE uint32_t pack_pair(float low, float high);
+template <>
+SR_DEVICE uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+template <>
+SR_DEVICE uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
 // kCount elements moved as one.

@@ -59,8 +59,14 @@ struct WindowGeometry {
     return (2 * static_cast<int64_t>(window_h) - 1) * (2 * window_w - 1);
   }
   SR_HOST_DEVICE int64_t bias_row(int query, int key) const {
-    const int dh = query / window_w - key / window_w, dw = query % window_w - key % window_w;
-    return static_cast<int64_t>(dh + window_h - 1) * (2 * window_w - 1) + (dw + window_w - 1);
+    return int64_t{bias_position(query)} - bias_position(key) + bias_centre();
+  }
+  // Its parts: bias_row(query, key) = bias_position(query) - bias_position(key) + bias_centre().
+  SR_HOST_DEVICE int bias_position(int token) const {
+    return token / window_w * (2 * window_w - 1) + token % window_w;
+  }
+  SR_HOST_DEVICE int bias_centre() const {
+    return (window_h - 1) * (2 * window_w - 1) + window_w - 1;
   }
 };
 

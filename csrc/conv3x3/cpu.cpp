@@ -9,9 +9,9 @@
 // with the matrices of docs/operators.md: 16 multiplications a pair of channels where the formula
 // has 36. A strip of 24 tiles at a time, wherever they lie: its inputs are transformed into v, per
 // frequency f tiles x c_in; m = v u is 16 matrix products, u = G w G^T being made anew at each call
-// (50 us for 52 channels: 3 in a thousand at 180 x 320, a quarter at 24 x 24); m is transformed into y. v and m stay in
-// L2. Vectors run along channels, as a channels_last image has them; tiles at the border, other
-// layouts and other dtypes pass through a copy in that order.
+// (50 us for 52 channels: 3 in a thousand at 180 x 320, a quarter at 24 x 24); m is transformed
+// into y. v and m stay in L2. Vectors run along channels, as a channels_last image has them; tiles
+// at the border, other layouts and other dtypes pass through a copy in that order.
 //
 // Only sums and differences are added to the direct convolution's work: float32's largest error is
 // a third of its. A NaN reaches the same outputs.

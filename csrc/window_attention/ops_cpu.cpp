@@ -1,176 +1,33 @@
 // sr_kernels::window_attention, grouped_window_attention, the reuse of their scores and their
 // backwards on the CPU.
 #include "common/cpu_isa.h"
-#include "torch_adapter.h"
-#include "window_attention/arguments.h"
+#include "window_attention/operators.h"
 
 namespace sr_kernels {
 namespace {
 
-void run_forward(const std::vector<WindowAttentionParams>& groups, const Tensor& out) {
-  if (out.numel() > 0)
-    SR_KERNELS_CALL_CPU(window_attention, groups.data(), static_cast<int64_t>(groups.size()),
+struct Cpu {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+  static void run(const char*, const std::vector<WindowAttentionParams>& groups, bool reuse,
+                  const Tensor&) {
+    std::vector<WindowAttentionParams> all = groups;
+    if (reuse)  // the softmax is made again; lse is an input, not to be written
+      for (WindowAttentionParams& p : all) p.lse = FeatureMap{};
+    SR_KERNELS_CALL_CPU(window_attention, all.data(), static_cast<int64_t>(all.size()),
                         torch_parallel);
-}
-
-// ------------------------------------------------------------------ one window size, heads
-
-std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const std::optional<Tensor>& k,
-                                                const Tensor& v,
-                                                const std::optional<Tensor>& bias_in,
-                                                int64_t window_h, int64_t window_w, int64_t shift_h,
-                                                int64_t shift_w, int64_t num_heads, double scale,
-                                                bool mask) {
-  const std::optional<Tensor> bias = dense(bias_in);
-  WindowAttentionParams p = window_params("window_attention", q, k, v, bias, window_h, window_w,
-                                          shift_h, shift_w, num_heads, scale, mask);
-  Tensor out = new_feature_map(v, v.size(1));
-  Tensor lse = new_lse(q, num_heads);
-  p.out = feature_map(out);
-  p.lse = feature_map(lse);
-  run_forward({p}, out);
-  return {out, lse};
-}
-
-Tensor apply_window_scores_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& lse,
-                               const Tensor& v, const std::optional<Tensor>& bias_in,
-                               int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,
-                               int64_t num_heads, double scale, bool mask) {
-  const std::optional<Tensor> bias = dense(bias_in);
-  WindowAttentionParams p = window_params("apply_window_scores", q, k, v, bias, window_h, window_w,
-                                          shift_h, shift_w, num_heads, scale, mask);
-  check_lse(lse, q, num_heads);
-  Tensor out = new_feature_map(v, v.size(1));
-  p.out = feature_map(out);
-  run_forward({p}, out);
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
-    const Tensor& grad, const Tensor& q, const std::optional<Tensor>& k, const Tensor& lse,
-    const Tensor& v, const std::optional<Tensor>& bias_in, int64_t window_h, int64_t window_w,
-    int64_t shift_h, int64_t shift_w, int64_t num_heads, double scale, bool mask, bool need_q,
-    bool need_k, bool need_v, bool need_bias) {
-  const std::optional<Tensor> bias = dense(bias_in);
-  WindowAttentionBackwardParams p{};
-  p.forward = window_params("window_attention_backward", q, k, v, bias, window_h, window_w, shift_h,
-                            shift_w, num_heads, scale, mask);
-  check_lse(lse, q, num_heads);
-  require(!need_k || k.has_value(),
-          "window_attention_backward: need_k is set, but k is absent (the keys are q)");
-  require(!need_bias || bias.has_value(),
-          "window_attention_backward: need_bias is set, but bias is absent");
-  require_shape(grad, {v.size(0), v.size(1), v.size(2), v.size(3)}, "grad");
-  require_like(grad, q, "grad", "q");
-  p.grad = feature_map(grad);
-  Tensor dq = need_q ? new_feature_map(q, q.size(1)) : no_gradient(q);
-  Tensor dk = need_k ? new_feature_map(*k, q.size(1)) : no_gradient(q);
-  Tensor dv = need_v ? new_feature_map(v, v.size(1)) : no_gradient(v);
-  Tensor dbias =
-      need_bias ? new_tensor(q, {p.forward.geometry.bias_rows(), num_heads}) : no_gradient(q);
-  if (need_q) p.dq = feature_map(dq);
-  if (need_k) p.dk = feature_map(dk);
-  if (need_v) p.dv = feature_map(dv);
-  if (need_bias) p.dbias = dbias.data_ptr();
-  if (grad.numel() > 0)
-    SR_KERNELS_CALL_CPU(window_attention_backward, &p, 1, torch_parallel);
-  else if (need_bias)
-    torch::stable::zero_(dbias);
-  return {dq, dk, dv, dbias};
-}
-
-// ------------------------------------------------------------------ channel groups
-
-std::tuple<Tensor, Tensor> grouped_window_attention_cpu(const Tensor& qv,
-                                                        std::vector<int64_t> windows,
-                                                        bool shifted) {
-  std::vector<WindowAttentionParams> groups =
-      group_params("grouped_window_attention", qv, nullptr, windows, shifted);
-  Tensor out = new_feature_map(qv, qv.size(1) / 2);
-  Tensor lse = new_lse(qv, static_cast<int64_t>(groups.size()));
-  int64_t g = 0;
-  for (WindowAttentionParams& p : groups) {
-    p.out = from_channel(feature_map(out), out, g * p.d_v);
-    p.lse = from_channel(feature_map(lse), lse, g);
-    ++g;
   }
-  run_forward(groups, out);
-  return {out, lse};
-}
-
-Tensor apply_grouped_window_scores_cpu(const Tensor& qv, const Tensor& lse, const Tensor& v,
-                                       std::vector<int64_t> windows, bool shifted) {
-  std::vector<WindowAttentionParams> groups =
-      group_params("apply_grouped_window_scores", qv, &v, windows, shifted);
-  check_lse(lse, qv, static_cast<int64_t>(groups.size()));
-  Tensor out = new_feature_map(v, v.size(1));
-  int64_t g = 0;
-  for (WindowAttentionParams& p : groups) p.out = from_channel(feature_map(out), out, g++ * p.d_v);
-  run_forward(groups, out);
-  return out;
-}
-
-// dqv and dv nullptr: not wanted. Values (and their gradients) are inside qv (dqv) if v is nullptr.
-void run_grouped_backward(const char* op, const Tensor& grad, const Tensor& qv, const Tensor& lse,
-                          const Tensor* v, const std::vector<int64_t>& windows, bool shifted,
-                          const Tensor* dqv, const Tensor* dv) {
-  const std::vector<WindowAttentionParams> groups = group_params(op, qv, v, windows, shifted);
-  const int64_t count = static_cast<int64_t>(groups.size());
-  check_lse(lse, qv, count);
-  const int64_t channels = v == nullptr ? qv.size(1) / 2 : v->size(1);
-  require_shape(grad, {qv.size(0), channels, qv.size(2), qv.size(3)}, "grad");
-  require_like(grad, qv, "grad", "qv");
-  std::vector<WindowAttentionBackwardParams> backward;
-  for (int64_t g = 0; g < count; ++g) {
-    WindowAttentionBackwardParams p{};
-    p.forward = groups[static_cast<size_t>(g)];
-    const int64_t d = p.forward.d_qk, d_v = p.forward.d_v;
-    p.grad = from_channel(feature_map(grad), grad, g * d_v);
-    if (dqv != nullptr) p.dq = from_channel(feature_map(*dqv), *dqv, 2 * g * d);
-    if (v == nullptr)
-      p.dv = from_channel(feature_map(*dqv), *dqv, (2 * g + 1) * d);
-    else if (dv != nullptr)
-      p.dv = from_channel(feature_map(*dv), *dv, g * d_v);
-    backward.push_back(p);
+  static void run(const char*, const std::vector<WindowAttentionBackwardParams>& groups,
+                  const Tensor&) {
+    SR_KERNELS_CALL_CPU(window_attention_backward, groups.data(),
+                        static_cast<int64_t>(groups.size()), torch_parallel);
   }
-  if (grad.numel() > 0)
-    SR_KERNELS_CALL_CPU(window_attention_backward, backward.data(), count, torch_parallel);
-}
-
-Tensor grouped_window_attention_backward_cpu(const Tensor& grad, const Tensor& qv,
-                                             const Tensor& lse, std::vector<int64_t> windows,
-                                             bool shifted) {
-  require_feature_map(qv, "qv");
-  Tensor dqv = new_feature_map(qv, qv.size(1));
-  run_grouped_backward("grouped_window_attention_backward", grad, qv, lse, nullptr, windows,
-                       shifted, &dqv, nullptr);
-  return dqv;
-}
-
-std::tuple<Tensor, Tensor> apply_grouped_window_scores_backward_cpu(
-    const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v,
-    std::vector<int64_t> windows, bool shifted, bool need_qv, bool need_v) {
-  require_feature_map(qv, "qv");
-  require_feature_map(v, "v");
-  Tensor dqv = need_qv ? new_feature_map(qv, qv.size(1)) : no_gradient(qv);
-  Tensor dv = need_v ? new_feature_map(v, v.size(1)) : no_gradient(v);
-  if (need_qv) torch::stable::zero_(dqv);  // nothing flows into qv's own values
-  run_grouped_backward("apply_grouped_window_scores_backward", grad, qv, lse, &v, windows, shifted,
-                       need_qv ? &dqv : nullptr, need_v ? &dv : nullptr);
-  return {dqv, dv};
-}
+};
 
 }  // namespace
 }  // namespace sr_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
-  m.impl("window_attention", TORCH_BOX(&sr_kernels::window_attention_cpu));
-  m.impl("apply_window_scores", TORCH_BOX(&sr_kernels::apply_window_scores_cpu));
-  m.impl("window_attention_backward", TORCH_BOX(&sr_kernels::window_attention_backward_cpu));
-  m.impl("grouped_window_attention", TORCH_BOX(&sr_kernels::grouped_window_attention_cpu));
-  m.impl("grouped_window_attention_backward",
-         TORCH_BOX(&sr_kernels::grouped_window_attention_backward_cpu));
-  m.impl("apply_grouped_window_scores", TORCH_BOX(&sr_kernels::apply_grouped_window_scores_cpu));
-  m.impl("apply_grouped_window_scores_backward",
-         TORCH_BOX(&sr_kernels::apply_grouped_window_scores_backward_cpu));
+  sr_kernels::WindowAttentionOperators<sr_kernels::Cpu>::implement(m);
 }

@@ -19,7 +19,8 @@ struct WindowAttentionParams {
   const void* bias;    // (geometry.bias_rows(), num_heads) dense, or nullptr
   FeatureMap out;
   // Log-sum-exp of each score row at the pixel of its query, (batch, num_heads, height, width),
-  // float32 (float64 for float64 maps): written by the forward unless nullptr.
+  // float32 (float64 for float64 maps): written by the forward unless nullptr; what a reuse of the
+  // scores and the backward may read.
   FeatureMap lse;
 };
 

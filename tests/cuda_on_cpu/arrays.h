@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -24,6 +25,9 @@ class Array {
         memory_(data(), span()) {}
 
   void* data() const { return array_ ? const_cast<void*>(array_->data()) : nullptr; }
+  void zero() const {
+    if (data() != nullptr) std::memset(data(), 0, span());
+  }
   int64_t size(int d) const { return array_->shape(d); }
   FeatureMap map() const {
     if (!array_) return {};

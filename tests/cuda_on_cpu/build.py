@@ -67,7 +67,7 @@ def build(name: str, *, sanitize: bool = False) -> Path:
     flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     digest = hashlib.sha256(" ".join(flags).encode())
     read = {source, *HERE.glob("*.h"), *ROOT.glob("csrc/common/*")}
-    read |= {p for p in (ROOT / "csrc" / name).glob("*") if p.suffix in (".cuh", ".h", ".cu")}
+    read |= {p for p in ROOT.glob("csrc/*/*") if p.suffix in (".cuh", ".h", ".cu")}
     for path in sorted(read):
         digest.update(str(path).encode() + path.read_bytes())
     folder = ROOT / "build" / "cuda_on_cpu"

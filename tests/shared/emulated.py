@@ -9,12 +9,17 @@ autograd, autocast) is the package's own.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 # As ScalarKind in csrc/common/platform.h.
@@ -58,6 +63,29 @@ def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
         return outputs[0] if single else tuple(outputs)
 
     return run
+
+
+def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
+    """Runs tests of `file`, those that `select` names, with the kernels under the sanitizers."""
+    if "SR_KERNELS_CUDA_ON_CPU_SANITIZE" in os.environ:
+        pytest.skip("is what it runs")
+    build.build(name, sanitize=True)  # a compiler under the sanitizer would take minutes
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, file, "-k", select],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        env={
+            **os.environ,
+            "LD_PRELOAD": build.sanitizer_runtimes(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "SR_KERNELS_CUDA_ON_CPU_SANITIZE": "1",
+        },
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
 
 
 @contextmanager
