@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sr_kernels import backends, models
-from sr_kernels._files import whole_or_nothing
+from sr_kernels import backends, export_onnx, models
 from sr_kernels.ops._registration import memory_format_of
 from sr_kernels.testing import make_tensor
 
@@ -243,8 +238,14 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
         file = folder / f"{case.op}-{case.shape}.onnx"
 
         def export() -> None:
-            if not file.exists():
-                _export(copy.deepcopy(network).float().eval(), picture, file)
+            if file.exists():
+                return
+            try:
+                import onnx  # noqa: F401
+            except ImportError as error:
+                raise Unavailable(str(MissingExtra("onnx"))) from error
+            # One file for both runtimes, at this very size.
+            export_onnx(copy.deepcopy(network).float().eval(), picture, file, verify=False)
 
         def runtime(session: Callable[[Path, Tensor], Callable[[], Tensor]]) -> Running:
             export()
@@ -267,32 +268,6 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
 
             result.providers.append(Provider(f"{backend}{suffix}", build, ours=True))
     return result
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Exporters talk much; what matters comes as an exception."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
-
-
-def _export(model: nn.Module, x: Tensor, file: Path) -> None:
-    """One file for both runtimes, of the network on stock operators, at this very size.
-
-    By tracing: its graph is the faster one in both, and takes seconds instead of minutes to make.
-    """
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(str(MissingExtra("onnx"))) from error
-    with _silent(), torch.no_grad(), whole_or_nothing(file) as stream:
-        torch.onnx.export(model, (x,), stream, dynamo=False, opset_version=18)  # type: ignore[arg-type]
 
 
 def _onnxruntime(file: Path, x: Tensor) -> Callable[[], Tensor]:

@@ -815,3 +815,13 @@ def test_a_recogniser_that_fails_leaves_the_network_whole(net: nn.Module) -> Non
     assert "broken fails on it" in {e.path: e.reason for e in report.entries}["other"]
     report.restore()
     assert classes(net) == plain
+
+
+def test_modules_of_this_package_are_left_alone() -> None:
+    network = sr_kernels.models.elan_light(4)
+    plain = classes(network)
+    report = patch(network)
+    assert not report.replaced
+    assert classes(network) == plain
+    ours = {e.path: e.reason for e in report.entries if e.class_name == "ShiftConv2d"}
+    assert set(ours.values()) == {"is of this package already"}
