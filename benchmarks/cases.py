@@ -115,6 +115,8 @@ def select(
             wanted = modes or (MODES if size in training else ("forward",))
             if (network or quick) and not modes and size in training:
                 wanted = ("both",)  # a training step; inference is measured at other sizes
+            if entry.get("inference"):
+                wanted = tuple(mode for mode in wanted if mode == "forward")
             cases.extend(
                 Case(name, batch, count, height, width, mode, dtype, device)
                 for dtype in dtypes

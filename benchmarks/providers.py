@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sr_kernels import backends, export_onnx, models
+from sr_kernels import backends, models
 from sr_kernels.ops._registration import memory_format_of
 from sr_kernels.testing import make_tensor
 
@@ -244,7 +244,9 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
                 import onnx  # noqa: F401
             except ImportError as error:
                 raise Unavailable(str(MissingExtra("onnx"))) from error
-            # One file for both runtimes, at this very size.
+            # Here, so that builds of older commits, which lack it, can be compared.
+            from sr_kernels import export_onnx
+
             export_onnx(copy.deepcopy(network).float().eval(), picture, file, verify=False)
 
         def runtime(session: Callable[[Path, Tensor], Callable[[], Tensor]]) -> Running:

@@ -248,7 +248,7 @@ class Measurement:
         try:
             for provider in providers:
                 if provider.foreign:
-                    with contextlib.suppress(Unavailable):  # its reader will say so
+                    with contextlib.suppress(Exception):  # its reader will say so
                         self._subject.export()
                 waiting.append((provider, self._station(provider)))
                 if len(waiting) >= crowd:
@@ -299,10 +299,13 @@ class Measurement:
     def _faster_format(self) -> str:
         """Which of stock's two formats torch.compile gets: a short race."""
         times = {}
-        for name, station in self._stations.items():
+        for name, station in list(self._stations.items()):
             samplers, _ = station.samplers()
             sampler = samplers.get("hot") or samplers["warm"]
-            times[name.removeprefix("eager")] = min(sampler(1, True), sampler(1, False))
+            try:
+                times[name.removeprefix("eager")] = min(sampler(1, True), sampler(1, False))
+            except Failed as problem:
+                self._bury(problem)
         return min(times, key=lambda suffix: times[suffix], default="")
 
     def sample(self, seconds: float, progress: Callable[[int, int], None] | None = None) -> None:

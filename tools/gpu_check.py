@@ -70,6 +70,7 @@ def steps(built: bool) -> list[Step]:
         found.append(Step("build", command, 200, environment=environment))
     large = (("SR_KERNELS_TEST_LARGE", "1"),)
     found.append(Step("tests", (*tests, "-m", "gpu", "tests"), 120, environment=large))
+    found.append(Step("triton", (*tests, "tests/triton_operators"), 120))
     for tool in SANITIZERS:
         command = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
         command += (*tests, "-x", "tests/gpu", "-k", "tiny")

@@ -15,7 +15,7 @@ from sr_kernels import backends
 
 from . import swap
 from .probe import probe
-from .recogniser import NotRecognised, Recogniser, recognisers
+from .recogniser import NotRecognised, Recogniser, candidates, recognisers
 
 __all__ = ["PatchEntry", "PatchError", "PatchReport", "patch", "patched"]
 
@@ -331,12 +331,11 @@ def _cannot_run(module: nn.Module, recogniser: Recogniser) -> str:
         return ""
     if len({(p.device, p.dtype) for p in floats}) > 1:
         return "its parameters are of several dtypes or on several devices"
-    native = "cuda" if floats[0].is_cuda else "cpu"
-    for operator in recogniser.operators:
-        ok, why = backends.can_run(native, operator, (floats[0],))
-        if not ok:
-            return why
-    return ""
+    reasons = []
+    for name in candidates(floats[0]) or ("cpu",):
+        answers = [backends.can_run(name, op, (floats[0],)) for op in recogniser.operators]
+        reasons.append(next((why for ok, why in answers if not ok), ""))
+    return "" if "" in reasons else reasons[0]
 
 
 # ---------------------------------------------------------------------------------------- verify

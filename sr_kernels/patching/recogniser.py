@@ -198,10 +198,17 @@ def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
             return False
     if torch.onnx.is_in_onnx_export() or (not torch.compiler.is_compiling() and _transformed(x)):
         return False
+    return any(
+        all(backends.can_run(name, op, (x,))[0] for op in operators) for name in candidates(x)
+    )
+
+
+def candidates(x: Tensor) -> tuple[str, ...]:
+    """The backends whose kernels a call on ``x`` may take, as `backends.choose` has them."""
     wanted = backends.current_backend()
     if wanted == "auto":
-        wanted = "cuda" if x.is_cuda else "cpu"
-    return wanted != "reference" and all(backends.can_run(wanted, op, (x,))[0] for op in operators)
+        return ("cuda", "triton") if x.is_cuda else ("cpu",)
+    return () if wanted == "reference" else (wanted,)
 
 
 def _transformed(x: Tensor) -> bool:

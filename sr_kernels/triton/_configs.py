@@ -170,7 +170,12 @@ def tuned_for(device: Device) -> TunedFile | None:
     found: dict[str, TunedFile] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.json")):
-            tuned = TunedFile.read(path)
+            try:
+                tuned = TunedFile.read(path)
+            except (OSError, ValueError) as error:
+                # An older version's, perhaps of another device: no reason to run nothing.
+                warnings.warn(f"{error}; it is not used", stacklevel=2)
+                continue
             found.setdefault(tuned.device.name, tuned)
     if device.name in found:
         return found[device.name]

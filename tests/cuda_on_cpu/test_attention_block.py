@@ -32,4 +32,4 @@ def test_layouts_and_biases(layout, bias, dtype):
 
 
 def test_under_the_sanitizers(build):
-    run_sanitized(build, "attention_block", __file__, "layouts and float16")
+    run_sanitized(build, "attention_block", __file__, "layouts and dtype1")
