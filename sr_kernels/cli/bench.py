@@ -125,8 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from sr_kernels.benchmarks import cases, plot
 
-    names = ("op", "size", "channels", "mode", "dtype", "provider", "quick", "list")
-    names += ("device", "threads", "seconds", "no_memory", "weights", "image")
+    names = (
+        *("op", "size", "channels", "mode", "dtype", "provider", "quick", "list"),
+        *("device", "threads", "seconds", "no_memory", "weights", "image"),
+    )
     untouched = _defaults()
     asked = any(getattr(arguments, name) != getattr(untouched, name) for name in names)
     if asked or not arguments.plot:
