@@ -243,6 +243,14 @@ def test_the_nearest_device_with_one_warning(configs, tmp_path):
         assert configs.tuned_for(here) is found
 
 
+def test_a_wrong_file_is_not_used_and_named(configs, tmp_path):
+    tuned_file(configs, "Here", (9, 0), 1000, 32).write(tmp_path / configs.file_name("Here"))
+    (tmp_path / "Another.json").write_text("{")
+    with pytest.warns(configs.TuningWarning, match="Another.json.*; it is not used"):
+        found = configs.tuned_for(configs.Device("Here", (9, 0), 1000))
+    assert next(iter(found.entries.values()))["BLOCK_P"] == 32
+
+
 def test_no_file_is_no_warning(configs, recwarn):
     assert configs.tuned_for(configs.Device("Here", (10, 0), 1000)) is None
     assert not recwarn.list

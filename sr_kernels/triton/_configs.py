@@ -174,7 +174,7 @@ def tuned_for(device: Device) -> TunedFile | None:
                 tuned = TunedFile.read(path)
             except (OSError, ValueError) as error:
                 # An older version's, perhaps of another device: no reason to run nothing.
-                warnings.warn(f"{error}; it is not used", stacklevel=2)
+                warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=2)
                 continue
             found.setdefault(tuned.device.name, tuned)
     if device.name in found:
