@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import backends
+from sr_kernels._files import temporary_name
 
 __all__ = ["export_onnx"]
 
@@ -67,7 +68,7 @@ def export_onnx(
     if verify:
         _require("onnxruntime")
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
+    partial = temporary_name(path)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for layer in twin.modules():
         if getattr(layer, "backend", None) in backends.BACKENDS:

@@ -15,11 +15,7 @@ struct BlockMaps {
 };
 BlockMaps take_block_maps(WorkspacePieces& pieces, const AttentionBlockParams& p) {
   const auto map = [&](int64_t channels) {
-    const int64_t count = p.batch * channels * p.height * p.width;
-    void* memory = p.kind == ScalarKind::kFloat32
-                       ? static_cast<void*>(pieces.take<float>(count))
-                       : static_cast<void*>(pieces.take<uint16_t>(count));
-    return dense_map(memory, channels, p.height, p.width, true);
+    return take_map(pieces, p.kind, p.batch, channels, p.height, p.width, true);
   };
   BlockMaps maps;
   maps.projected = map(p.reuse ? p.channels : 2 * p.channels);

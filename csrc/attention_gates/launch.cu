@@ -13,12 +13,6 @@ constexpr const char* kTooLarge =
     "the image is too large for a CUDA grid (batch below 65536, H and W below 2^30, channels below "
     "2^16)";
 
-// The first error of a sequence of launches; those behind it are left out.
-#define SR_KERNELS_RETURN_IF_ERROR(expression)                            \
-  do {                                                                    \
-    if (const char* error = (expression); error != nullptr) return error; \
-  } while (false)
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 ImageSize image_size(int64_t batch, int64_t height, int64_t width) {
@@ -52,28 +46,10 @@ const char* launch_threads(void (*kernel)(Formal...), int64_t count, void* strea
   return launch_blocks(kernel, ceil_div(count, kBlockThreads), 1, 1, 0, stream, params...);
 }
 
-template <typename Function>
-const char* for_kind(ScalarKind kind, const Function& function) {
-  switch (kind) {
-    case ScalarKind::kFloat32:
-      return function(float{});
-    case ScalarKind::kFloat16:
-      return function(__half{});
-    case ScalarKind::kBFloat16:
-      return function(__nv_bfloat16{});
-    case ScalarKind::kFloat64:
-      break;
-  }
-  return "CUDA kernels take float32, float16 and bfloat16";
-}
-
 // A dense map of an operator's own, in the type of x.
 FeatureMap take_map(WorkspacePieces& pieces, ScalarKind kind, const ImageSize& size,
                     int64_t channels, const FeatureMap& like) {
-  const int64_t count = size.pixels() * channels;
-  void* memory = kind == ScalarKind::kFloat32 ? static_cast<void*>(pieces.take<float>(count))
-                                              : static_cast<void*>(pieces.take<uint16_t>(count));
-  return dense_map(memory, channels, size.height, size.width, like.stride_c == 1);
+  return take_map(pieces, kind, size.batch, channels, size.height, size.width, like.stride_c == 1);
 }
 
 // ------------------------------------------------------------------ sums over pixels

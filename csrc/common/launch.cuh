@@ -7,6 +7,12 @@
 #include <cuda_runtime.h>
 #endif
 
+// The first error of a sequence of launches; those behind it are left out.
+#define SR_KERNELS_RETURN_IF_ERROR(expression)                            \
+  do {                                                                    \
+    if (const char* error = (expression); error != nullptr) return error; \
+  } while (false)
+
 namespace sr_kernels {
 
 // Blocks that a grid's y and z dimension can have, and its x.
@@ -15,6 +21,22 @@ constexpr int64_t kMaxGridX = 0x7fffffff;
 
 // Shared memory that a block can have on every architecture from sm_80 to sm_120, in bytes.
 constexpr int kMaxSharedBytes = 99 * 1024;
+
+// function(E{}) for the element type E of `kind`; returns an error text, nullptr for success.
+template <typename Function>
+const char* for_kind(ScalarKind kind, const Function& function) {
+  switch (kind) {
+    case ScalarKind::kFloat32:
+      return function(float{});
+    case ScalarKind::kFloat16:
+      return function(__half{});
+    case ScalarKind::kBFloat16:
+      return function(__nv_bfloat16{});
+    case ScalarKind::kFloat64:
+      break;
+  }
+  return "CUDA kernels take float32, float16 and bfloat16";
+}
 
 // Starts kernel(params...) on `stream` (a cudaStream_t). Returns an error text, nullptr for
 // success.

@@ -28,4 +28,13 @@ inline FeatureMap dense_map(void* memory, int64_t channels, int64_t height, int6
           channels_last ? width * channels : width, channels_last ? channels : 1};
 }
 
+// A dense map of an operator's own, of elements of a GPU's `kind`.
+inline FeatureMap take_map(WorkspacePieces& pieces, ScalarKind kind, int64_t batch,
+                           int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t count = batch * channels * height * width;
+  void* memory = kind == ScalarKind::kFloat32 ? static_cast<void*>(pieces.take<float>(count))
+                                              : static_cast<void*>(pieces.take<uint16_t>(count));
+  return dense_map(memory, channels, height, width, channels_last);
+}
+
 }  // namespace sr_kernels

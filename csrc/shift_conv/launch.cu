@@ -1,6 +1,7 @@
 #include "shift_conv/launch.h"
 
 #include "common/launch.cuh"
+#include "common/workspace.h"
 #include "shift_conv/backward.cuh"
 #include "shift_conv/forward.cuh"
 
@@ -9,37 +10,6 @@ namespace {
 
 constexpr const char* kTooLarge =
     "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^20)";
-
-// Cuts a workspace into pieces; from nullptr, measures how large it must be.
-class Pieces {
- public:
-  explicit Pieces(void* workspace) : base_(static_cast<char*>(workspace)) {}
-  void* take(int64_t bytes) {
-    void* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (bytes + 255) / 256 * 256;
-    return piece;
-  }
-  int64_t bytes() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-int64_t element_bytes(ScalarKind kind) { return kind == ScalarKind::kFloat32 ? 4 : 2; }
-
-// A dense map in the memory format of `like`.
-FeatureMap take_map(Pieces& pieces, ScalarKind kind, int64_t batch, int64_t channels,
-                    int64_t height, int64_t width, const FeatureMap& like) {
-  FeatureMap map;
-  map.data = pieces.take(batch * channels * height * width * element_bytes(kind));
-  const bool channels_last = like.stride_c == 1;
-  map.stride_n = channels * height * width;
-  map.stride_c = channels_last ? 1 : height * width;
-  map.stride_h = channels_last ? width * channels : width;
-  map.stride_w = channels_last ? channels : 1;
-  return map;
-}
 
 bool fits_a_grid(int64_t height, int64_t width, int64_t channels) {
   return height < 1 << 30 && width < 1 << 30 && channels < 1 << 20;
@@ -56,12 +26,6 @@ Shift shift_of(ShiftPattern pattern, int64_t channels, int groups) {
   shift.groups = groups;
   return shift;
 }
-
-// The first error of a sequence of launches; those behind it are left out.
-#define SR_KERNELS_RETURN_IF_ERROR(expression)                            \
-  do {                                                                    \
-    if (const char* error = (expression); error != nullptr) return error; \
-  } while (false)
 
 template <typename E>
 const char* launch_conv(const ConvParams& p, void* stream) {
@@ -94,11 +58,11 @@ struct WeightGradient {
   int slices;
   float *weight_parts, *bias_parts;
 };
-WeightGradient take_weight_gradient(Pieces& pieces, const ImageSize& size, int64_t m_count,
+WeightGradient take_weight_gradient(WorkspacePieces& pieces, const ImageSize& size, int64_t m_count,
                                     int64_t k_count, bool weight, bool bias) {
   WeightGradient g{size, m_count, k_count, slices_for(size, m_count, k_count), nullptr, nullptr};
-  if (weight) g.weight_parts = static_cast<float*>(pieces.take(g.slices * m_count * k_count * 4));
-  if (bias) g.bias_parts = static_cast<float*>(pieces.take(g.slices * m_count * 4));
+  if (weight) g.weight_parts = pieces.take<float>(g.slices * m_count * k_count);
+  if (bias) g.bias_parts = pieces.take<float>(g.slices * m_count);
   return g;
 }
 template <typename E>
@@ -182,11 +146,11 @@ struct ConvBackward {
   FeatureMap dz;
   WeightGradient gradient;
 };
-ConvBackward take(Pieces& pieces, const ShiftConvBackwardParams& p) {
+ConvBackward take(WorkspacePieces& pieces, const ShiftConvBackwardParams& p) {
   const ShiftConvParams& f = p.forward;
   ConvBackward b{p.grad, {}};
   if (f.activation != Activation::kNone)
-    b.dz = take_map(pieces, f.kind, f.batch, f.c_out, f.height, f.width, f.x);
+    b.dz = take_map(pieces, f.kind, f.batch, f.c_out, f.height, f.width, f.x.stride_c == 1);
   b.gradient = take_weight_gradient(pieces, image_size(f.batch, f.height, f.width), f.c_out, f.c_in,
                                     p.dweight != nullptr, p.dbias != nullptr);
   return b;
@@ -196,7 +160,7 @@ const char* run(const ShiftConvBackwardParams& p, void* workspace, void* stream)
   const ShiftConvParams& f = p.forward;
   const ImageSize size = image_size(f.batch, f.height, f.width);
   const Shift shift = shift_of(f.pattern, f.c_in, f.groups);
-  Pieces pieces(workspace);
+  WorkspacePieces pieces(workspace);
   const ConvBackward b = take(pieces, p);
   if (f.activation != Activation::kNone) {
     ConvParams c = conv_of(f);
@@ -275,8 +239,8 @@ const char* launch_block(const ShiftConvBlockParams& p, void* stream) {
                        static_cast<int>(Tile::shared_bytes(b.c_in)), stream, b);
 }
 
-FeatureMap take_hidden(Pieces& pieces, const ShiftConvBlockParams& p) {
-  return take_map(pieces, p.kind, p.batch, p.c_hidden, p.height, p.width, p.x);
+FeatureMap take_hidden(WorkspacePieces& pieces, const ShiftConvBlockParams& p) {
+  return take_map(pieces, p.kind, p.batch, p.c_hidden, p.height, p.width, p.x.stride_c == 1);
 }
 
 template <typename E>
@@ -285,7 +249,7 @@ const char* run(const ShiftConvBlockParams& p, void* workspace, void* stream) {
   if (units == 1) return launch_block<E, 1>(p, stream);
   if constexpr (sizeof(E) == 2)
     if (units == 3) return launch_block<E, 3>(p, stream);
-  Pieces pieces(workspace);
+  WorkspacePieces pieces(workspace);
   ShiftConvParams first = first_conv(p, take_hidden(pieces, p));
   first.activation = p.activation;
   SR_KERNELS_RETURN_IF_ERROR(run<E>(first, stream));
@@ -306,7 +270,7 @@ struct BlockBackward {
   FeatureMap z, dz;
   WeightGradient first, second;
 };
-BlockBackward take(Pieces& pieces, const ShiftConvBlockBackwardParams& p) {
+BlockBackward take(WorkspacePieces& pieces, const ShiftConvBlockBackwardParams& p) {
   const ShiftConvBlockParams& f = p.forward;
   const ImageSize size = image_size(f.batch, f.height, f.width);
   BlockBackward b{};
@@ -328,7 +292,7 @@ const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* st
   const Shift shift_in = shift_of(f.pattern, f.c_in, f.groups);
   const Shift shift_hidden = shift_of(f.pattern, f.c_hidden, f.groups);
   const auto slope = static_cast<float>(f.negative_slope);
-  Pieces pieces(workspace);
+  WorkspacePieces pieces(workspace);
   const BlockBackward b = take(pieces, p);
   if (b.need_z) SR_KERNELS_RETURN_IF_ERROR(run<E>(first_conv(f, b.z), stream));
   if (b.need_dz) {
@@ -349,21 +313,6 @@ const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* st
                                    p.db1, stream);
 }
 
-template <typename Function>
-const char* for_kind(ScalarKind kind, const Function& function) {
-  switch (kind) {
-    case ScalarKind::kFloat32:
-      return function(float{});
-    case ScalarKind::kFloat16:
-      return function(__half{});
-    case ScalarKind::kBFloat16:
-      return function(__nv_bfloat16{});
-    case ScalarKind::kFloat64:
-      break;
-  }
-  return "CUDA kernels take float32, float16 and bfloat16";
-}
-
 }  // namespace
 
 const char* launch_shift_conv2d(const ShiftConvParams& p, void* stream) {
@@ -372,7 +321,7 @@ const char* launch_shift_conv2d(const ShiftConvParams& p, void* stream) {
 }
 
 int64_t shift_conv2d_backward_workspace(const ShiftConvBackwardParams& p) {
-  Pieces pieces(nullptr);
+  WorkspacePieces pieces(nullptr);
   take(pieces, p);
   return pieces.bytes();
 }
@@ -386,7 +335,7 @@ const char* launch_shift_conv2d_backward(const ShiftConvBackwardParams& p, void*
 
 int64_t shift_conv_block_workspace(const ShiftConvBlockParams& p) {
   if (units_in_one_kernel(p) > 0) return 0;
-  Pieces pieces(nullptr);
+  WorkspacePieces pieces(nullptr);
   take_hidden(pieces, p);
   return pieces.bytes();
 }
@@ -397,7 +346,7 @@ const char* launch_shift_conv_block(const ShiftConvBlockParams& p, void* workspa
 }
 
 int64_t shift_conv_block_backward_workspace(const ShiftConvBlockBackwardParams& p) {
-  Pieces pieces(nullptr);
+  WorkspacePieces pieces(nullptr);
   take(pieces, p);
   return pieces.bytes();
 }

@@ -30,17 +30,7 @@ const char* for_head(int64_t d, const Function& function) {
 }
 template <typename Function>
 const char* for_kind_and_head(ScalarKind kind, int64_t d, const Function& function) {
-  switch (kind) {
-    case ScalarKind::kFloat32:
-      return for_head<float>(d, function);
-    case ScalarKind::kFloat16:
-      return for_head<__half>(d, function);
-    case ScalarKind::kBFloat16:
-      return for_head<__nv_bfloat16>(d, function);
-    case ScalarKind::kFloat64:
-      break;
-  }
-  return "CUDA kernels take float32, float16 and bfloat16";
+  return for_kind(kind, [&](auto element) { return for_head<decltype(element)>(d, function); });
 }
 
 template <typename E, int kD>

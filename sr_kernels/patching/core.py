@@ -217,8 +217,6 @@ def _patch_inside(
         if swap.replacement_of(module) is not None:
             entry = PatchEntry(path, name, None, "is patched already")
             whole.append((f"{path}." if path else "", path))
-        elif swap.original_class(module).__module__.partition(".")[0] == "sr_kernels":
-            entry = PatchEntry(path, name, None, "is of this package already")
         elif wanted is not None and not wanted(path, module):
             entry = PatchEntry(path, name, None, "not in include")
         elif unwanted is not None and unwanted(path, module):

@@ -27,6 +27,7 @@ from .recogniser import (
     is_map,
     maps,
     needs_gradient,
+    only_map,
     owns_tensors,
     part_at,
     register,
@@ -167,11 +168,9 @@ class ShiftConvolution(Recogniser):
         return maps(_in_channels(module, options), 5, 7)
 
     def forward(self, module: nn.Module, options: _Shift, *args: Any) -> Any:
-        if len(args) != 1:
-            return NotImplemented
         weight, bias = _shift_weights(module, options)
-        x = args[0]
-        if not runs(self.operators, x, weight, bias) or not is_map(x, weight.shape[1]):
+        x = only_map(self.operators, args, weight.shape[1], weight, bias)
+        if x is None:
             return NotImplemented
         return F.shift_conv2d(x, weight, bias, pattern=options.pattern, groups=options.groups)
 
@@ -306,11 +305,9 @@ class LocalFeatureExtraction(Recogniser):
         return maps(_in_channels(module, options.first), 5, 7)
 
     def forward(self, module: nn.Module, options: _Lfe, *args: Any) -> Any:
-        if len(args) != 1:
-            return NotImplemented
-        x = args[0]
         weights = _lfe_weights(module, options)
-        if not runs(self.operators, x, *weights) or not is_map(x, weights[0].shape[1]):
+        x = only_map(self.operators, args, weights[0].shape[1], *weights)
+        if x is None:
             return NotImplemented
         return _lfe_run(module, options, x, weights, residual=False)
 
@@ -644,12 +641,9 @@ class StripedAttention(Recogniser):
 
     def forward(self, module: nn.Module, options: _Striped, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1:
-            return NotImplemented
-        x, projection = args[0], part.attn[0]
-        if not runs(self.operators, x, projection.weight) or not is_map(
-            x, projection.weight.shape[1]
-        ):
+        projection = part.attn[0]
+        x = only_map(self.operators, args, projection.weight.shape[1], projection.weight)
+        if x is None:
             return NotImplemented
         height, width = x.shape[2:]
         if len(part.attn) == 2 and fixed_norm(part.attn[1]) and not needs_gradient(module, x):

@@ -20,8 +20,8 @@ from .recogniser import (
     calls,
     child_names,
     is_conv,
-    is_map,
     maps,
+    only_map,
     owns_tensors,
     part_at,
     register,
@@ -99,13 +99,9 @@ class ChannelAttention(Recogniser):
         return maps(part_at(module, options.down).in_channels, 9, 6)
 
     def forward(self, module: nn.Module, options: _Channel, *args: Any) -> Any:
-        if len(args) != 1:
-            return NotImplemented
-        x = args[0]
         down, up = part_at(module, options.down), part_at(module, options.up)
-        if not runs(self.operators, x, down.weight, up.weight) or not is_map(
-            x, down.weight.shape[1]
-        ):
+        x = only_map(self.operators, args, down.weight.shape[1], down.weight, up.weight)
+        if x is None:
             return NotImplemented
         return F.channel_attention(
             x, down.weight, down.bias, up.weight, up.bias, statistic=options.statistic
@@ -149,12 +145,9 @@ class PixelAttention(Recogniser):
         return maps(part_at(module, options).in_channels, 5, 7)
 
     def forward(self, module: nn.Module, options: tuple[str, ...], *args: Any) -> Any:
-        if len(args) != 1:
-            return NotImplemented
-        x, convolution = args[0], part_at(module, options)
-        if not runs(self.operators, x, convolution.weight) or not is_map(
-            x, convolution.weight.shape[1]
-        ):
+        convolution = part_at(module, options)
+        x = only_map(self.operators, args, convolution.weight.shape[1], convolution.weight)
+        if x is None:
             return NotImplemented
         return F.pixel_attention(x, convolution.weight, convolution.bias)
 
@@ -233,10 +226,8 @@ class PixelAttentionConv(Recogniser):
 
     def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1 or not runs(self.operators, args[0], part.k2.weight):
-            return NotImplemented
-        x = args[0]
-        if not is_map(x, part.k2.weight.shape[1]):
+        x = only_map(self.operators, args, part.k2.weight.shape[1], part.k2.weight)
+        if x is None:
             return NotImplemented
         return _pa_conv(part, x)
 
@@ -302,10 +293,8 @@ class SelfCalibratedPixelAttention(Recogniser):
 
     def forward(self, module: nn.Module, options: float, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1 or not runs(self.operators, args[0], part.conv1_a.weight):
-            return NotImplemented
-        x = args[0]
-        if not is_map(x, part.conv1_a.weight.shape[1]):
+        x = only_map(self.operators, args, part.conv1_a.weight.shape[1], part.conv1_a.weight)
+        if x is None:
             return NotImplemented
         return _scpa(part, options, x)
 
@@ -365,12 +354,8 @@ class PixelAttentionNetwork(Recogniser):
 
     def forward(self, module: nn.Module, options: _Pan, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1 or not runs(self.operators, args[0], part.conv_first.weight):
-            return NotImplemented
-        if torch.is_autocast_enabled(args[0].device.type):
-            return NotImplemented
-        x = args[0]
-        if not is_map(x, part.conv_first.weight.shape[1]):
+        x = only_map(self.operators, args, part.conv_first.weight.shape[1], part.conv_first.weight)
+        if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
         y = convolve(part.conv_first, x.contiguous(memory_format=torch.channels_last))
         trunk = y
@@ -427,10 +412,8 @@ class InformationDistillation(Recogniser):
 
     def forward(self, module: nn.Module, options: _Distillation, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1 or not runs(self.operators, args[0], part.c5.weight):
-            return NotImplemented
-        x = args[0]
-        if not is_map(x, part.c1.weight.shape[1]):
+        x = only_map(self.operators, args, part.c1.weight.shape[1], part.c5.weight)
+        if x is None:
             return NotImplemented
         return _distil(part, options, x)
 
@@ -499,12 +482,8 @@ class InformationDistillationNetwork(Recogniser):
 
     def forward(self, module: nn.Module, options: _Imdn, *args: Any) -> Any:
         part: Any = module
-        if len(args) != 1 or not runs(self.operators, args[0], part.fea_conv.weight):
-            return NotImplemented
-        x = args[0]
-        if not is_map(x, part.fea_conv.weight.shape[1]):
-            return NotImplemented
-        if torch.is_autocast_enabled(x.device.type):
+        x = only_map(self.operators, args, part.fea_conv.weight.shape[1], part.fea_conv.weight)
+        if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
         first = convolve(part.fea_conv, x.contiguous(memory_format=torch.channels_last))
         outputs, y = [], first

@@ -179,6 +179,16 @@ def is_map(x: Tensor, channels: int) -> bool:
 # ------------------------------------------------------------------------------- before a call
 
 
+def only_map(
+    operators: Sequence[str], args: Sequence[Any], channels: int, *weights: Tensor | None
+) -> Tensor | None:
+    """The call's one argument, if it is a feature map of ``channels`` that :func:`runs` takes."""
+    if len(args) != 1 or not runs(operators, args[0], *weights) or not is_map(args[0], channels):
+        return None
+    x: Tensor = args[0]
+    return x
+
+
 def runs(operators: Sequence[str], x: Any, *weights: Tensor | None) -> bool:
     """Whether these operators can run on ``x`` with ``weights`` as the module's own layers would.
 

@@ -1,13 +1,8 @@
 """The shift convolution's CUDA kernels, run on the CPU, against the definition in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from emulated import emulated
+from emulated import emulated, run_sanitized
 from shift_conv_cases import (
     ACTIVATIONS,
     BLOCK_SIZES,
@@ -189,34 +184,7 @@ def test_an_image_beyond_the_grid_is_refused(on_emulated_kernels):
         on_emulated_kernels.shift_conv2d(0, x, one, None, None, 0, 0.0, 0, 5, x)
 
 
-@pytest.mark.skipif("SR_KERNELS_CUDA_ON_CPU_SANITIZE" in os.environ, reason="is what it runs")
 def test_under_the_sanitizers(build):
     """Some of the tests above with the kernels under AddressSanitizer and UBSan."""
-    build.build("shift_conv", sanitize=True)  # a compiler under the sanitizer would take minutes
     select = "(float16 and (misaligned or edges)) or (wide and float32) or subset or nan or groups"
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            select,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parent.parent.parent,
-        env={
-            **os.environ,
-            "LD_PRELOAD": build.sanitizer_runtimes(),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-            "SR_KERNELS_CUDA_ON_CPU_SANITIZE": "1",
-        },
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
+    run_sanitized(build, "shift_conv", __file__, select)
