@@ -10,11 +10,8 @@
 // W_out is a second pass over it. Windows that share no square of 8 to 32 pixels are done group by
 // group.
 //
-// A window's scores are symmetric. With one shift for all rows in the softmax's exponential, the
-// largest |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the
-// diagonal are computed and transposed in registers for the other side. Products a v go block by
-// block of 64 tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2
-// spread too far for one shift (trained weights: some windows of 4) takes a maximum for each row.
+// A window's scores are symmetric: half of them are computed
+// (window_attention/symmetric_softmax.h).
 //
 // Floor, float32, C = 60, per pixel: 240 B in, 240 B out, and 240 B for q where it is handed
 // on; 48.5 kFLOP, of which 6 are saved by symmetry; 336 exponentials, of which 150 are. With q

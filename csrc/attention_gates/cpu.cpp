@@ -10,12 +10,15 @@
 // Every pass over a feature map is pointwise in the pixels, so a tile is one long run of pixels,
 // all channels, whatever the image's shape. What couples pixels happens between the passes, on
 // small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
-// (N, C). Backward recomputes what forward did not keep, which is everything but the inputs.
+// (N, C). Products of a tile go strip by strip: a strip's sums are in the first-level cache when
+// exponential, residual and the store to y take them, and the next tile of x is fetched meanwhile.
+// Only spatial_attention's forward has rectangles for tiles, and one pass over x. Backward
+// recomputes what forward did not keep, which is everything but the inputs.
 //
 // Floor, float32, bytes per pixel (x, y and their gradients once each, per pass that must come
-// after the one before it): pixel_attention 8 C, spatial_attention and channel_attention 12 C,
+// after the one before it): pixel_attention and spatial_attention 8 C, channel_attention 12 C,
 // pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
-// bound pixel_attention from C = 52 on. Measured fraction: unmeasured.
+// bound pixel_attention from C = 52 on, and its gate C exponentials. Measured fraction: unmeasured.
 //
 // Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
 // depends on the number of threads.
@@ -50,16 +53,31 @@ LeftOperand<typename Compute<S>::type> pack_weight(const void* weight, int64_t r
                     : pack(source, columns, 1, rows, columns, destination);
 }
 
+// Pixels whose product with a weight stays in the first-level cache until it is used.
+constexpr int64_t kStrip = 64;
+
+// The rows of a one-row tile where they lie in the map, if vectors can be read and written there.
+template <typename S>
+StridedRows<typename Compute<S>::type> rows_in_place(const FeatureMap& map, const Tile& t) {
+  if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
+    if (map.data != nullptr && map.stride_w == 1)
+      return {at<S>(map, t.n, 0, t.h, t.w), map.stride_c};
+  }
+  return {nullptr, 0};
+}
+template <typename T>
+SR_INLINE void prefetch(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i, 0, 2);
+}
+
 // ------------------------------------------------------------------ pixel gate
 
 // Rows in scratch are whole vectors long: row_stride is a multiple of the vector width.
 template <typename T>
 struct PixelGate {
-  // Pixels whose W x + b stays in the first-level cache until the gate is made of it.
-  static constexpr int64_t kStrip = 4 * kTileVectors * Simd<T>::width;
-
   int64_t channels;
-  const T* weight;  // of tiled_product()
+  const T* weight;                   // of tiled_product()
   LeftOperand<T> weight_transposed;  // for backward() alone
   const T* bias;
 
@@ -78,15 +96,14 @@ struct PixelGate {
   // ahead: rows to fetch meanwhile, as many pixels of as many channels, or none.
   void forward(const T* x, int64_t row_stride, int64_t columns, T* strip, T* u, int64_t u_stride,
                StridedRows<T> ahead) const {
-    constexpr int64_t W = Simd<T>::width, kLine = 64 / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t W = Simd<T>::width;
     for (int64_t p = 0; p < columns; p += kStrip) {
       const int64_t count = min64(kStrip, columns - p);
       argument(x + p, row_stride, padded<T>(count), strip, kStrip);
       for (int64_t c = 0; c < channels; ++c) {
         const T *row = x + c * row_stride + p, *z = strip + c * kStrip;
         T* target = u + c * u_stride + p;
-        if (ahead.data != nullptr)
-          for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(ahead[c] + p + i, 0, 2);
+        if (ahead.data != nullptr) prefetch(ahead[c] + p, count);
         int64_t i = 0;
         for (; i + W <= count; i += W)
           store<T>(target + i, times_sigmoid(load(row + i), load(z + i)));
@@ -129,17 +146,9 @@ void for_each_gated_tile(const PixelGate<typename Compute<S>::type>& pixel, cons
                          const FeatureMap& y_map, const PixelRows& image, int64_t batch,
                          ParallelFor parallel, const Then& then) {
   using T = typename Compute<S>::type;
-  const int64_t channels = pixel.channels, strip_size = channels * PixelGate<T>::kStrip;
+  const int64_t channels = pixel.channels, strip_size = channels * kStrip;
   const Tiling tiling(batch, image.height, image.width, 1, run_length<T>(channels));
   const int64_t stride = spread_stride<T>(tiling.columns);
-  // The pixels of a channel where vectors can be read or written, or nullptr.
-  const auto rows_of = [&](const FeatureMap& map, const Tile& t) {
-    StridedRows<T> rows{nullptr, 0};
-    if constexpr (std::is_same_v<S, T>) {
-      if (map.stride_w == 1) rows = {at<S>(map, t.n, 0, t.h, t.w), map.stride_c};
-    }
-    return rows;
-  };
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(Scratch::bytes_for<T>(channels * stride) + Scratch::bytes_for<T>(strip_size));
     T* x = scratch.take<T>(channels * stride);
@@ -147,7 +156,7 @@ void for_each_gated_tile(const PixelGate<typename Compute<S>::type>& pixel, cons
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       const Tile next = tiling[min64(index + 1, end - 1)];
-      StridedRows<T> ahead = rows_of(x_map, next), y = rows_of(y_map, t);
+      StridedRows<T> ahead = rows_in_place<S>(x_map, next), y = rows_in_place<S>(y_map, t);
       if (next.columns < t.columns) ahead.data = nullptr;
       load_tile<S>(x_map, t.n, 0, channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
                    stride, stride);
@@ -451,13 +460,12 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
-  for_each_gated_tile<S>(weights.pixel, p.x, p.y, image, p.batch, parallel,
-                         [&](const Tile& t, StridedRows<T> u) {
-                           const int64_t first = t.h * image.width + t.w;
-                           channel_statistics(u, p.channels, t.columns,
-                                              planes.row(t.n, kMaximum, first),
-                                              planes.row(t.n, kMean, first));
-                         });
+  for_each_gated_tile<S>(
+      weights.pixel, p.x, p.y, image, p.batch, parallel, [&](const Tile& t, StridedRows<T> u) {
+        const int64_t first = t.h * image.width + t.w;
+        channel_statistics(u, p.channels, t.columns, planes.row(t.n, kMaximum, first),
+                           planes.row(t.n, kMean, first));
+      });
   evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -476,8 +484,7 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   if (p.pixel_weight != nullptr) return pixel_spatial_forward<S>(p, parallel);
   constexpr int64_t kRows = 48, kHeld = (int64_t{320} << 10) / static_cast<int64_t>(sizeof(T));
   const int64_t reach = p.kernel / 2, most_rows = max64(kRows, 16 * reach);
-  const Tiling tiling(p.batch, p.height, p.width,
-                      ceil_div(p.height, ceil_div(p.height, most_rows)),
+  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, ceil_div(p.height, most_rows)),
                       max64(max64(64, 16 * reach), kHeld / ((reach + 1) * p.channels)));
   const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
@@ -1404,51 +1411,70 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
       return gated_forward_by_pixel<T>(p, image, parallel);
   }
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
-  const int64_t stride = spread_stride<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
+  const int64_t stride = spread_stride<T>(tiling.columns);
   Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
   const T* weight = load_vector<S>(p.weight, p.c_out * p.c_in, shared.take<T>(p.c_out * p.c_in));
   const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const bool residual = p.residual.data != nullptr;
-    Scratch scratch(Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.c_out * p.c_in) +
-                    Scratch::bytes_for<T>(p.c_in * stride) +
-                    2 * Scratch::bytes_for<T>(p.c_out * stride));
-    T* panels = scratch.take<T>(packed);
+    Scratch scratch(
+        Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
+        Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_in * stride) +
+        2 * Scratch::bytes_for<T>(p.c_out * stride) + Scratch::bytes_for<T>(p.c_out * kStrip));
+    T* panels = scratch.take<T>(packed_size(p.c_out, p.c_in));
     T* gated = scratch.take<T>(p.c_out * p.c_in);
     T* x = scratch.take<T>(p.c_in * stride);
-    T* y = scratch.take<T>(p.c_out * stride);
+    T* y_tile = scratch.take<T>(p.c_out * stride);
     T* skip = scratch.take<T>(p.c_out * stride);
-    LeftOperand<T> left{};
+    T* strip = scratch.take<T>(p.c_out * kStrip);
     int64_t packed_for = -1;  // the image whose gate the panels hold
     for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
+      const Tile t = tiling[index], next = tiling[min64(index + 1, end - 1)];
       if (t.n != packed_for) {
         const S* gate = static_cast<const S*>(p.gate) + t.n * p.c_in;
         for (int64_t o = 0; o < p.c_out; ++o)
           for (int64_t c = 0; c < p.c_in; ++c)
             gated[o * p.c_in + c] = weight[o * p.c_in + c] * to_compute(gate[c]);
-        left = pack(gated, p.c_in, 1, p.c_out, p.c_in, panels);
+        pack_tiles(gated, p.c_in, 1, p.c_out, p.c_in, panels);
         packed_for = t.n;
       }
       load_tile<S>(p.x, t.n, 0, p.c_in, t.h, 1, t.w, t.columns, image.height, image.width, x,
                    stride, stride);
-      product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, stride, left,
-              StridedRows<T>{x, stride}, bias, y, stride);
-      if (residual) {
-        const StridedRows<T> r =
-            view_run<S>(p.residual, t, p.c_out, image.height, image.width, skip, stride);
+      StridedRows<T> residual{nullptr, 0}, y = rows_in_place<S>(p.y, t);
+      if (p.residual.data != nullptr)
+        residual = view_run<S>(p.residual, t, p.c_out, image.height, image.width, skip, stride);
+      const bool direct = y.data != nullptr;
+      if (!direct) y = {y_tile, stride};
+      const StridedRows<T> ahead = rows_in_place<S>(p.x, next);
+      for (int64_t q = 0; q < t.columns; q += kStrip) {
+        const int64_t count = min64(kStrip, t.columns - q);
+        if (residual.data != nullptr)
+          for (int64_t c = 0; c < p.c_out; ++c) prefetch(residual[c] + q, count);
+        if (ahead.data != nullptr && next.columns == t.columns)
+          for (int64_t c = 0; c < p.c_in; ++c) prefetch(ahead[c] + q, count);
+        tiled_product<T>(
+            p.c_out, p.c_in, 0, padded<T>(count), panels, StridedRows<T>{x + q, stride},
+            [&](int64_t m, int64_t, int i, int) {
+              return bias == nullptr ? Vec<T>{} : broadcast(bias[m + i]);
+            },
+            [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+              store<T>(strip + (m + i) * kStrip + column + j, v);
+            });
         for (int64_t c = 0; c < p.c_out; ++c) {
-          const T* r_row = r[c];
-          T* y_row = y + c * stride;
-          sweep<T>(t.columns, [&](int64_t i, auto tag) {
+          const T* sums = strip + c * kStrip;
+          const T* r = residual.data != nullptr ? residual[c] + q : nullptr;
+          T* target = const_cast<T*>(y[c]) + q;
+          sweep<T>(count, [&](int64_t i, auto tag) {
             using V = decltype(tag);
-            put(y_row + i, get<V>(y_row + i) + get<V>(r_row + i));
+            V value = get<V>(sums + i);
+            if (r != nullptr) value += get<V>(r + i);
+            put(target + i, value);
           });
         }
       }
-      store_tile<S>(y, stride, stride, p.y, t.n, 0, p.c_out, t.h, 1, t.w, t.columns, image.height,
-                    image.width);
+      if (!direct)
+        store_tile<S>(y_tile, stride, stride, p.y, t.n, 0, p.c_out, t.h, 1, t.w, t.columns,
+                      image.height, image.width);
     }
   });
 }

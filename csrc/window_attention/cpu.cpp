@@ -8,6 +8,9 @@
 // bias, mask and both products run down the columns: no reduction across a vector anywhere. The
 // block is tokens x kBlockVectors vectors and the only piece of the attention matrix that exists.
 //
+// Where the keys are the queries and nothing is added to q q^T, the forward computes half of the
+// scores (symmetric_softmax.h).
+//
 // A whole column of scores is at hand, so the softmax is never rebuilt from the log-sum-exp: reuse
 // and backward repeat maximum and sum, which costs little and keeps the digits that
 // exp(s - lse) loses where |lse| is large (trained weights reach 877).

@@ -3,8 +3,8 @@
 // Scores are symmetric. With one shift for all rows in the softmax's exponential, the largest
 // |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the diagonal are
 // computed and transposed in registers for the other side. Products with v go block by block of 64
-// tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too far
-// for one shift takes a maximum for each row.
+// tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too
+// far for one shift takes a maximum for each row.
 //
 // Include only from a kernel's cpu.cpp; internal linkage, as simd.h.
 #pragma once
@@ -186,8 +186,8 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
           for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
             score_square<T>(q, ld, d_qk, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
                             diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
-        row_product<T>(nullptr, j0 > 0, d_v, min64(rows, n - j0), columns, v + j0, ld, 1, s.e, kBlock,
-                       out + i0, ld);
+        row_product<T>(nullptr, j0 > 0, d_v, min64(rows, n - j0), columns, v + j0, ld, 1, s.e,
+                       kBlock, out + i0, ld);
         if (!diagonal)
           row_product<T>(nullptr, true, d_v, min64(columns, n - i0), rows, v + i0, ld, 1, s.mirror,
                          kBlock, out + j0, ld);
