@@ -485,7 +485,7 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   constexpr int64_t kRows = 48, kHeld = (int64_t{320} << 10) / static_cast<int64_t>(sizeof(T));
   const int64_t reach = p.kernel / 2, most_rows = max64(kRows, 16 * reach);
   const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, ceil_div(p.height, most_rows)),
-                      max64(max64(64, 16 * reach), kHeld / ((reach + 1) * p.channels)));
+                      max64(max64(320, 16 * reach), kHeld / ((reach + 1) * p.channels)));
   const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
