@@ -67,6 +67,13 @@ def test_more_than_one_tile(case, layout):
     check(case, make_inputs(case, (2, 5, 37, 150), layout=layout), gradient_atol=2e-5)
 
 
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_spatial_tiles_meet_without_a_seam(layout):
+    # Many channels make narrow tiles, down to 320 pixels: four of them here.
+    check("spatial", make_inputs("spatial", (1, 64, 50, 330), layout=layout), gradients=None)
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 5, 11, 23])
 @pytest.mark.parametrize("case", ["spatial", "pixel_spatial"])
 def test_spatial_kernels_up_to_larger_than_the_image(case, kernel):

@@ -10,11 +10,8 @@
 // W_out is a second pass over it. Windows that share no square of 8 to 32 pixels are done group by
 // group.
 //
-// A window's scores are symmetric. With one shift for all rows in the softmax's exponential, the
-// largest |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the
-// diagonal are computed and transposed in registers for the other side. Products a v go block by
-// block of 64 tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2
-// spread too far for one shift (trained weights: some windows of 4) takes a maximum for each row.
+// A window's scores are symmetric: half of them are computed
+// (window_attention/symmetric_softmax.h).
 //
 // Floor, float32, C = 60, per pixel: 240 B in, 240 B out, and 240 B for q where it is handed
 // on; 48.5 kFLOP, of which 6 are saved by symmetry; 336 exponentials, of which 150 are. With q
@@ -32,6 +29,7 @@
 #include "common/row_product.h"
 #include "common/simd.h"
 #include "common/tiling.h"
+#include "window_attention/symmetric_softmax.h"
 #include "window_attention/window_tile.h"
 
 namespace sr_kernels {
@@ -39,200 +37,6 @@ namespace SR_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kTilePixels = 256;  // pixels of a tile of windows, at least one window
-constexpr int64_t kBlock = 64;        // tokens a side of a block of scores
-
-// A score tile is a square of kSquare tokens: whole vectors, and accumulators enough to cover the
-// latency of a multiplication.
-template <typename T>
-constexpr int kStrips = Simd<T>::width >= 8 ? 1 : 8 / Simd<T>::width;
-template <typename T>
-constexpr int kSquare = kStrips<T> * Simd<T>::width;
-
-// One shift for all rows of a window serves while no row's maximum, which is at least |q_i|^2, lies
-// farther below it: what is lost to the least numerator is then below exp(50 - 86) of a row's sum.
-// The largest logit is limited by what numerators() can round to an integer.
-constexpr int kMaxSpread = 50, kMaxLogit = 1 << 20;
-
-// Numerators of the softmax, exp(x - shift) for x - shift <= 1 and no NaN. For float32 the shift is
-// a whole number of bits, and applied to the exponent alone: x far below the shift loses no digit.
-// 2^f is a minimax polynomial of degree 6 on [-1/2, 1/2], below 1 ulp; the least numerator is
-// 2^-125.
-template <typename T>
-struct Numerators;
-template <>
-struct Numerators<float> {
-  // Unsigned: what stands in a window's padding may wrap around.
-  typedef uint32_t BitsVec __attribute__((vector_size(kVectorBytes)));
-  BitsVec shift;  // and the bits of the magic number
-  explicit Numerators(float largest)
-      : shift(0x4b400001u + static_cast<uint32_t>(largest * 1.44269504088896341f) - BitsVec{}) {}
-  SR_INLINE Vec<float> operator()(Vec<float> x) const {
-    const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec<float> shifted = x * 1.44269504088896341f + magic;
-    const Vec<float> f = x * 1.44269504088896341f - (shifted - magic);
-    Vec<float> p = broadcast(1.5461444698569e-4f);
-    p = p * f + 1.3400428177615838e-3f;
-    p = p * f + 9.618056678524637e-3f;
-    p = p * f + 5.550327226670302e-2f;
-    p = p * f + 2.4022650922288757e-1f;
-    p = p * f + 6.931472067028326e-1f;
-    p = p * f + 1.0f;
-    BitsVec exponent, bits;
-    std::memcpy(&exponent, &shifted, sizeof(exponent));
-    std::memcpy(&bits, &p, sizeof(bits));
-    exponent -= shift;
-    const IntVec power = reinterpret_cast<IntVec>(exponent);
-    bits += reinterpret_cast<BitsVec>(power > -125 ? power : -125 - IntVec{}) << 23;
-    std::memcpy(&p, &bits, sizeof(p));
-    return p;
-  }
-};
-template <>
-struct Numerators<double> {
-  double shift;
-  explicit Numerators(double largest) : shift(largest) {}
-  SR_INLINE Vec<double> operator()(Vec<double> x) const { return exp_nonpositive(x - shift); }
-};
-
-// The sum of kCount vectors, in pairs.
-template <typename T, int kCount>
-SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
-  if constexpr (kCount == 1) {
-    return vectors[0];
-  } else {
-    return pairwise_sum<T, kCount / 2>(vectors) +
-           pairwise_sum<T, kCount - kCount / 2>(vectors + kCount / 2);
-  }
-}
-
-// The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
-//   e[j][i] = numerators(q_j . q_i),  sum_i[i] += sum_j e[j][i]
-// and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
-// sum_j[j] += sum_i e[j][i]. Tokens from n on count as zero. d x ld is q.
-template <typename T>
-SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
-                            const Numerators<T>& numerators, T* e, T* mirror, T* sum) {
-  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
-#pragma GCC unroll 8
-  for (int strip = 0; strip < kStrips<T>; ++strip) {
-    const int64_t i = i0 + strip * W;
-    Vec<T> acc[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
-    for (int64_t k = 0; k < d; ++k) {
-      const Vec<T> right = load(q + k * ld + i);
-      const T* left = q + k * ld + j0;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = numerators(acc[r]);
-    if (j0 + kRows > n || i + W > n) {
-      for (int r = 0; r < kRows; ++r)
-        for (int l = 0; l < W; ++l)
-          if (j0 + r >= n || i + l >= n) acc[r][l] = T(0);
-    }
-    store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
-    if (mirror == nullptr) continue;
-#pragma GCC unroll 8
-    for (int part = 0; part < kStrips<T>; ++part) {
-      Vec<T> square[W];
-#pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) square[l] = acc[part * W + l];
-      transpose<T>(square);
-      T* sum_j = sum + j0 + part * W;
-      store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
-#pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
-    }
-  }
-}
-
-// Scratch of attend().
-template <typename T>
-struct Softmax {
-  static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
-  T *e, *mirror, *sum, *norm, *column;
-  static int64_t elements(int64_t stride) {
-    return 2 * kBlock * kBlock + 2 * stride + stride * kStrip;
-  }
-  Softmax(T* memory, int64_t stride)
-      : e(memory),
-        mirror(e + kBlock * kBlock),
-        sum(mirror + kBlock * kBlock),
-        norm(sum + stride),
-        column(norm + stride) {}
-};
-
-// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
-// Cauchy and Schwarz is the largest |q_i|^2.
-template <typename T>
-bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
-  constexpr int W = Simd<T>::width;
-  for (int64_t i = 0; i < n; i += W) {
-    Vec<T> sum{};
-    for (int64_t k = 0; k < d; ++k) {
-      const Vec<T> value = load(q + k * ld + i);
-      sum += value * value;
-    }
-    store<T>(norm + i, sum);
-  }
-  T lowest = norm[0], highest = norm[0];
-  bool ordered = true;
-  for (int64_t i = 0; i < n; ++i) {
-    lowest = norm[i] < lowest ? norm[i] : lowest;
-    highest = norm[i] > highest ? norm[i] : highest;
-    ordered &= norm[i] == norm[i];
-  }
-  *largest = highest;
-  return ordered && highest <= T(kMaxLogit) && highest - lowest <= T(kMaxSpread);
-}
-
-// out = softmax(q q^T) v for one window of n tokens; q, v, out are d x ld, padded to kSquare
-// tokens.
-template <typename T>
-void attend(const Softmax<T>& s, const T* q, const T* v, int64_t d, int64_t n, int64_t ld, T* out) {
-  constexpr int W = Simd<T>::width, kSide = kSquare<T>;
-  const int64_t stride = ceil_div(n, kSide) * kSide;
-  T largest;
-  if (one_shift(q, ld, d, n, s.norm, &largest)) {
-    const Numerators<T> numerators(largest);
-    for (int64_t i = 0; i < stride; ++i) s.sum[i] = T(0);
-    for (int64_t j0 = 0; j0 < stride; j0 += kBlock) {
-      const int64_t rows = min64(kBlock, stride - j0);
-      for (int64_t i0 = j0; i0 < stride; i0 += kBlock) {
-        const int64_t columns = min64(kBlock, stride - i0);
-        const bool diagonal = i0 == j0;
-        T* mirror = diagonal ? s.e : s.mirror;
-        for (int64_t j = 0; j < rows; j += kSide)
-          for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
-            score_square<T>(q, ld, d, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
-                            diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
-        row_product<T>(nullptr, j0 > 0, d, min64(rows, n - j0), columns, v + j0, ld, 1, s.e, kBlock,
-                       out + i0, ld);
-        if (!diagonal)
-          row_product<T>(nullptr, true, d, min64(columns, n - i0), rows, v + i0, ld, 1, s.mirror,
-                         kBlock, out + j0, ld);
-      }
-    }
-  } else {
-    constexpr int64_t strip = Softmax<T>::kStrip;
-    const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
-    for (int64_t i0 = 0; i0 < stride; i0 += strip) {
-      const int64_t columns = min64(strip, stride - i0);
-      score_block(terms, q, q, d, n, ld, i0, columns, s.column, strip, s.norm + i0, s.sum + i0);
-      for (int64_t j0 = 0; j0 < n; j0 += kBlock)
-        row_product<T>(nullptr, j0 > 0, d, min64(kBlock, n - j0), columns, v + j0, ld, 1,
-                       s.column + j0 * strip, strip, out + i0, ld);
-    }
-  }
-  for (int64_t i = 0; i < stride; i += W) {
-    const Vec<T> factor = 1 / load(s.sum + i);
-    for (int64_t c = 0; c < d; ++c) store<T>(out + c * ld + i, load(out + c * ld + i) * factor);
-  }
-}
 
 // ------------------------------------------------------------------ tiles
 
@@ -292,7 +96,7 @@ struct GroupTile {
   using T = typename Compute<S>::type;
   int64_t d, n, stride, ld;  // channels, tokens of a window, the same padded, a row of the tile
   T *x, *q, *v, *out;
-  Softmax<T> softmax;
+  SymmetricSoftmax<T> softmax;
 
   static int64_t padded_tokens(int64_t n) { return ceil_div(n, kSquare<T>) * kSquare<T>; }
   static int64_t row(int64_t n, int64_t windows) {
@@ -300,7 +104,7 @@ struct GroupTile {
   }
   // Elements that tiles need whose padded_tokens() and row() are at most these.
   static int64_t elements(const AttentionBlockParams& p, int64_t stride, int64_t ld) {
-    return (p.channels + 3 * p.channels / p.groups) * ld + Softmax<T>::elements(stride);
+    return (p.channels + 3 * p.channels / p.groups) * ld + SymmetricSoftmax<T>::elements(stride);
   }
   GroupTile(const AttentionBlockParams& p, int64_t n_, int64_t windows, T* memory)
       : d(p.channels / p.groups),
@@ -321,7 +125,7 @@ struct GroupTile {
                    weights.w_in + group * weights.rows * p.channels, p.channels, 1, x, ld,
                    p.reuse ? v : q, ld);
     for (int64_t w = 0; w < windows; ++w)
-      attend(softmax, q + w * stride, v + w * stride, d, n, ld, out + w * stride);
+      attend<T>(softmax, q + w * stride, d, v + w * stride, d, n, ld, out + w * stride, nullptr);
   }
 };
 

@@ -10,17 +10,21 @@
 // Every pass over a feature map is pointwise in the pixels, so a tile is one long run of pixels,
 // all channels, whatever the image's shape. What couples pixels happens between the passes, on
 // small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
-// (N, C). Backward recomputes what forward did not keep, which is everything but the inputs.
+// (N, C). Products of a tile go strip by strip: a strip's sums are in the first-level cache when
+// exponential, residual and the store to y take them, and the next tile of x is fetched meanwhile.
+// Only spatial_attention's forward has rectangles for tiles, and one pass over x. Backward
+// recomputes what forward did not keep, which is everything but the inputs.
 //
 // Floor, float32, bytes per pixel (x, y and their gradients once each, per pass that must come
-// after the one before it): pixel_attention 8 C, spatial_attention and channel_attention 12 C,
+// after the one before it): pixel_attention and spatial_attention 8 C, channel_attention 12 C,
 // pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
-// bound pixel_attention from C = 52 on. Measured fraction: unmeasured.
+// bound pixel_attention from C = 52 on, and its gate C exponentials. Measured fraction: unmeasured.
 //
 // Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
 // depends on the number of threads.
 #include "attention_gates/params.h"
 
+#include "common/exp2.h"
 #include "common/tiling.h"
 
 namespace sr_kernels {
@@ -49,20 +53,70 @@ LeftOperand<typename Compute<S>::type> pack_weight(const void* weight, int64_t r
                     : pack(source, columns, 1, rows, columns, destination);
 }
 
+// Pixels whose product with a weight stays in the first-level cache until it is used.
+constexpr int64_t kStrip = 64;
+
+// The rows of a one-row tile where they lie in the map, if vectors can be read and written there.
+template <typename S>
+StridedRows<typename Compute<S>::type> rows_in_place(const FeatureMap& map, const Tile& t) {
+  if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
+    if (map.data != nullptr && map.stride_w == 1)
+      return {at<S>(map, t.n, 0, t.h, t.w), map.stride_c};
+  }
+  return {nullptr, 0};
+}
+template <typename T>
+SR_INLINE void prefetch(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i, 0, 2);
+}
+
 // ------------------------------------------------------------------ pixel gate
 
 // Rows in scratch are whole vectors long: row_stride is a multiple of the vector width.
 template <typename T>
 struct PixelGate {
   int64_t channels;
-  LeftOperand<T> weight, weight_transposed;  // the second for backward() alone
+  const T* weight;                   // of tiled_product()
+  LeftOperand<T> weight_transposed;  // for backward() alone
   const T* bias;
 
-  // gate <- sigmoid(W x + b). Not inlined: backward passes that compare a recomputed maximum with
-  // its channels rely on equal bits wherever this runs.
+  // out (channels x out_stride) <- W x + b, `columns` pixels.
+  void argument(const T* x, int64_t row_stride, int64_t columns, T* out, int64_t out_stride) const {
+    tiled_product<T>(
+        channels, channels, 0, columns, weight, StridedRows<T>{x, row_stride},
+        [&](int64_t m, int64_t, int i, int) {
+          return bias == nullptr ? Vec<T>{} : broadcast(bias[m + i]);
+        },
+        [&](int64_t m, int64_t p, int i, int j, Vec<T> v) {
+          store<T>(out + (m + i) * out_stride + p + j, v);
+        });
+  }
+  // u <- x * sigmoid(W x + b), `columns` pixels; u may be x. strip: room for channels x kStrip.
+  // ahead: rows to fetch meanwhile, as many pixels of as many channels, or none.
+  void forward(const T* x, int64_t row_stride, int64_t columns, T* strip, T* u, int64_t u_stride,
+               StridedRows<T> ahead) const {
+    constexpr int64_t W = Simd<T>::width;
+    for (int64_t p = 0; p < columns; p += kStrip) {
+      const int64_t count = min64(kStrip, columns - p);
+      argument(x + p, row_stride, padded<T>(count), strip, kStrip);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T *row = x + c * row_stride + p, *z = strip + c * kStrip;
+        T* target = u + c * u_stride + p;
+        if (ahead.data != nullptr) prefetch(ahead[c] + p, count);
+        int64_t i = 0;
+        for (; i + W <= count; i += W)
+          store<T>(target + i, times_sigmoid(load(row + i), load(z + i)));
+        if (i == count) continue;
+        const Vec<T> last = times_sigmoid(load(row + i), load(z + i));
+        std::memcpy(target + i, &last, static_cast<size_t>(count - i) * sizeof(T));
+      }
+    }
+  }
+  // For backward: gate <- sigmoid(W x + b). Not inlined: passes that compare a recomputed maximum
+  // with its channels rely on equal bits wherever this runs.
   __attribute__((noinline)) void evaluate(const T* x, int64_t row_stride, T* gate) const {
-    product(bias != nullptr ? Start::kBias : Start::kZero, channels, channels, row_stride, weight,
-            StridedRows<T>{x, row_stride}, bias, gate, row_stride);
+    argument(x, row_stride, row_stride, gate, row_stride);
     for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
       store<T>(gate + i, sigmoid(load(gate + i)));
   }
@@ -86,36 +140,53 @@ struct PixelGate {
   }
 };
 
+// y <- x * sigmoid(W x + b) for all tiles of one row; then(tile, rows of y) after each.
+template <typename S, typename Then>
+void for_each_gated_tile(const PixelGate<typename Compute<S>::type>& pixel, const FeatureMap& x_map,
+                         const FeatureMap& y_map, const PixelRows& image, int64_t batch,
+                         ParallelFor parallel, const Then& then) {
+  using T = typename Compute<S>::type;
+  const int64_t channels = pixel.channels, strip_size = channels * kStrip;
+  const Tiling tiling(batch, image.height, image.width, 1, run_length<T>(channels));
+  const int64_t stride = spread_stride<T>(tiling.columns);
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(channels * stride) + Scratch::bytes_for<T>(strip_size));
+    T* x = scratch.take<T>(channels * stride);
+    T* strip = scratch.take<T>(strip_size);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const Tile next = tiling[min64(index + 1, end - 1)];
+      StridedRows<T> ahead = rows_in_place<S>(x_map, next), y = rows_in_place<S>(y_map, t);
+      if (next.columns < t.columns) ahead.data = nullptr;
+      load_tile<S>(x_map, t.n, 0, channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                   stride, stride);
+      const bool direct = y.data != nullptr;
+      if (!direct) y = {x, stride};
+      pixel.forward(x, stride, t.columns, strip, const_cast<T*>(y.data), y.ld, ahead);
+      if (!direct)
+        store_tile<S>(x, stride, stride, y_map, t.n, 0, channels, t.h, 1, t.w, t.columns,
+                      image.height, image.width);
+      then(t, y);
+    }
+  });
+}
+
 template <typename S>
 void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   PixelAttentionParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
-  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = spread_stride<T>(tiling.columns);
 
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.channels, p.channels)) +
                  Scratch::bytes_for<T>(p.channels));
   PixelGate<T> pixel{};
   pixel.channels = p.channels;
-  pixel.weight = pack_weight<S>(p.weight, p.channels, p.channels, false,
-                                shared.take<T>(packed_size(p.channels, p.channels)));
+  pixel.weight = pack_tiles(static_cast<const S*>(p.weight), p.channels, 1, p.channels, p.channels,
+                            shared.take<T>(packed_size(p.channels, p.channels)));
   pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
 
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * Scratch::bytes_for<T>(p.channels * stride));
-    T* x = scratch.take<T>(p.channels * stride);
-    T* gate = scratch.take<T>(p.channels * stride);
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
-      load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
-                   stride, stride);
-      pixel.evaluate(x, stride, gate);
-      pixel.apply(x, gate, stride, gate);
-      store_tile<S>(gate, stride, stride, p.y, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
-                    image.height, image.width);
-    }
-  });
+  for_each_gated_tile<S>(pixel, p.x, p.y, image, p.batch, parallel,
+                         [](const Tile&, StridedRows<T>) {});
 }
 
 template <typename S>
@@ -135,7 +206,8 @@ void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor para
                  Scratch::bytes_for<T>(chunks.count * chunk_size));
   PixelGate<T> pixel{};
   pixel.channels = p.channels;
-  pixel.weight = pack_weight<S>(p.weight, p.channels, p.channels, false, shared.take<T>(packed));
+  pixel.weight = pack_tiles(static_cast<const S*>(p.weight), p.channels, 1, p.channels, p.channels,
+                            shared.take<T>(packed));
   pixel.weight_transposed =
       pack_weight<S>(p.weight, p.channels, p.channels, true, shared.take<T>(packed));
   pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
@@ -343,86 +415,110 @@ struct SpatialWeights {
     bias = p.bias != nullptr ? to_compute(*static_cast<const S*>(p.bias)) : T(0);
     pixel.channels = p.channels;
     if (p.pixel_weight == nullptr) return;
-    pixel.weight =
-        pack_weight<S>(p.pixel_weight, p.channels, p.channels, false, scratch.take<T>(packed));
+    pixel.weight = pack_tiles(static_cast<const S*>(p.pixel_weight), p.channels, 1, p.channels,
+                              p.channels, scratch.take<T>(packed));
     pixel.weight_transposed =
         pack_weight<S>(p.pixel_weight, p.channels, p.channels, true, scratch.take<T>(packed));
     pixel.bias = load_vector<S>(p.pixel_bias, p.channels, scratch.take<T>(p.channels));
   }
 };
 
-// y = x * gate, one gate value a pixel; x may be y.
+// y = x * gate for one run of pixels, one gate value a pixel; x may be y.
 template <typename S>
-void multiply_by_pixel_gate(const FeatureMap& x, const FeatureMap& y, const PixelRows& image,
-                            int64_t channels, const Planes<typename Compute<S>::type>& planes,
-                            int64_t batch, ParallelFor parallel) {
+void multiply_run(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64_t channels,
+                  const typename Compute<S>::type* gate) {
   using T = typename Compute<S>::type;
-  const Tiling tiling(batch, image.height, image.width, 1, run_length<T>(channels));
-  const bool pixel_by_pixel = x.stride_c == 1 && y.stride_c == 1 && channels > 1;
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
-      const T* gate = planes.row(t.n, kGate, t.h * image.width + t.w);
-      if (pixel_by_pixel) {
-        for (int64_t i = 0; i < t.columns; ++i) {
-          const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
-          S* target = at<S>(y, t.n, 0, t.h, t.w + i);
-          const T g = gate[i];
-          for (int64_t c = 0; c < channels; ++c)
-            from_compute(to_compute(source[c]) * g, target + c);
-        }
-        continue;
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        const S* source = at<S>(x, t.n, c, t.h, t.w);
-        S* target = at<S>(y, t.n, c, t.h, t.w);
-        if (x.stride_w == 1 && y.stride_w == 1)
-          for (int64_t i = 0; i < t.columns; ++i)
-            from_compute(to_compute(source[i]) * gate[i], target + i);
-        else
-          for (int64_t i = 0; i < t.columns; ++i)
-            from_compute(to_compute(source[i * x.stride_w]) * gate[i], target + i * y.stride_w);
-      }
+  if (x.stride_c == 1 && y.stride_c == 1 && channels > 1) {
+    for (int64_t i = 0; i < t.columns; ++i) {
+      const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
+      S* target = at<S>(y, t.n, 0, t.h, t.w + i);
+      const T g = gate[i];
+      for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
     }
-  });
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const S* source = at<S>(x, t.n, c, t.h, t.w);
+    S* target = at<S>(y, t.n, c, t.h, t.w);
+    if (x.stride_w == 1 && y.stride_w == 1)
+      for (int64_t i = 0; i < t.columns; ++i)
+        from_compute(to_compute(source[i]) * gate[i], target + i);
+    else
+      for (int64_t i = 0; i < t.columns; ++i)
+        from_compute(to_compute(source[i * x.stride_w]) * gate[i], target + i * y.stride_w);
+  }
 }
 
+// u = x * sigmoid(W_p x + b_p) passes through y, since the convolution needs its neighbours.
 template <typename S>
-void spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
+void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   SpatialAttentionParams p = params;
   const Planes<T> planes{static_cast<T*>(p.workspace), p.kForwardPlanes, p.height, p.width};
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
-  const bool pixel = p.pixel_weight != nullptr;
+  Scratch shared(SpatialWeights<S>::bytes(p));
+  const SpatialWeights<S> weights(p, shared);
+
+  for_each_gated_tile<S>(
+      weights.pixel, p.x, p.y, image, p.batch, parallel, [&](const Tile& t, StridedRows<T> u) {
+        const int64_t first = t.h * image.width + t.w;
+        channel_statistics(u, p.channels, t.columns, planes.row(t.n, kMaximum, first),
+                           planes.row(t.n, kMean, first));
+      });
+  evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      multiply_run<S>(p.y, p.y, t, p.channels, planes.row(t.n, kGate, t.h * image.width + t.w));
+    }
+  });
+}
+
+// A tile's statistics, convolution and product run down its rows together: x comes from memory once
+// and is multiplied where the second-level cache still holds it. Statistics around a tile are taken
+// by its neighbours too.
+template <typename S>
+void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  if (p.pixel_weight != nullptr) return pixel_spatial_forward<S>(p, parallel);
+  constexpr int64_t kRows = 48, kHeld = (int64_t{320} << 10) / static_cast<int64_t>(sizeof(T));
+  const int64_t reach = p.kernel / 2, most_rows = max64(kRows, 16 * reach);
+  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, ceil_div(p.height, most_rows)),
+                      max64(max64(320, 16 * reach), kHeld / ((reach + 1) * p.channels)));
+  const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
+  const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
+  const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * Scratch::bytes_for<T>(size));
-    T* x = scratch.take<T>(size);
-    T* u = scratch.take<T>(size);
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(columns) +
+                    Scratch::bytes_for<T>(p.channels * x_stride));
+    T* statistics = scratch.take<T>(2 * plane_stride);  // maximum, mean
+    T* gate = scratch.take<T>(columns);
+    T* x = scratch.take<T>(p.channels * x_stride);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      const int64_t first = t.h * image.width + t.w;
-      StridedRows<T> rows{u, stride};
-      if (pixel) {
-        load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
-                     stride, stride);
-        weights.pixel.evaluate(x, stride, u);
-        weights.pixel.apply(x, u, stride, u);
-        store_tile<S>(u, stride, stride, p.y, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
-                      image.height, image.width);
-      } else {
-        rows = view_run<S>(p.x, t, p.channels, image.height, image.width, x, stride);
+      const int64_t w0 = max64(0, t.w - reach), w1 = min64(p.width, t.w + t.columns + reach);
+      std::memset(statistics, 0, static_cast<size_t>(2 * plane_stride) * sizeof(T));
+      for (int64_t r = 0; r < t.rows + 2 * reach; ++r) {
+        const int64_t h = t.h - reach + r;
+        if (h >= 0 && h < p.height) {
+          T* largest = statistics + r * stride + w0 - (t.w - reach);
+          const Tile seen{t.n, h, w0, 1, w1 - w0};
+          channel_statistics(view_run<S>(p.x, seen, p.channels, p.height, p.width, x, x_stride),
+                             p.channels, seen.columns, largest, largest + plane_stride);
+        }
+        if (r < 2 * reach) continue;
+        convolve_row(statistics + (r - 2 * reach) * stride, plane_stride, stride, 2, weights.weight,
+                     p.kernel, weights.bias, gate, t.columns);
+        for (int64_t i = 0; i < t.columns; i += Simd<T>::width)
+          store<T>(gate + i, sigmoid(load(gate + i)));
+        multiply_run<S>(p.x, p.y, {t.n, h - reach, t.w, 1, t.columns}, p.channels, gate);
       }
-      channel_statistics(rows, p.channels, t.columns, planes.row(t.n, kMaximum, first),
-                         planes.row(t.n, kMean, first));
     }
   });
-  evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
-  multiply_by_pixel_gate<S>(pixel ? p.y : p.x, p.y, image, p.channels, planes, p.batch, parallel);
 }
 
 // With s the gate, a = conv + b its argument, m and e the maximum and mean planes:
@@ -671,6 +767,7 @@ Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool cont
   const T mean = static_cast<T>(m.sum / m.count);
   Vec<T> rest0{}, rest1{}, squares0{}, squares1{}, different{};
   for (int64_t i = 0; i < whole; i += 2 * W) {
+    __builtin_prefetch(x + count + i);  // the next run, while memory has nothing else to do
     const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
     const Vec<T> d0 = v0 - mean, d1 = v1 - mean, zero{}, one = broadcast(T(1));
     rest0 += d0;
@@ -1315,51 +1412,70 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
       return gated_forward_by_pixel<T>(p, image, parallel);
   }
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
-  const int64_t stride = spread_stride<T>(tiling.columns), packed = packed_size(p.c_out, p.c_in);
+  const int64_t stride = spread_stride<T>(tiling.columns);
   Scratch shared(Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_out));
   const T* weight = load_vector<S>(p.weight, p.c_out * p.c_in, shared.take<T>(p.c_out * p.c_in));
   const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const bool residual = p.residual.data != nullptr;
-    Scratch scratch(Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.c_out * p.c_in) +
-                    Scratch::bytes_for<T>(p.c_in * stride) +
-                    2 * Scratch::bytes_for<T>(p.c_out * stride));
-    T* panels = scratch.take<T>(packed);
+    Scratch scratch(
+        Scratch::bytes_for<T>(packed_size(p.c_out, p.c_in)) +
+        Scratch::bytes_for<T>(p.c_out * p.c_in) + Scratch::bytes_for<T>(p.c_in * stride) +
+        2 * Scratch::bytes_for<T>(p.c_out * stride) + Scratch::bytes_for<T>(p.c_out * kStrip));
+    T* panels = scratch.take<T>(packed_size(p.c_out, p.c_in));
     T* gated = scratch.take<T>(p.c_out * p.c_in);
     T* x = scratch.take<T>(p.c_in * stride);
-    T* y = scratch.take<T>(p.c_out * stride);
+    T* y_tile = scratch.take<T>(p.c_out * stride);
     T* skip = scratch.take<T>(p.c_out * stride);
-    LeftOperand<T> left{};
+    T* strip = scratch.take<T>(p.c_out * kStrip);
     int64_t packed_for = -1;  // the image whose gate the panels hold
     for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
+      const Tile t = tiling[index], next = tiling[min64(index + 1, end - 1)];
       if (t.n != packed_for) {
         const S* gate = static_cast<const S*>(p.gate) + t.n * p.c_in;
         for (int64_t o = 0; o < p.c_out; ++o)
           for (int64_t c = 0; c < p.c_in; ++c)
             gated[o * p.c_in + c] = weight[o * p.c_in + c] * to_compute(gate[c]);
-        left = pack(gated, p.c_in, 1, p.c_out, p.c_in, panels);
+        pack_tiles(gated, p.c_in, 1, p.c_out, p.c_in, panels);
         packed_for = t.n;
       }
       load_tile<S>(p.x, t.n, 0, p.c_in, t.h, 1, t.w, t.columns, image.height, image.width, x,
                    stride, stride);
-      product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, stride, left,
-              StridedRows<T>{x, stride}, bias, y, stride);
-      if (residual) {
-        const StridedRows<T> r =
-            view_run<S>(p.residual, t, p.c_out, image.height, image.width, skip, stride);
+      StridedRows<T> residual{nullptr, 0}, y = rows_in_place<S>(p.y, t);
+      if (p.residual.data != nullptr)
+        residual = view_run<S>(p.residual, t, p.c_out, image.height, image.width, skip, stride);
+      const bool direct = y.data != nullptr;
+      if (!direct) y = {y_tile, stride};
+      const StridedRows<T> ahead = rows_in_place<S>(p.x, next);
+      for (int64_t q = 0; q < t.columns; q += kStrip) {
+        const int64_t count = min64(kStrip, t.columns - q);
+        if (residual.data != nullptr)
+          for (int64_t c = 0; c < p.c_out; ++c) prefetch(residual[c] + q, count);
+        if (ahead.data != nullptr && next.columns == t.columns)
+          for (int64_t c = 0; c < p.c_in; ++c) prefetch(ahead[c] + q, count);
+        tiled_product<T>(
+            p.c_out, p.c_in, 0, padded<T>(count), panels, StridedRows<T>{x + q, stride},
+            [&](int64_t m, int64_t, int i, int) {
+              return bias == nullptr ? Vec<T>{} : broadcast(bias[m + i]);
+            },
+            [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+              store<T>(strip + (m + i) * kStrip + column + j, v);
+            });
         for (int64_t c = 0; c < p.c_out; ++c) {
-          const T* r_row = r[c];
-          T* y_row = y + c * stride;
-          sweep<T>(t.columns, [&](int64_t i, auto tag) {
+          const T* sums = strip + c * kStrip;
+          const T* r = residual.data != nullptr ? residual[c] + q : nullptr;
+          T* target = const_cast<T*>(y[c]) + q;
+          sweep<T>(count, [&](int64_t i, auto tag) {
             using V = decltype(tag);
-            put(y_row + i, get<V>(y_row + i) + get<V>(r_row + i));
+            V value = get<V>(sums + i);
+            if (r != nullptr) value += get<V>(r + i);
+            put(target + i, value);
           });
         }
       }
-      store_tile<S>(y, stride, stride, p.y, t.n, 0, p.c_out, t.h, 1, t.w, t.columns, image.height,
-                    image.width);
+      if (!direct)
+        store_tile<S>(y_tile, stride, stride, p.y, t.n, 0, p.c_out, t.h, 1, t.w, t.columns,
+                      image.height, image.width);
     }
   });
 }

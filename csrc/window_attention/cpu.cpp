@@ -8,6 +8,9 @@
 // bias, mask and both products run down the columns: no reduction across a vector anywhere. The
 // block is tokens x kBlockVectors vectors and the only piece of the attention matrix that exists.
 //
+// Where the keys are the queries and nothing is added to q q^T, the forward computes half of the
+// scores (symmetric_softmax.h).
+//
 // A whole column of scores is at hand, so the softmax is never rebuilt from the log-sum-exp: reuse
 // and backward repeat maximum and sum, which costs little and keeps the digits that
 // exp(s - lse) loses where |lse| is large (trained weights reach 877).
@@ -24,6 +27,8 @@
 #include "window_attention/params.h"
 
 #include "common/simd.h"
+#include "common/tiling.h"
+#include "window_attention/symmetric_softmax.h"
 #include "window_attention/window_tile.h"
 
 namespace sr_kernels {
@@ -83,9 +88,41 @@ struct Shared {
 
 // ------------------------------------------------------------------ forward
 
+// Scores that are symmetric: the keys are the queries, and nothing is added to q q^T.
+template <typename S>
+void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  const WindowGeometry& geometry = p.geometry;
+  const int64_t tokens = geometry.tokens();
+  const int64_t windows = p.batch * geometry.windows_h() * geometry.windows_w();
+  const int64_t stride = ceil_div(tokens, kSquare<T>) * kSquare<T>;
+  const int64_t ld = spread_stride<T>(stride);
+  parallel_for(parallel, p.num_heads * windows, [&](int64_t begin, int64_t end) {
+    const int64_t elements = SymmetricSoftmax<T>::elements(stride);
+    Scratch scratch(Scratch::bytes_for<T>(p.d_qk * ld) + 2 * Scratch::bytes_for<T>(p.d_v * ld) +
+                    Scratch::bytes_for<T>(stride) + Scratch::bytes_for<T>(elements));
+    T* q = scratch.take<T>(p.d_qk * ld);
+    T* v = scratch.take<T>(p.d_v * ld);
+    T* out = scratch.take<T>(p.d_v * ld);
+    T* lse = p.lse.data != nullptr ? scratch.take<T>(stride) : nullptr;
+    const SymmetricSoftmax<T> softmax(scratch.take<T>(elements), stride);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t head = index / windows;
+      const WindowPosition window(geometry, index % windows);
+      gather<S>(p.q, head * p.d_qk, p.d_qk, geometry, window, q, ld, 1);
+      gather<S>(p.v, head * p.d_v, p.d_v, geometry, window, v, ld, 1);
+      attend(softmax, q, p.d_qk, v, p.d_v, tokens, ld, out, lse);
+      scatter<S>(out, ld, p.out, head * p.d_v, p.d_v, geometry, window);
+      if (lse != nullptr) scatter<T>(lse, ld, p.lse, head, 1, geometry, window);
+    }
+  });
+}
+
 template <typename S>
 void forward(const WindowAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
+  if (p.k.data == nullptr && p.scale == 1.0 && p.bias == nullptr && !p.mask)
+    return forward_symmetric<S>(p, parallel);
   const Shared<S> shared(p);
   const int64_t tokens = shared.tokens, stride = shared.stride;
   parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {

@@ -1,0 +1,219 @@
+// softmax(q q^T) v inside one window, from half of its scores.
+//
+// Scores are symmetric. With one shift for all rows in the softmax's exponential, the largest
+// |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the diagonal are
+// computed and transposed in registers for the other side. Products with v go block by block of 64
+// tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too
+// far for one shift takes a maximum for each row.
+//
+// Include only from a kernel's cpu.cpp; internal linkage, as simd.h.
+#pragma once
+
+#include "common/exp2.h"
+#include "common/row_product.h"
+#include "common/simd.h"
+#include "window_attention/window_tile.h"
+
+namespace sr_kernels {
+namespace SR_KERNELS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens a side of a block of scores
+
+// A score tile is a square of kSquare tokens: whole vectors, and accumulators enough to cover the
+// latency of a multiplication.
+template <typename T>
+constexpr int kStrips = Simd<T>::width >= 8 ? 1 : 8 / Simd<T>::width;
+template <typename T>
+constexpr int kSquare = kStrips<T> * Simd<T>::width;
+
+// One shift for all rows of a window serves while no row's maximum, which is at least |q_i|^2, lies
+// farther below it: what is lost to the least numerator is then below exp(50 - 86) of a row's sum.
+// The largest logit is limited by what numerators() can round to an integer.
+constexpr int kMaxSpread = 50, kMaxLogit = 1 << 20;
+
+// Numerators of the softmax, exp(x - shift) for x - shift <= 1 and no NaN. For float32 the shift is
+// a whole number of bits, and applied to the exponent alone: x far below the shift loses no digit.
+// The least numerator is
+// 2^-125.
+template <typename T>
+struct Numerators;
+template <>
+struct Numerators<float> {
+  // Unsigned: what stands in a window's padding may wrap around.
+  typedef uint32_t BitsVec __attribute__((vector_size(kVectorBytes)));
+  BitsVec shift;  // and the bits of the magic number
+  explicit Numerators(float largest)
+      : shift(0x4b400001u + static_cast<uint32_t>(largest * 1.44269504088896341f) - BitsVec{}) {}
+  double subtracted() const { return 0.69314718055994530942 * (shift[0] - 0x4b400000u); }
+  SR_INLINE Vec<float> operator()(Vec<float> x) const {
+    const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> shifted = x * 1.44269504088896341f + magic;
+    const Vec<float> f = x * 1.44269504088896341f - (shifted - magic);
+    Vec<float> p = exp2_of_fraction(f);
+    BitsVec exponent, bits;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&bits, &p, sizeof(bits));
+    exponent -= shift;
+    const IntVec power = reinterpret_cast<IntVec>(exponent);
+    bits += reinterpret_cast<BitsVec>(power > -125 ? power : -125 - IntVec{}) << 23;
+    std::memcpy(&p, &bits, sizeof(p));
+    return p;
+  }
+};
+template <>
+struct Numerators<double> {
+  double shift;
+  explicit Numerators(double largest) : shift(largest) {}
+  double subtracted() const { return shift; }
+  SR_INLINE Vec<double> operator()(Vec<double> x) const { return exp_nonpositive(x - shift); }
+};
+
+// The sum of kCount vectors, in pairs.
+template <typename T, int kCount>
+SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    return pairwise_sum<T, kCount / 2>(vectors) +
+           pairwise_sum<T, kCount - kCount / 2>(vectors + kCount / 2);
+  }
+}
+
+// The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
+//   e[j][i] = numerators(q_j . q_i),  sum_i[i] += sum_j e[j][i]
+// and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
+// sum_j[j] += sum_i e[j][i]. Tokens from n on count as zero. d x ld is q.
+template <typename T>
+SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
+                            const Numerators<T>& numerators, T* e, T* mirror, T* sum) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(q + k * ld + i);
+      const T* left = q + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = numerators(acc[r]);
+    if (j0 + kRows > n || i + W > n) {
+      for (int r = 0; r < kRows; ++r)
+        for (int l = 0; l < W; ++l)
+          if (j0 + r >= n || i + l >= n) acc[r][l] = T(0);
+    }
+    store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
+    if (mirror == nullptr) continue;
+#pragma GCC unroll 8
+    for (int part = 0; part < kStrips<T>; ++part) {
+      Vec<T> square[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) square[l] = acc[part * W + l];
+      transpose<T>(square);
+      T* sum_j = sum + j0 + part * W;
+      store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+    }
+  }
+}
+
+// Scratch of attend(); stride: tokens of a window, padded to kSquare.
+template <typename T>
+struct SymmetricSoftmax {
+  static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
+  T *e, *mirror, *sum, *norm, *column;
+  static int64_t elements(int64_t stride) {
+    return 2 * kBlock * kBlock + 2 * stride + stride * kStrip;
+  }
+  SymmetricSoftmax(T* memory, int64_t stride)
+      : e(memory),
+        mirror(e + kBlock * kBlock),
+        sum(mirror + kBlock * kBlock),
+        norm(sum + stride),
+        column(norm + stride) {}
+};
+
+// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
+// Cauchy and Schwarz is the largest |q_i|^2.
+template <typename T>
+bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t i = 0; i < n; i += W) {
+    Vec<T> sum{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> value = load(q + k * ld + i);
+      sum += value * value;
+    }
+    store<T>(norm + i, sum);
+  }
+  T lowest = norm[0], highest = norm[0];
+  bool ordered = true;
+  for (int64_t i = 0; i < n; ++i) {
+    lowest = norm[i] < lowest ? norm[i] : lowest;
+    highest = norm[i] > highest ? norm[i] : highest;
+    ordered &= norm[i] == norm[i];
+  }
+  *largest = highest;
+  return ordered && highest <= T(kMaxLogit) && highest - lowest <= T(kMaxSpread);
+}
+
+// out = softmax(q q^T) v for one window of n tokens; q is d_qk x ld, v and out are d_v x ld, padded
+// to kSquare tokens. lse: the log-sum-exp of each row of scores, or nullptr.
+template <typename T>
+void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, int64_t d_v,
+            int64_t n, int64_t ld, T* out, T* lse) {
+  constexpr int W = Simd<T>::width, kSide = kSquare<T>;
+  const int64_t stride = ceil_div(n, kSide) * kSide;
+  T largest;
+  if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
+    const Numerators<T> numerators(largest);
+    for (int64_t i = 0; i < stride; ++i) s.sum[i] = T(0);
+    for (int64_t j0 = 0; j0 < stride; j0 += kBlock) {
+      const int64_t rows = min64(kBlock, stride - j0);
+      for (int64_t i0 = j0; i0 < stride; i0 += kBlock) {
+        const int64_t columns = min64(kBlock, stride - i0);
+        const bool diagonal = i0 == j0;
+        T* mirror = diagonal ? s.e : s.mirror;
+        for (int64_t j = 0; j < rows; j += kSide)
+          for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
+            score_square<T>(q, ld, d_qk, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
+                            diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
+        row_product<T>(nullptr, j0 > 0, d_v, min64(rows, n - j0), columns, v + j0, ld, 1, s.e,
+                       kBlock, out + i0, ld);
+        if (!diagonal)
+          row_product<T>(nullptr, true, d_v, min64(columns, n - i0), rows, v + i0, ld, 1, s.mirror,
+                         kBlock, out + j0, ld);
+      }
+    }
+    if (lse != nullptr)
+      for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(numerators.subtracted());
+  } else {
+    constexpr int64_t strip = SymmetricSoftmax<T>::kStrip;
+    const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
+    for (int64_t i0 = 0; i0 < stride; i0 += strip) {
+      const int64_t columns = min64(strip, stride - i0);
+      score_block(terms, q, q, d_qk, n, ld, i0, columns, s.column, strip, s.norm + i0, s.sum + i0);
+      for (int64_t j0 = 0; j0 < n; j0 += kBlock)
+        row_product<T>(nullptr, j0 > 0, d_v, min64(kBlock, n - j0), columns, v + j0, ld, 1,
+                       s.column + j0 * strip, strip, out + i0, ld);
+    }
+  }
+  if (lse != nullptr)
+    for (int64_t i = 0; i < n; ++i) lse[i] = s.norm[i] + std::log(s.sum[i]);
+  for (int64_t i = 0; i < stride; i += W) {
+    const Vec<T> factor = 1 / load(s.sum + i);
+    for (int64_t c = 0; c < d_v; ++c) store<T>(out + c * ld + i, load(out + c * ld + i) * factor);
+  }
+}
+
+}  // namespace
+}  // namespace SR_KERNELS_ISA
+}  // namespace sr_kernels
