@@ -153,9 +153,7 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
 template <typename T>
 void transpose(const T* source, int64_t source_ld, int64_t rows, int64_t columns, T* destination,
                int64_t destination_ld) {
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i)
-      destination[j * destination_ld + i] = source[i * source_ld + j];
+  transpose_block(source, source_ld, rows, columns, destination, destination_ld, true);
 }
 
 // ------------------------------------------------------------------ relative position bias
