@@ -53,7 +53,7 @@ def _as_weight(matrix: Tensor, like: Tensor) -> Tensor:
 
 
 class _Conv1x1BatchNorm(torch.autograd.Function):
-    """(x, weight, gamma, beta, mean, covariance, var z, eps, backend) -> y.
+    """(x, weight, b, gamma, beta, mean, covariance, var z, eps, backend) -> y.
 
     mean, covariance and var z are functions of the others and get no gradient of their own.
     """
@@ -63,6 +63,7 @@ class _Conv1x1BatchNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        b: Tensor | None,
         gamma: Tensor,
         beta: Tensor,
         mean: Tensor,
@@ -108,6 +109,7 @@ class _Conv1x1BatchNorm(torch.autograd.Function):
         return (
             dx,
             dw.to(weight.dtype).reshape(weight.shape),
+            torch.zeros_like(dbeta) if ctx.needs_input_grad[2] else None,
             dgamma.to(gamma.dtype),
             dbeta,
             *[None] * 5,
@@ -133,6 +135,7 @@ def conv1x1_batch_norm(
     y: Tensor = _Conv1x1BatchNorm.apply(
         x,
         convolution.weight,
+        convolution.bias,
         norm.weight,
         norm.bias,
         mean,

@@ -237,7 +237,8 @@ class BackwardWorker {
     if (want_bias)
       for (int64_t i = 0; i < shared.bands.size(); ++i) dbias_bands[i] = T(0);
     for (int64_t index = begin; index < end; ++index)
-      one_window(head, WindowPosition(p.geometry, index));
+      one_window(head, WindowPosition(p.geometry, index),
+                 WindowPosition(p.geometry, min64(index + 1, end - 1)));
     if (want_bias)
       shared.bands.for_each(
           [&](int64_t position, int64_t row) { dbias_table[row] += dbias_bands[position]; });
@@ -253,7 +254,8 @@ class BackwardWorker {
            3 * Scratch::bytes_for<T>(shared.stride) + Scratch::bytes_for<T>(shared.bands.size());
   }
 
-  void one_window(int64_t head, const WindowPosition& window) {
+  // next: the window after this one, of the same head.
+  void one_window(int64_t head, const WindowPosition& window, const WindowPosition& next) {
     const int64_t tokens = shared.tokens, stride = shared.stride, block = shared.block;
     const bool want_scores = want_q || want_k || want_bias;
     gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, stride, 1);
@@ -272,6 +274,13 @@ class BackwardWorker {
     const ScoreTerms<T> terms = shared.terms(window, head, region);
     for (int64_t i0 = 0; i0 < stride; i0 += block) {
       const int64_t columns = min64(block, stride - i0), real = min64(columns, tokens - i0);
+      if (stride > block) {  // else the window is so small that asking costs as much as waiting
+        const int r0 = static_cast<int>(p.geometry.window_h * i0 / stride);
+        const int r1 = static_cast<int>(p.geometry.window_h * (i0 + columns) / stride);
+        prefetch_rows<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, next, r0, r1);
+        prefetch_rows<S>(p.v, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+        prefetch_rows<S>(g.grad, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+      }
       score_block(terms, q, k, p.d_qk, tokens, stride, i0, columns, probability, block,
                   highest + i0, sum + i0);
       if (want_scores)
