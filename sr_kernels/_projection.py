@@ -3,10 +3,11 @@
 With ``m`` and ``S`` the mean and the covariance of x over the pixels of the batch, what BatchNorm
 measures behind ``z = W x + b`` follows from the weights::
 
-    mean z = W m + b       var z = diag(W S W^T)       y = gamma (z - mean z) / sqrt(var z + eps) + beta
+    mean z = W m + b        var z = diag(W S W^T)
+    y = gamma r (z - mean z) + beta        r = 1 / sqrt(var z + eps)
 
-so that ``y = A x + beta - A m`` with ``A = diag(s) W``, ``s = gamma r`` and
-``r = 1 / sqrt(var z + eps)``: one 1x1 convolution, whatever the batch. Backward, for P pixels, with
+so that ``y = A x + beta - A m`` with ``A = diag(s) W`` and ``s = gamma r``: one 1x1 convolution.
+b cancels. Backward, for P pixels, with
 ``G`` the gradient of y and ``D = sum G (x - m)^T``::
 
     dbeta = sum G        dgamma = r rowsum(W D)        dW = diag(s) (D - diag(r dgamma) W S)
@@ -103,15 +104,13 @@ class _Conv1x1BatchNorm(torch.autograd.Function):
             through_moments = ops.shift_conv2d(
                 x, _as_weight(-m, x), bias.to(x.dtype), None, *_NO_ACTIVATION
             )
-            dx = ops.shift_conv2d(
-                grad, _as_weight(a.T, x), None, through_moments, *_NO_ACTIVATION
-            )
+            dx = ops.shift_conv2d(grad, _as_weight(a.T, x), None, through_moments, *_NO_ACTIVATION)
         return (
             dx,
             dw.to(weight.dtype).reshape(weight.shape),
             torch.zeros_like(dbeta) if ctx.needs_input_grad[2] else None,
             dgamma.to(gamma.dtype),
-            dbeta,
+            dbeta.to(gamma.dtype),
             *[None] * 5,
         )
 

@@ -241,7 +241,7 @@ class GMSA(_Layer):
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         stock = (self.backend or current_backend()) == "reference"
-        if self.training and norm.weight is not None and self._fuses(x):
+        if norm.training and norm.weight is not None and self._fuses(x):
             return conv1x1_batch_norm(x, convolution, norm, "cpu")
         if self.training or stock or norm.running_var is None:
             return self.project_inp(x)
@@ -257,11 +257,12 @@ class GMSA(_Layer):
         """Whether the projections of a training step run on CPU kernels.
 
         Under autocast stock's layers do: statistics and the residual keep their precision there.
+        In compiled code too, where one graph serves every batch.
         """
         return (
-            choose("shift_conv2d", (x,), self.backend) == "cpu"
-            and torch.is_grad_enabled()
+            not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
+            and choose("shift_conv2d", (x,), self.backend) == "cpu"
         )
 
     def forward(

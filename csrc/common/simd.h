@@ -847,8 +847,7 @@ void accumulate_inner_products(int64_t m_count, int64_t n_count, int64_t p_count
     int64_t m = 0;
     for (; m + M <= m_count; m += M)
       inner_row_tile<T, ARows, BRows, M>(a, b, m, n0, n1, p_count, c, ldc);
-    for (; m < m_count; ++m)
-      inner_row_tile<T, ARows, BRows, 1>(a, b, m, n0, n1, p_count, c, ldc);
+    for (; m < m_count; ++m) inner_row_tile<T, ARows, BRows, 1>(a, b, m, n0, n1, p_count, c, ldc);
   }
 }
 

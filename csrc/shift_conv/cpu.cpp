@@ -19,6 +19,11 @@
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
 // z is recomputed from x, never stored. S^T moves each channel by -offset: a bijection of pixels
 // but for the border, so every element of dx is written by exactly one tile.
+//
+// The block's backward works on tiles of 4 rows: about 0.4 MB at C = 60, so that shift(x), the
+// hidden values, their gradient and grad stay in L2 through five products of equal size (z again,
+// dh, dW1, dW0, dx), 72 kFLOP a pixel at ratio 2. Measured at 4 x 60 x 64 x 64 on a shared Zen 3
+// core: 18.3 ms where a 1024 x 1024 product reached 87 GFLOP/s, a fraction of 0.74.
 #include "shift_conv/params.h"
 
 #include "common/activate_vectors.h"
@@ -476,9 +481,9 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
   const ShiftConvBlockParams& p = params.forward;
   const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns - 2);
   // All tiles share one row stride, that of the haloed gradient, so that a shift is one offset in
-  // a flat run of rows. Where a tile is as wide as the image, the zero to the right of a row is also
-  // the one to the left of the next. Pixels beyond a row's end, and beyond the last row, are kept
-  // zero.
+  // a flat run of rows. Where a tile is as wide as the image, the zero to the right of a row is
+  // also the one to the left of the next. Pixels beyond a row's end, and beyond the last row, are
+  // kept zero.
   const int64_t stride = tiling.columns + (tiling.tiles_w == 1 ? 1 : 2);
   const int64_t pixels = padded<T>(tiling.rows * stride);
   const int64_t halo_pixels = padded<T>(pixels + 2 * stride + 2);
@@ -565,11 +570,10 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
         for (int i = 0; want_dz && i < runs_hidden.count; ++i) {
           const ShiftedRun& run = runs_hidden.run[i];
           T* rows = dz + run.begin * pixels;
-          tiled_product<T>(
-              run.end - run.begin, p.c_out, 0, used, w1_transposed[i], grad_at(run), zero,
-              [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                store<T>(rows + (m + i) * pixels + column + j, v);
-              });
+          tiled_product<T>(run.end - run.begin, p.c_out, 0, used, w1_transposed[i], grad_at(run),
+                           zero, [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store<T>(rows + (m + i) * pixels + column + j, v);
+                           });
         }
         // Padding must not add to the sums.
         const auto clear_padding = [&](T* row) {

@@ -20,7 +20,10 @@
 //   dP = dO v^T,  dS = P (dP - rowsum(P dP)),
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j].
 // A pixel belongs to one window, so each element of dq, dk and dv has one writer. dbias is summed
-// over chunks of windows in a fixed order.
+// over chunks of windows in a fixed order. Five products of tokens x d FLOP pairs where the forward
+// has two. Measured at 4 x 60 x 64 x 64, windows of 4, 8 and 16, on a shared Zen 3 core: 23.2 ms
+// where a 1024 x 1024 product reached 87 GFLOP/s, 0.55 of the products' floor; of the time, 59 %
+// are the products, 17 % softmax and its derivative, 15 % gather and scatter.
 #include "window_attention/params.h"
 
 #include "common/simd.h"
@@ -170,8 +173,7 @@ SR_INLINE void accumulate_rows(int64_t k_count, int64_t p_count, const T* a, int
   int64_t p = 0;
   for (; p + 3 * W <= p_count; p += 3 * W)
     accumulate_tile<T, M, 3>(k_count, a, lda, b + p, ldb, c + p, ldc);
-  for (; p < p_count; p += W)
-    accumulate_tile<T, M, 1>(k_count, a, lda, b + p, ldb, c + p, ldc);
+  for (; p < p_count; p += W) accumulate_tile<T, M, 1>(k_count, a, lda, b + p, ldb, c + p, ldc);
 }
 
 // C[m, p] += sum_k A[m, k] B[k, p], all three row by row; p_count a multiple of the vector width.
