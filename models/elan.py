@@ -65,8 +65,7 @@ class ELAB(nn.Module):
         scores = None
         for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):
             x = lfe(x)
-            y, scores = gmsa(x, scores)
-            x = y + x
+            x, scores = gmsa(x, scores, residual=x)
         return x
 
 

@@ -110,6 +110,20 @@ def test_row_ends(width, dtype, layout):
     check_block(block_inputs(1, 11, 23, 3, width, dtype=dtype, layout=layout), **slack)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_block_adds_a_large_residual_last(layout):
+    """One rounding at its magnitude; a sum that begins with it has one for every product."""
+    inputs = block_inputs(1, 10, 40, 9, 67, layout=layout)
+    inputs["x"] = inputs["x"] * 64
+    inputs["w0"] = inputs["w0"] / 64
+    y = sr_kernels.shift_conv_block(**inputs, residual=True)
+    oracle = reference.shift_conv_block(
+        **{name: value.double() for name, value in inputs.items()}, residual=True
+    )
+    half_ulp = torch.finfo(torch.float32).eps / 2
+    assert ((y.double() - oracle).abs() <= 1.25 * half_ulp * oracle.abs() + 2e-6).all()
+
+
 def test_none_is_a_1x1_convolution():
     inputs = conv_inputs(2, 31, 20, 7, 19, residual=False)
     ours = sr_kernels.shift_conv2d(**inputs, pattern="none", backend="cpu")

@@ -32,7 +32,10 @@ SR_INLINE void row_product_tile(const T* bias, bool accumulate, int64_t k_count,
   for (int64_t k = 0; k < k_count; ++k) {
     Vec<T> column[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) column[j] = load(b + k * ldb + j * W);
+    for (int j = 0; j < V; ++j) {
+      column[j] = load(b + k * ldb + j * W);
+      keep_in_register(column[j]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Vec<T> value = broadcast(row[i][k * k_stride]);

@@ -31,12 +31,15 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 6, kTileVectors = 4;  // 24 accumulators of 32 registers
+constexpr int kInnerRows = 4, kInnerColumns = 6;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 accumulators of 16 registers
+constexpr int kInnerRows = 4, kInnerColumns = 3;
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4, kTileVectors = 2;  // 8 accumulators of 16 registers
+constexpr int kInnerRows = 3, kInnerColumns = 3;
 #endif
 
 #define SR_INLINE inline __attribute__((always_inline))
@@ -615,6 +618,19 @@ struct StripRows {
   }
 };
 
+// Makes v a register's content at this point. Without it g++ turns a load that serves several
+// multiplications into an operand in memory of each, and the loads become the bottleneck.
+template <typename V>
+SR_INLINE void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
 // What the product's accumulators start from.
 enum class Start { kZero, kBias, kAccumulate };
 
@@ -634,7 +650,10 @@ SR_INLINE void product_tile(Start start, int64_t k_count, const T* a, int64_t a_
     const T* row = b[k] + p;
     Vec<T> column[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) column[j] = load(row + j * W);
+    for (int j = 0; j < V; ++j) {
+      column[j] = load(row + j * W);
+      keep_in_register(column[j]);
+    }
     const T* left = a + k * a_k_stride;
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
@@ -705,19 +724,6 @@ const T* pack_tiles(const S* source, int64_t row_stride, int64_t column_stride, 
             m0 + i < m1 ? T(to_compute(source[(m0 + i) * row_stride + k * column_stride])) : T(0);
   }
   return destination;
-}
-
-// Makes v a register's content at this point. Without it g++ turns a load that serves several
-// multiplications into an operand in memory of each, and the loads become the bottleneck.
-template <typename V>
-SR_INLINE void keep_in_register(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#else
-  (void)v;
-#endif
 }
 
 template <typename T, int M, int V, typename Begin, typename End>
@@ -800,10 +806,14 @@ SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, 
   for (int64_t p = 0; p < p_count; p += W) {
     Vec<T> right[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) right[j] = load(rb[j] + p);
+    for (int j = 0; j < N; ++j) {
+      right[j] = load(rb[j] + p);
+      keep_in_register(right[j]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const Vec<T> left = load(ra[i] + p);
+      Vec<T> left = load(ra[i] + p);
+      keep_in_register(left);
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) acc[i][j] += left * right[j];
     }
@@ -811,26 +821,33 @@ SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, 
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) c[i * ldc + j] += sum_by_halves<T>(acc[i][j]);
 }
+// M rows of A against rows [n_begin, n_end) of B.
+template <typename T, typename ARows, typename BRows, int M>
+SR_INLINE void inner_row_tile(const ARows& a, const BRows& b, int64_t m, int64_t n_begin,
+                              int64_t n_end, int64_t p_count, T* c, int64_t ldc) {
+  constexpr int N = kInnerColumns;
+  int64_t n = n_begin;
+  for (; n + N <= n_end; n += N)
+    inner_tile<T, ARows, BRows, M, N>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+  for (; n < n_end; ++n)
+    inner_tile<T, ARows, BRows, M, 1>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+}
 
 // C[m, n] += sum_p A[m, p] B[n, p]: the product of a weight gradient. p_count a multiple of the
-// vector width; padding must be zero in one of the two.
+// vector width; padding must be zero in one of the two. A few rows of B stay in L1 while all of A
+// passes over them.
 template <typename T, typename ARows, typename BRows>
 void accumulate_inner_products(int64_t m_count, int64_t n_count, int64_t p_count, const ARows& a,
                                const BRows& b, T* c, int64_t ldc) {
-  int64_t m = 0;
-  for (; m + 3 <= m_count; m += 3) {
-    int64_t n = 0;
-    for (; n + 3 <= n_count; n += 3)
-      inner_tile<T, ARows, BRows, 3, 3>(a, b, m, n, p_count, c + m * ldc + n, ldc);
-    for (; n < n_count; ++n)
-      inner_tile<T, ARows, BRows, 3, 1>(a, b, m, n, p_count, c + m * ldc + n, ldc);
-  }
-  for (; m < m_count; ++m) {
-    int64_t n = 0;
-    for (; n + 3 <= n_count; n += 3)
-      inner_tile<T, ARows, BRows, 1, 3>(a, b, m, n, p_count, c + m * ldc + n, ldc);
-    for (; n < n_count; ++n)
-      inner_tile<T, ARows, BRows, 1, 1>(a, b, m, n, p_count, c + m * ldc + n, ldc);
+  constexpr int M = kInnerRows, N = kInnerColumns;
+  const int64_t fit = (int64_t{20} << 10) / (p_count * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = max64(1, fit / N) * N;
+  for (int64_t n0 = 0; n0 < n_count; n0 += block) {
+    const int64_t n1 = min64(n0 + block, n_count);
+    int64_t m = 0;
+    for (; m + M <= m_count; m += M)
+      inner_row_tile<T, ARows, BRows, M>(a, b, m, n0, n1, p_count, c, ldc);
+    for (; m < m_count; ++m) inner_row_tile<T, ARows, BRows, 1>(a, b, m, n0, n1, p_count, c, ldc);
   }
 }
 
