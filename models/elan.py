@@ -65,7 +65,8 @@ class ELAB(nn.Module):
         scores = None
         for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):
             x = lfe(x)
-            x, scores = gmsa(x, scores, residual=x)
+            y, scores = gmsa(x, scores)
+            x = y + x
         return x
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 from sr_kernels import reference
-from sr_kernels._projection import conv1x1_batch_norm
-from sr_kernels.backends import choose, current_backend
+from sr_kernels.backends import current_backend
 from sr_kernels.reference.shift_conv import SHIFT_OFFSETS
 from sr_kernels.reference.window_attention import relative_position_index
 from sr_kernels.scores import WindowScores
@@ -232,17 +231,14 @@ class GMSA(_Layer):
         self.project_out = nn.Conv2d(channels, channels, 1)
 
     def _project(self, x: Tensor) -> Tensor:
-        """``project_inp(x)``; BatchNorm's statistics go into the convolution's weights.
+        """``project_inp(x)``; in eval mode BatchNorm's running statistics go into the weights.
 
-        In training mode on CPU kernels only. The reference backend is the stock layers as they
-        stand.
+        Not on the reference backend, which is the stock layers as they stand.
         """
         convolution, norm = self.project_inp
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         stock = (self.backend or current_backend()) == "reference"
-        if norm.training and norm.weight is not None and self._fuses(x):
-            return conv1x1_batch_norm(x, convolution, norm, "cpu")
         if self.training or stock or norm.running_var is None:
             return self.project_inp(x)
         assert norm.running_mean is not None
@@ -253,25 +249,8 @@ class GMSA(_Layer):
             bias = bias + convolution.bias * factor
         return nn.functional.conv2d(x, weight, bias)
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether the projections of a training step run on CPU kernels.
-
-        Under autocast stock's layers do: statistics and the residual keep their precision there.
-        In compiled code too, where one graph serves every batch.
-        """
-        return (
-            not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and choose("shift_conv2d", (x,), self.backend) == "cpu"
-        )
-
-    def forward(
-        self, x: Tensor, scores: WindowScores | None = None, residual: Tensor | None = None
-    ) -> tuple[Tensor, WindowScores]:
-        """(N, C, H, W) and, with ``calc_attn=False``, scores -> (N, C, H, W) and the scores.
-
-        ``residual``, if given, is added to the output.
-        """
+    def forward(self, x: Tensor, scores: WindowScores | None = None) -> tuple[Tensor, WindowScores]:
+        """(N, C, H, W) and, with ``calc_attn=False``, scores -> (N, C, H, W) and the scores."""
         projected = self._project(x)
         if self.calc_attn:
             y, scores = F.grouped_window_attention(
@@ -285,18 +264,7 @@ class GMSA(_Layer):
             raise ValueError("scores is None; a GMSA with calc_attn=False needs an earlier one's")
         else:
             y = F.apply_window_scores(scores, projected, backend=self.backend)
-        if self.training and self._fuses(y):
-            out = F.shift_conv2d(
-                y,
-                self.project_out.weight,
-                self.project_out.bias,
-                residual=residual,
-                pattern="none",
-                backend=self.backend,
-            )
-            return out, scores
-        out = self.project_out(y)
-        return (out if residual is None else out + residual), scores
+        return self.project_out(y), scores
 
     def extra_repr(self) -> str:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from sr_kernels import nn as K
 from sr_kernels import reference as R
 from sr_kernels.backends import use_backend
 from sr_kernels.reference.window_attention import relative_position_index
-from sr_kernels.testing import assert_within_tolerance
 
 NAMES: list[tuple[nn.Module, dict[str, tuple[int, ...]]]] = [
     (
@@ -110,68 +108,6 @@ def test_folding_batch_norm_changes_rounding_alone() -> None:
     x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(module._project(x), module.project_inp(x))
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_training_through_the_moments_of_the_input(
-    layout: torch.memory_format, momentum: float | None
-) -> None:
-    """Output, gradients and running statistics, for channels whose mean is far from zero."""
-    torch.manual_seed(3)
-    module = K.GMSA(12, 0, (2, 4, 8)).train()
-    norm = module.project_inp[1]
-    norm.momentum = momentum
-    for value in (norm.weight, norm.bias):
-        nn.init.normal_(value)
-    x = torch.randn(2, 12, 8, 16) + 3 * torch.randn(1, 12, 1, 1)
-    grad = torch.randn(2, 24, 8, 16)
-    residual = torch.randn(2, 12, 8, 16)
-    calls: list[Any] = []
-
-    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        copied = copy.deepcopy(module).to(dtype)
-        copied.backend = backend
-        copied.project_inp.register_forward_hook(lambda *arguments: calls.append(backend))
-        leaf = x.to(dtype).clone(memory_format=layout).requires_grad_()
-        y = copied._project(leaf)
-        y.backward(grad.to(dtype))
-        whole = copied(leaf.detach(), residual=residual.to(dtype))[0]
-        named = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
-        assert leaf.grad is not None
-        return {
-            "y": y.detach(),
-            "dx": leaf.grad,
-            "whole": whole.detach(),
-            **named,
-            **dict(copied.named_buffers()),
-        }
-
-    oracle, stock = run("reference", torch.float64), run("reference", torch.float32)
-    exact, ours = run("cpu", torch.float64), run("cpu", torch.float32)
-    assert set(calls) == {"reference"}  # the others went past the stock layers
-    assert set(ours) == set(stock)
-    for name, expected in oracle.items():
-        torch.testing.assert_close(exact[name], expected, rtol=1e-9, atol=1e-9)
-        if name == "project_inp.0.bias":  # BatchNorm takes it away: stock has its rounding here
-            assert not ours[name].any()
-        elif expected.is_floating_point():
-            assert_within_tolerance(ours[name], stock[name], expected, factor=4, what=name)
-
-
-def test_a_frozen_norm_keeps_its_statistics_in_training() -> None:
-    module = K.GMSA(12, 0, (2, 4, 8)).train()
-    norm = module.project_inp[1].eval()
-    nn.init.normal_(norm.running_mean)
-    x = torch.randn(1, 12, 8, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(module._project(x), module.project_inp(x))
-
-
-def test_one_value_per_channel_has_no_variance() -> None:
-    module = K.GMSA(3, 0, (1,), backend="cpu").train()
-    with pytest.raises(ValueError, match="more than one value"):
-        module(torch.randn(1, 3, 1, 1))
 
 
 @pytest.mark.parametrize("own", [None, "reference", "auto"])
