@@ -767,7 +767,6 @@ Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool cont
   const T mean = static_cast<T>(m.sum / m.count);
   Vec<T> rest0{}, rest1{}, squares0{}, squares1{}, different{};
   for (int64_t i = 0; i < whole; i += 2 * W) {
-    __builtin_prefetch(x + count + i);  // the next run, while memory has nothing else to do
     const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
     const Vec<T> d0 = v0 - mean, d1 = v1 - mean, zero{}, one = broadcast(T(1));
     rest0 += d0;
