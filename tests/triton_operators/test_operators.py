@@ -606,7 +606,8 @@ def test_opcheck(name):
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.shape[1:2] != (2,):
             argument.requires_grad_(name not in INFERENCE)
-    if name.startswith("apply") and name not in INFERENCE:  # the log-sum-exp is no leaf that gets a gradient
+    # The log-sum-exp is no leaf that gets a gradient.
+    if name.startswith("apply") and name not in INFERENCE:
         at = 2 if name == "apply_window_scores" else 1
         arguments[at].requires_grad_(False)
     operator = getattr(torch.ops.sr_kernels_triton, name).default
