@@ -30,6 +30,8 @@ TORCH_VERSION := 2.13.0
 TORCH_INSTALL ?=
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TRITON_VERSION := 3.6.0
+# The ends of the range that is supported: requirements-triton.txt, docs/triton.md.
+TRITON_ENDS := 3.4.0 3.9.0
 
 STAMPS := build/stamps/$(subst /,_,$(ENV))
 SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
@@ -37,7 +39,7 @@ SOURCES := setup.py pyproject.toml sr_kernels/_version.py \
 PYTHON_FILES := setup.py sr_kernels_cli.py sr_kernels models benchmarks tests tools
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench demo gpu-check test test-abi test-asan lint format wheel setup setup-dev clean distclean
+.PHONY: help bench demo gpu-check test test-abi test-asan test-triton-versions lint format wheel setup setup-dev clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -158,9 +160,27 @@ test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from 
 	cd build/abi-wheel && PYTHONSAFEPATH=1 $(ABI_ENV)/bin/pytest -q -p no:cacheprovider \
 		-c $(abspath pyproject.toml) --rootdir $(abspath .) $(abspath tests/models/test_spandrel.py)
 
+# --- Triton's versions --------------------------------------------------------------------------
+# Environments that hold another Triton and see everything else of this one. The whole interpreter
+# suite and the gate of compiled code run in each: about ten minutes of one core a version.
+
+$(abspath .venv-triton-)%/.stamp: requirements-triton.txt $(STAMPS)/dev
+	$(PYTHON) -m venv --without-pip $(@D)
+	site="$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	$(PIP) install -q --no-deps --upgrade --target "$$site" triton==$*; \
+	$(PYTHON) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$site/environment.pth"
+	@touch $@
+
+test-triton-versions: setup-dev $(TRITON_ENDS:%=$(abspath .venv-triton-)%/.stamp)  ## the Triton kernels with the oldest and newest Triton supported
+	for version in $(TRITON_ENDS); do \
+		OMP_NUM_THREADS=1 $(abspath .venv-triton-)$$version/bin/python -m pytest -q -p no:cacheprovider \
+			tests/test_triton.py -k "interpreter or every_kernel" $(PYTEST_ARGS); \
+	done
+
 clean:  ## removes what was built; environments stay
 	rm -rf build dist *.egg-info sr_kernels/*.so sr_kernels/_build.json
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and the environments that this Makefile made
-	rm -rf .venv .venv-abi
+	rm -rf .venv .venv-abi .venv-triton-*

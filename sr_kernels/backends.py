@@ -114,8 +114,6 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
             reason = f"this version has no CUDA kernel for {op} yet"
         else:
             reason = ""
-    if backend != "cpu" and op in _CPU_OPERATORS:
-        reason = reason or f"{op} has a kernel for the CPU only"
     if reason:
         return False, reason
     for tensor in tensors:
@@ -147,8 +145,9 @@ def _why_no_triton(device: str) -> str:
 _why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Operators of the CPU backend alone: elsewhere torch's own convolution is what there is.
-_CPU_OPERATORS = frozenset({"conv3x3"})
+# On a GPU `auto` takes torch's own convolution for these: a library tuned for each GPU, which no
+# kernel of this package has been measured against. By name they run.
+_TORCHS_OWN_ON_GPU = frozenset({"conv3x3"})
 
 # Operators with a CUDA implementation in this version.
 _CUDA_OPERATORS: frozenset[str] = frozenset(
@@ -188,7 +187,7 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
         if not ok:
             raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
         return wanted
-    if tensors[0].is_cuda and op in _CPU_OPERATORS:
+    if tensors[0].is_cuda and op in _TORCHS_OWN_ON_GPU:
         return "reference"
     reasons = []
     for native in ("cuda", "triton") if tensors[0].is_cuda else ("cpu",):

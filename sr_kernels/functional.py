@@ -760,12 +760,13 @@ def conv3x3(
     _checks.optional(bias, (weight.shape[0],), "bias", x)
     _checks.optional(skip, (n, weight.shape[0], h, w), "skip", x)
     options = _activation_options(activation, negative_slope)
-    if backends.choose("conv3x3", (x,), backend) == "reference":
+    chosen = backends.choose("conv3x3", (x,), backend)
+    if chosen == "reference":
         return reference.conv3x3(
             x, weight, bias, skip=skip, activation=activation, negative_slope=negative_slope
         )
     _require_inference("conv3x3", "torch.nn.functional.conv2d", x, weight, bias, skip)
-    return torch.ops.sr_kernels.conv3x3(x, weight, bias, skip, *options)
+    return backends.operators(chosen).conv3x3(x, weight, bias, skip, *options)
 
 
 def pixel_attention(

@@ -65,63 +65,63 @@ def test_all_operators_in_the_interpreter():
 @interpreted
 @pytest.mark.slow
 def test_compiled_code_of_every_kernel(codegen):
-    """No spills; registers and shared memory not above the table; products on tensor cores."""
+    """No spills but those that the table states for another Triton than its own; products on tensor
+    cores; with the table's own, registers and shared memory not above it."""
     table = json.loads(codegen.TABLE.read_text())
     found = codegen.gate()
     assert found.keys() == table["kernels"].keys(), (
         "new table: python tests/triton_codegen.py --write"
     )
-    same_compiler = table["triton"] == codegen.triton.__version__
+    version = codegen.triton.__version__
+    stated = table["spills"].get(version, {})
     for label, targets in found.items():
+        assert targets.keys() == table["kernels"][label].keys(), label
         for target, figures in targets.items():
             allowed = table["kernels"][label][target]
             where = f"{label} for {target}: {figures}, table {allowed}"
-            product = "WH" in label or ("kernel[" in label and allowed["tensor_core"] > 0)
-            if product:
+            if allowed["tensor_core"] > 0:
                 assert figures["tensor_core"] > 0, where
-            if same_compiler:
-                assert figures["spills"] == 0, where
+            if version == table["triton"] or version in table["spills"]:
+                assert figures["spills"] <= stated.get(label, {}).get(target, 0), where
+            if version == table["triton"]:
                 assert figures["registers"] <= allowed["registers"], where
                 assert figures["shared"] <= allowed["shared"], where
 
 
 @interpreted
-def test_every_kernel_with_a_product_is_on_tensor_cores_in_the_table(codegen):
-    """The table itself: float16 products on tensor cores, float32 products ("ieee") not."""
-    kernels = json.loads(codegen.TABLE.read_text())["kernels"]
-    for launch in codegen.all_launches():
-        if codegen.has_product(launch):
-            figures = kernels[codegen.label(launch)]["sm_90"]
-            assert figures["tensor_core"] > 0, codegen.label(launch)
-    exact = [label for label in kernels if label.endswith("|fp32]") and "PATTERN" in label]
-    assert exact
-    for label in exact:
-        assert kernels[label]["sm_90"]["tensor_core"] == 0, label
-
-
-@interpreted
-def test_every_launched_kernel_is_every_kernel(codegen):
-    """No kernel escapes the gate."""
+def test_the_table_holds_every_kernel(codegen):
+    """float16 and bfloat16 products on tensor cores, float32 products ("ieee") not, for both
+    architectures; and no kernel of the modules is left out of it."""
     import ast
 
-    started = {launch.name for launch in codegen.all_launches()}
+    kernels = json.loads(codegen.TABLE.read_text())["kernels"]
+    started = set()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for launch in codegen.first_of_each(codegen.all_launches(dtype)):
+            started.add(launch.name)
+            product = codegen.has_product(launch)
+            if dtype == torch.float32 and not product:
+                continue
+            for target in ("sm_90", "sm_80"):
+                figures = kernels[codegen.label(launch)][target]
+                on_tensor_cores = figures["tensor_core"] > 0
+                assert on_tensor_cores == (product and dtype != torch.float32), (launch, target)
+                assert figures["spills"] == 0, (launch, target)
     for module in codegen.MODULES:
         tree = ast.parse(Path(module.__file__).read_text())
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        kernels = {name for name in names if name.endswith("_kernel")}
-        assert kernels <= started, module.__name__
+        assert {name for name in names if name.endswith("_kernel")} <= started, module.__name__
 
 
 @interpreted
-def test_compiles_for_amd(codegen):
-    """To a code object for gfx942; never run on one."""
-    wanted = {"conv_kernel", "attention_kernel", "channel_sums_kernel"}
-    for launch in codegen.all_launches():
-        if launch.name in wanted:
-            wanted.remove(launch.name)
-            binary = codegen.compiled(launch, codegen.TARGETS["gfx942"])
-            assert binary.asm["hsaco"][:4] == b"\x7fELF"
-    assert not wanted
+@pytest.mark.slow
+def test_every_kernel_compiles_for_amd(codegen):
+    """To a code object for gfx942, float16 products on matrix cores; never run on one."""
+    for launch in codegen.first_of_each(codegen.all_launches()):
+        binary = codegen.compiled(launch, codegen.TARGETS["gfx942"])
+        assert binary.asm["hsaco"][:4] == b"\x7fELF", launch.name
+        assert binary.metadata.shared <= 65536, launch.name
+        assert ("v_mfma" in binary.asm["amdgcn"]) == codegen.has_product(launch), launch.name
 
 
 # ------------------------------------------------------------------------------ the choice
@@ -187,6 +187,14 @@ def test_gpu_tensors_get_triton_before_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(sr_kernels.FallbackWarning, match="; triton is not installed"):
         assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
+
+
+def test_gpu_tensors_get_torchs_own_conv3x3(monkeypatch, recwarn):
+    """No kernel of ours has been measured against it. By name the Triton kernel runs."""
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    assert backends.choose("conv3x3", (GpuTensor(),)) == "reference"
+    assert not recwarn.list
+    assert backends.choose("conv3x3", (GpuTensor(),), "triton") == "triton"
 
 
 # ------------------------------------------------------------------------------ configurations
@@ -404,28 +412,60 @@ def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
 # ------------------------------------------------------------------------------ installation
 
 
+PURE_PROGRAM = """
+import sys; sys.path.insert(0, SITE)
+import torch, sr_kernels
+from sr_kernels import models
+
+assert sr_kernels.__file__.startswith(SITE), sr_kernels.__file__
+x, w = torch.ones(1, 5, 2, 2), torch.ones(5, 5, 1, 1)
+a = sr_kernels.shift_conv2d(x, w, backend="triton")
+b = sr_kernels.shift_conv2d(x, w, backend="reference")
+torch.testing.assert_close(a, b)
+
+network = models.elan(2, m_elan=2, c_elan=12, n_share=0, window_sizes=(2, 4), rgb_range=1.0).eval()
+network.backend = "reference"
+planned = models.plan(network)
+planned.backend = "triton"
+x = torch.rand(1, 3, 8, 8)
+torch.testing.assert_close(planned(x), network(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class CALayer(torch.nn.Module):  # RCAN's, which patch knows
+    def __init__(self):
+        super().__init__()
+        self.avg_pool = torch.nn.AdaptiveAvgPool2d(1)
+        convolutions = torch.nn.Conv2d(8, 2, 1), torch.nn.Conv2d(2, 8, 1)
+        self.conv_du = torch.nn.Sequential(
+            convolutions[0], torch.nn.ReLU(inplace=True), convolutions[1], torch.nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return x * self.conv_du(self.avg_pool(x))
+
+
+print(sr_kernels.patch(torch.nn.Sequential(CALayer())))
+from sr_kernels.cli import main; main(["env"])
+"""
+
+
 @pytest.mark.slow
 def test_a_pure_installation_has_reference_and_triton(tmp_path):
-    """SR_KERNELS_BUILD=0: no compiler, no library; `sr-kernels env` says what there is."""
+    """SR_KERNELS_BUILD=0: no compiler, no library; `sr-kernels env` says what there is, a plan runs
+    on Triton, and patch leaves modules as they are and says why."""
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
     command += ["--no-deps", "--no-index", "--target", str(site), str(ROOT)]
     subprocess.run(command, env={**os.environ, "SR_KERNELS_BUILD": "0"}, check=True)
-    program = (
-        f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import torch, warnings, sr_kernels\n"
-        f"assert sr_kernels.__file__.startswith({str(site)!r}), sr_kernels.__file__\n"
-        "x, w = torch.ones(1, 5, 2, 2), torch.ones(5, 5, 1, 1)\n"
-        "a = sr_kernels.shift_conv2d(x, w, backend='triton')\n"
-        "b = sr_kernels.shift_conv2d(x, w, backend='reference')\n"
-        "torch.testing.assert_close(a, b)\n"
-        "from sr_kernels.cli import main; main(['env'])"
-    )
+    program = tmp_path / "program.py"
+    program.write_text(f"SITE = {str(site)!r}\n{PURE_PROGRAM}")
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
+        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if "CALayer" in line]
+    assert line.endswith("left alone: _C.abi3.so was not built")
     assert "none: a pure Python installation (SR_KERNELS_BUILD=0)" in result.stdout
     lines = [line.split() for line in result.stdout.splitlines()]
     found = {line[0]: line[1] for line in lines if len(line) > 1 and line[1] in ("yes:", "no:")}

@@ -6,6 +6,8 @@ shared memory, spills and tensor-core instructions are read with the tools that 
 carries. No kernel is started.
 
     python tests/triton_codegen.py --write      writes the table that the test holds results against
+
+The table belongs to one version of Triton ("triton"); "spills" states what others spill.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sr_kernels.triton import attention_block, attention_gates, shift_conv, window_attention
+from sr_kernels.triton import (
+    attention_block,
+    attention_gates,
+    conv3x3,
+    shift_conv,
+    window_attention,
+)
+from sr_kernels.triton._launch import compile_options
 
 TABLE = Path(__file__).with_name("triton_codegen.json")
 TARGETS = {
@@ -34,7 +43,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MODULES = (shift_conv, window_attention, attention_gates, attention_block)
+MODULES = (shift_conv, window_attention, attention_gates, attention_block, conv3x3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]  # arguments that are multiples of 16
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | bool], ...]
 
     @property
     def name(self) -> str:
@@ -76,7 +85,7 @@ def recorded() -> Iterator[list[Launch]]:
             else:
                 signature.append((name, "fp32"))
         signature += [(name, "constexpr") for name in fixed]
-        options = (("num_warps", num_warps), ("num_stages", num_stages))
+        options = tuple(compile_options(num_warps, num_stages).items())
         fixed_items = tuple(sorted(fixed.items(), key=lambda item: item[0]))
         note = Launch(kernel, tuple(signature), fixed_items, tuple(divisible), options)
         if note not in launches:
@@ -106,14 +115,15 @@ def compiled(launch: Launch, target: GPUTarget):
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def measure(binary) -> dict[str, int]:
+def measure(launch: Launch, target: GPUTarget) -> dict[str, int]:
     """Registers and stack bytes a thread, shared bytes a block, tensor-core instructions."""
+    binary = compiled(launch, target)
     shared = binary.metadata.shared
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", file.name) if has_product(launch) else ""
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": int(re.search(r"STACK:(\d+)", usage)[1])
@@ -139,30 +149,27 @@ def has_product(launch: Launch) -> bool:
 
 
 def gate() -> dict[str, dict[str, dict[str, int]]]:
-    """{label: {target: figures}}: every kernel in float16 for sm_90; for sm_80 the first launch of
-    each kernel with a product; in float32, whose products must be exact, the first of each too."""
+    """{label: {target: figures}}. For sm_90: every launch in float16, the first of each kernel in
+    bfloat16, and in float32, whose products must be exact, the first of each that has a product.
+    For sm_80: the first of each kernel, in the same dtypes."""
     figures: dict[str, dict[str, dict[str, int]]] = {}
-
-    def add(launch: Launch, target: str) -> None:
-        entry = figures.setdefault(label(launch), {})
-        if target not in entry:
-            entry[target] = measure(compiled(launch, TARGETS[target]))
-
     launches = all_launches()
-    for launch in launches:
-        add(launch, "sm_90")
-    for launch in first_of_each(launches):
-        add(launch, "sm_80")
-    for launch in first_of_each(all_launches(torch.float32)):
-        if launch.name in ("conv_kernel", "attention_kernel"):
-            add(launch, "sm_90")
+    first = [first_of_each(launches), first_of_each(all_launches(torch.bfloat16))]
+    exact = [n for n in first_of_each(all_launches(torch.float32)) if has_product(n)]
+    for target, chosen in (
+        ("sm_90", [*launches, *first[1], *exact]),
+        ("sm_80", [*first[0], *first[1], *exact]),
+    ):
+        for launch in chosen:
+            entry = figures.setdefault(label(launch), {})
+            if target not in entry:
+                entry[target] = measure(launch, TARGETS[target])
     return figures
 
 
 def first_of_each(launches: list[Launch]) -> list[Launch]:
-    """The first launch of each kernel that has a product."""
-    first = {launch.name: launch for launch in reversed(launches) if has_product(launch)}
-    return list(first.values())
+    """The first launch of each kernel."""
+    return list({launch.name: launch for launch in reversed(launches)}.values())
 
 
 def all_launches(dtype=torch.float16) -> list[Launch]:
@@ -209,6 +216,7 @@ def all_launches(dtype=torch.float16) -> list[Launch]:
         tail = (weight(2, 104, 1, 1), weight(52, 104, 1, 1))
         g.gated_conv1x1(x(104), *tail, weight(52), x(52))
         g.gated_conv1x1_backward(x(52), x(104), *tail, True, True, True, True)
+        conv3x3.conv3x3(x(52), weight(52, 52, 3, 3), weight(52), x(52), 2, 0.05)
     return launches
 
 
@@ -226,8 +234,22 @@ def label(launch: Launch) -> str:
     return f"{launch.name}[{','.join(parts)}|{','.join(kinds)}]"
 
 
+def written(table: dict, found: dict[str, dict[str, dict[str, int]]]) -> dict:
+    """The table after a run with the installed Triton: all figures with the version that the table
+    belongs to; with another one, which is one end of the supported range, its spills alone."""
+    version = triton.__version__
+    if version == table["triton"]:
+        return {**table, "kernels": found}
+    spills = {
+        name: {target: row["spills"] for target, row in rows.items() if row["spills"]}
+        for name, rows in found.items()
+    }
+    row = {name: targets for name, targets in spills.items() if targets}
+    return {**table, "spills": {**table["spills"], version: row}}
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit(f"usage: {sys.argv[0]} --write")
-    table = {"triton": triton.__version__, "kernels": gate()}
+    table = written(json.loads(TABLE.read_text()), gate())
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -25,7 +25,7 @@ import torch
 class Declaration:
     """What one operator gets in every namespace that has it.
 
-    cpu_only: Triton has none.
+    cpu_only: Triton has none (operators that write into memory of the caller's).
     """
 
     fake: Callable[..., Any]

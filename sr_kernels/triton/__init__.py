@@ -14,7 +14,13 @@ from __future__ import annotations
 import torch
 
 from sr_kernels.ops._registration import DECLARED, register_all
-from sr_kernels.triton import attention_block, attention_gates, shift_conv, window_attention
+from sr_kernels.triton import (
+    attention_block,
+    attention_gates,
+    conv3x3,
+    shift_conv,
+    window_attention,
+)
 from sr_kernels.triton._launch import INTERPRET
 
 __all__ = ["INTERPRET", "NAMESPACE"]
@@ -23,7 +29,7 @@ NAMESPACE = "sr_kernels_triton"
 
 _LAUNCHERS = {
     name: getattr(module, name)
-    for module in (shift_conv, window_attention, attention_gates, attention_block)
+    for module in (shift_conv, window_attention, attention_gates, attention_block, conv3x3)
     for name in module.OPERATORS
 }
 _DECLARED = {name: declared for name, declared in DECLARED.items() if not declared.cpu_only}

@@ -42,6 +42,7 @@ _MAP = {"BLOCK_P": 128, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
 
 DEFAULTS: dict[str, Config] = {
     "conv": _POINTWISE,
+    "conv3x3": _POINTWISE,
     "input_gradient": {**_POINTWISE, "BLOCK_O": 32, "BLOCK_I": 64},
     "weight_gradient": {**_POINTWISE, "BLOCK_O": 64, "BLOCK_I": 64},
     "block": _BLOCK,

@@ -82,7 +82,12 @@ def launch(
         )
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     with _surroundings(first):
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*arguments, **compile_options(num_warps, num_stages), **constants)
+
+
+def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Products and sums are fused whatever the default of the installed Triton: 3.10 changes it."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def _surroundings(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -139,6 +144,15 @@ def load(pointers, mask):
     if _INTERPRET and values.dtype == tl.bfloat16:
         values = values.to(tl.float32)
     return values
+
+
+@triton.jit
+def load_map(x, h, w, c, dy, dx, valid, H, W, s_c, s_h, s_w):
+    """x[c, h + dy, w + dx], 0 outside the image and where not valid."""
+    row = h + dy
+    column = w + dx
+    inside = valid & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    return load(x + c * s_c + row * s_h + column * s_w, inside)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from sr_kernels.triton._launch import (
     index_type,
     launch,
     load,
+    load_map,
     pixels,
     precision,
     strides,
@@ -121,15 +122,6 @@ def hidden_block(
 def hidden_blocks(channels: int, pattern: int, groups: int, block: int) -> int:
     size = 0 if pattern == NO_SHIFT else channels // groups
     return 4 * triton.cdiv(size, block) + triton.cdiv(channels - 4 * size, block)
-
-
-@triton.jit
-def load_map(x, h, w, c, dy, dx, valid, H, W, s_c, s_h, s_w):
-    """x[c, h + dy, w + dx], 0 outside the image and where not valid."""
-    row = h + dy
-    column = w + dx
-    inside = valid & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    return load(x + c * s_c + row * s_h + column * s_w, inside)
 
 
 @triton.jit

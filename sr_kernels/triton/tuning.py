@@ -186,6 +186,8 @@ def network_problems(
                 (image(104), make(1, 104, 1, 1), make(52, 104, 1, 1), make(52)),
             ),
         ]
+        conv3x3 = (image(52), make(52, 52, 3, 3), make(52))
+        yield Problem(f"conv3x3 52 {dtype}", partial(_forward, sr_kernels.conv3x3, conv3x3))
         for name, function, tensors in calls:
             yield Problem(f"{name} {dtype} forward", partial(_forward, function, tensors))
             yield Problem(f"{name} {dtype} both", partial(_both, function, tensors))

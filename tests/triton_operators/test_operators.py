@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sr_kernels
 from sr_kernels import reference, testing
-from sr_kernels.testing import assert_within_tolerance, bitwise_equal, check_operator
+from sr_kernels.testing import bitwise_equal, check_operator
 
 # In the interpreter on the CPU; else these are the GPU tests of the backend.
 DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
@@ -53,6 +54,19 @@ def grouped(module):
     return run
 
 
+def attention_block(module):
+    """grouped_attention_block and one that reuses its scores."""
+
+    def run(x, w_in, b_in, w_v, b_v, w_out, b_out, *, backend=None, **options):
+        chosen = {} if backend is None else {"backend": backend}
+        y, scores = module.grouped_attention_block(
+            x, w_in, b_in, w_out, b_out, return_scores=True, **options, **chosen
+        )
+        return module.apply_grouped_attention_block(scores, y, w_v, b_v, w_out, b_out, **chosen)
+
+    return run
+
+
 def plain(name):
     return lambda module: getattr(module, name)
 
@@ -60,12 +74,15 @@ def plain(name):
 class Case:
     """An operator: how to call it, and inputs for an image of any size, dtype and layout."""
 
-    def __init__(self, function, inputs, **options):
+    def __init__(self, function, inputs, *, trains=True, **options):
         self.function, self.inputs, self.options = function, inputs, options
+        self.trains = trains
 
     def check(self, n, h, w, dtype=torch.float32, layout="contiguous", **more):
         options = {**self.options, **more.pop("options", {})}
         inputs = self.inputs(n, h, w, dtype, layout)
+        if not self.trains:
+            more["gradients"] = None
         # A few units in the last place of the few numbers of a small gradient, where stock's own
         # error is a matter of luck: as for the CPU kernels.
         eps = torch.finfo(dtype).eps
@@ -135,6 +152,23 @@ def gated_inputs(n, h, w, t, layout):
     return {**conv_inputs(n, h, w, t, layout), "gate": gate}
 
 
+def conv3x3_inputs(n, h, w, t, layout):
+    return {
+        "x": make_tensor((n, 7, h, w), t, layout=layout),
+        "weight": make_tensor((18, 7, 3, 3), t, seed=1, scale=1 / 8),
+        "bias": vector(t, 18, 2),
+        "skip": make_tensor((n, 18, h, w), t, layout=layout, seed=3),
+    }
+
+
+def attention_block_inputs(n, h, w, t, layout):
+    inputs = {"x": make_tensor((n, 6, h, w), t, layout=layout, scale=0.5)}
+    for seed, (name, rows) in enumerate({"in": 12, "v": 6, "out": 6}.items()):
+        inputs[f"w_{name}"] = weight(t, rows, 6, 2 * seed + 1)
+        inputs[f"b_{name}"] = vector(t, rows, 2 * seed + 2)
+    return inputs
+
+
 CASES = {
     "conv": Case(plain("shift_conv2d"), conv_inputs, activation="gelu"),
     "block": Case(plain("shift_conv_block"), block_inputs),
@@ -150,14 +184,29 @@ CASES = {
     "channel_mean": Case(plain("channel_attention"), channel_inputs, statistic="mean"),
     "channel_contrast": Case(plain("channel_attention"), channel_inputs, statistic="contrast"),
     "gated_conv": Case(plain("gated_conv1x1"), gated_inputs),
+    "conv3x3": Case(
+        plain("conv3x3"), conv3x3_inputs, trains=False, activation="leaky_relu", negative_slope=-0.3
+    ),
+    "attention_block": Case(
+        attention_block, attention_block_inputs, trains=False, windows=(2, 4), shifted=True
+    ),
 }
 ALL = pytest.mark.parametrize("name", CASES)
+TRAINED = pytest.mark.parametrize("name", [name for name in CASES if CASES[name].trains])
+WINDOWED = ("attention", "grouped", "attention_block")
 
 
 def size_of(name):
     """Small: every program of a grid costs the interpreter tens of milliseconds. The windows of
     the grouped case are 2 and 5."""
-    return {"attention": (1, 4, 10), "grouped": (1, 4, 8)}.get(name, (2, 5, 7))
+    sizes = {"attention": (1, 4, 10), "grouped": (1, 4, 8), "attention_block": (1, 4, 8)}
+    return sizes.get(name, (2, 5, 7))
+
+
+def smallest_of(name):
+    """For what does not depend on the size."""
+    sizes = {"attention": (1, 2, 5), "grouped": (1, 4, 4), "attention_block": (1, 4, 4)}
+    return sizes.get(name, (1, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +226,7 @@ def test_strides_of_a_slice(name):
 @pytest.mark.parametrize("size", [(1, 1, 9), (2, 6, 1), (1, 1, 1), (0, 4, 4)], ids=str)
 @ALL
 def test_odd_images(name, size):
-    if name in ("attention", "grouped"):
+    if name in WINDOWED:
         pytest.skip("windows must divide the image: see test_windows")
     if size[0] == 0 and name.startswith("gate_"):
         pytest.skip("stock cannot differentiate the convolution of an empty batch's mean")
@@ -186,7 +235,7 @@ def test_odd_images(name, size):
 
 @ALL
 def test_more_than_one_tile(name):
-    if name in ("attention", "grouped"):
+    if name in WINDOWED:
         pytest.skip("see test_windows")
     CASES[name].check(1, 31, 37, gradient_atol=2e-5)
 
@@ -196,12 +245,11 @@ def test_chunks_are_combined():
     CASES["gate_contrast"].check(1, 41, 51, gradient_atol=2e-5)
 
 
-@ALL
+@TRAINED
 def test_every_single_gradient(name):
     case = CASES[name]
     names = case.inputs(1, 10, 10, torch.float32, "contiguous")
-    size = size_of(name) if name in ("attention", "grouped") else (1, 3, 4)
-    case.check(*size, gradients=[(one,) for one in names])
+    case.check(*smallest_of(name), gradients=[(one,) for one in names])
 
 
 @on_cpu
@@ -211,9 +259,11 @@ def test_against_the_cpu_kernels(name):
     inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
     results = []
     for backend in ("triton", "cpu"):
-        leaves = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
+        leaves = {k: tensor.detach().requires_grad_(case.trains) for k, tensor in inputs.items()}
         out = case.function(sr_kernels)(**leaves, **case.options, backend=backend)
-        results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+        results.append([out])
+        if case.trains:
+            results[-1] += torch.autograd.grad(out.square().sum(), list(leaves.values()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -221,13 +271,14 @@ def test_against_the_cpu_kernels(name):
 @ALL
 def test_without_optional_tensors(name):
     case = CASES[name]
-    inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
+    inputs = case.inputs(*smallest_of(name), torch.float32, "contiguous")
     for key in inputs:
-        if key in ("b0", "b1", "b_down", "b_up", "residual") or key.endswith("bias"):
+        if key.startswith("b") or key.endswith("bias") or key in ("residual", "skip"):
             inputs[key] = None
+    gradients = {} if case.trains else {"gradients": None}
     check_operator(
         name, case.function(sr_kernels), case.function(reference), inputs, kwargs=case.options,
-        backend="triton", atol=1e-6, gradient_atol=1e-5,
+        backend="triton", atol=1e-6, gradient_atol=1e-5, **gradients,
     )  # fmt: skip
 
 
@@ -348,7 +399,7 @@ def test_reuse_recovers_the_digits_that_the_log_sum_exp_has_lost():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("attention", "grouped")])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in WINDOWED])
 def test_nan_and_inf_pass_as_in_the_reference(name, value):
     case = CASES[name]
     inputs = case.inputs(2, 5, 7, torch.float32, "contiguous")
@@ -430,27 +481,58 @@ def test_offsets_beyond_2_to_31():
     assert torch.equal(out, x)
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-def test_attention_block(shifted):
-    x = make_tensor((1, 6, 4, 4))
-    w_in, b_in = weight(torch.float32, 12, 6, 1), vector(torch.float32, 12, 2)
-    w_out, b_out = weight(torch.float32, 6, 6, 3), vector(torch.float32, 6, 4)
-    w_v, b_v = weight(torch.float32, 6, 6, 5), vector(torch.float32, 6, 6)
-    results = []
-    for backend, t in (("triton", torch.float32), ("reference", torch.float32),
-                       ("reference", torch.float64)):  # fmt: skip
-        p = [a.to(t) for a in (x, w_in, b_in, w_out, b_out, w_v, b_v)]
+def test_an_attention_block_without_shift_or_scores():
+    x, w_in, b_in, _, _, w_out, b_out = attention_block_inputs(
+        1, 4, 4, torch.float32, "contiguous"
+    ).values()
+    inputs = {"x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out}
+    check_operator(
+        "block", sr_kernels.grouped_attention_block, reference.grouped_attention_block, inputs,
+        kwargs={"windows": (2, 4)}, backend="triton", gradients=None,
+    )  # fmt: skip
+    y, _ = sr_kernels.grouped_attention_block(
+        **inputs, windows=(2, 4), return_scores=True, backend="triton"
+    )
+    alone = sr_kernels.grouped_attention_block(**inputs, windows=(2, 4), backend="triton")
+    assert bitwise_equal(alone, y)
+
+
+@pytest.mark.parametrize("channels", [(1, 3), (3, 52), (67, 5)], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_channels_of_conv3x3(channels, activation):
+    c_in, c_out = channels
+    inputs = {
+        "x": make_tensor((1, c_in, 4, 5), layout="channels_last"),
+        "weight": make_tensor((c_out, c_in, 3, 3), seed=1, scale=(9 * c_in) ** -0.5),
+        "bias": vector(torch.float32, c_out, 2),
+    }
+    check_operator(
+        "conv3x3", sr_kernels.conv3x3, reference.conv3x3, inputs,
+        kwargs={"activation": activation}, backend="triton", gradients=None, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_outputs_in_memory_that_is_given():
+    x = make_tensor((1, 6, 4, 8))
+    given, queries = torch.empty_like(x), torch.empty_like(x)
+    w0, w1, w_in = (weight(torch.float32, *size, 1) for size in ((7, 6), (6, 7), (12, 6)))
+    w = weight(torch.float32, 6, 6, 2)
+
+    def results(**options):
+        first = options.get("out")
+        yield sr_kernels.shift_conv_block(x, w0, None, w1, None, backend="triton", **options)
+        pair = {} if first is None else {"out": (first, queries)}
         y, scores = sr_kernels.grouped_attention_block(
-            *p[:5], windows=(2, 4), shifted=shifted, return_scores=True, backend=backend
+            x, w_in, None, w, None, windows=(2, 4), return_scores=True, backend="triton", **pair
         )
-        z = sr_kernels.apply_grouped_attention_block(scores, y, *p[5:], *p[3:5], backend=backend)
-        alone = sr_kernels.grouped_attention_block(
-            *p[:5], windows=(2, 4), shifted=shifted, backend=backend
+        yield y
+        yield sr_kernels.apply_grouped_attention_block(
+            scores, x, w, None, w, None, backend="triton", **options
         )
-        assert torch.equal(alone, y)
-        results.append((y, z))
-    for ours, stock, oracle in zip(*results, strict=True):
-        assert_within_tolerance(ours, stock, oracle)
+
+    for expected, actual in zip(list(results()), results(out=given), strict=True):
+        assert actual is given
+        assert bitwise_equal(given, expected)
 
 
 @on_cpu
@@ -480,6 +562,11 @@ def operator_arguments():
         lse = ops.window_attention(q, k, v, bias, *window)[1]
         grouped_lse = ops.grouped_window_attention(qv, [2, 4], True)[1]
     channel = list(channel_inputs(1, 3, 4, torch.float32, "contiguous").values())
+    conv3x3 = list(conv3x3_inputs(1, 3, 4, torch.float32, "channels_last").values())
+    a, w_in, b_in, w_v, b_v, w_out, b_out = attention_block_inputs(
+        1, 4, 4, torch.float32, "channels_last"
+    ).values()
+    groups = ([2, 4], True)
     x, w, b, residual, gate = gated_inputs(1, 3, 4, torch.float32, "contiguous").values()
     return {
         "shift_conv2d": (*conv, 1, 0.05, 0, 5),
@@ -496,14 +583,20 @@ def operator_arguments():
         "channel_gate": (*channel, 1),
         "channel_attention": (*channel, 1),
         "gated_conv1x1": (x, gate, w, b, residual),
-    }
+        "conv3x3": (*conv3x3, 2, 0.05),
+        "grouped_attention_block": (a, w_in, b_in, w_out, b_out, *groups, True),
+        "apply_grouped_attention_block": (
+            a, a.contiguous(), w_v, b_v, w_out, b_out, *groups,
+        ),
+    }  # fmt: skip
 
 
+INFERENCE = ("conv3x3", "grouped_attention_block", "apply_grouped_attention_block")
 OPERATORS = (
     *("shift_conv2d", "shift_conv_block", "window_attention", "apply_window_scores"),
     *("grouped_window_attention", "apply_grouped_window_scores", "pixel_attention"),
     *("spatial_attention", "pixel_spatial_attention", "channel_gate", "channel_attention"),
-    "gated_conv1x1",
+    *("gated_conv1x1", *INFERENCE),
 )
 
 
@@ -512,12 +605,47 @@ def test_opcheck(name):
     arguments = operator_arguments()[name]
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.shape[1:2] != (2,):
-            argument.requires_grad_()
-    if name.startswith("apply"):  # the log-sum-exp is no leaf that gets a gradient
+            argument.requires_grad_(name not in INFERENCE)
+    # The log-sum-exp is no leaf that gets a gradient.
+    if name.startswith("apply") and name not in INFERENCE:
         at = 2 if name == "apply_window_scores" else 1
         arguments[at].requires_grad_(False)
     operator = getattr(torch.ops.sr_kernels_triton, name).default
     torch.library.opcheck(operator, arguments)
+
+
+class Collect(TorchDispatchMode):
+    """The calls of this package's Triton operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "sr_kernels_triton":
+            self.calls[function] = arguments
+        return function(*arguments, **(options or {}))
+
+
+def test_opcheck_of_the_backward_operators():
+    seen = set()
+    for name, case in CASES.items():
+        if not case.trains:
+            continue
+        leaves = case.inputs(*smallest_of(name), torch.float32, "channels_last")
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        with Collect() as collected:
+            out = case.function(sr_kernels)(**leaves, **case.options, backend="triton")
+            torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        for function, arguments in collected.calls.items():
+            if function.__name__.split(".")[0].endswith("_backward") and function not in seen:
+                torch.library.opcheck(
+                    function, arguments, test_utils=("test_schema", "test_faketensor")
+                )
+                seen.add(function)
+    names = {function.__name__.split(".")[0] for function in seen}
+    assert names == {name for name in DECLARED if name.endswith("_backward")}
 
 
 @on_cpu
@@ -534,30 +662,25 @@ def test_schemas_are_those_of_the_compiled_operators():
         assert len(ours.returns) == len(theirs.returns)
 
 
-def network(x, weights, bias):
-    with sr_kernels.use_backend("triton"):
-        y = sr_kernels.shift_conv_block(x, *weights)
-        out, scores = sr_kernels.grouped_window_attention(y, windows=(2, 4), return_scores=True)
-        out = sr_kernels.apply_window_scores(scores, out)
-        return sr_kernels.window_attention(
-            out, out, out, window=2, shift=1, bias=bias, mask=True, num_heads=1
-        )
+@ALL
+def test_compile_fullgraph_and_train(name):
+    case = CASES[name]
+    leaves = case.inputs(*smallest_of(name), torch.float32, "channels_last")
+    for leaf in leaves.values():
+        leaf.requires_grad_(case.trains)
 
+    def run(**tensors):
+        return case.function(sr_kernels)(**tensors, **case.options, backend="triton")
 
-def test_compile_fullgraph_and_train():
-    weights = list(block_inputs(1, 1, 1, torch.float32, "contiguous").values())[1:]
-    weights = [weight(torch.float32, 8, 12, 1), vector(torch.float32, 8, 2),
-               weight(torch.float32, 12, 8, 3), vector(torch.float32, 12, 4)]  # fmt: skip
-    leaves = [make_tensor((1, 12, 4, 8)), *weights, make_tensor((9, 1), seed=7)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-
-    def run(x, w0, b0, w1, b1, bias):
-        return network(x, (w0, b0, w1, b1), bias)
-
+    torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(run(*leaves).square().sum(), leaves)
-    actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
-    assert all(map(bitwise_equal, actual, expected))
+    results = []
+    for function in (run, compiled):
+        out = function(**leaves)
+        results.append([out])
+        if case.trains:
+            results[-1] += torch.autograd.grad(out.square().sum(), list(leaves.values()))
+    assert all(map(bitwise_equal, *results))
 
 
 @on_cpu
@@ -639,8 +762,31 @@ def test_a_small_elan():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
-def test_all_cases_name_an_operator():
-    """No forward operator is left out of these tests."""
-    forwards = {name for name in DECLARED if not name.endswith("_backward")}
-    blocks = {"grouped_attention_block", "apply_grouped_attention_block"}
-    assert forwards == {*OPERATORS, *blocks}
+@on_cpu
+@pytest.mark.parametrize("name", ["elan", "mafdn"])
+def test_plans(name):
+    """A network made ready for inference, every operator of it in Triton, against the network."""
+    from sr_kernels import models
+
+    torch.manual_seed(0)
+    if name == "elan":
+        model = models.elan(2, m_elan=2, c_elan=12, n_share=1, window_sizes=(2, 4), rgb_range=1.0)
+        used = {"shift_conv_block", "grouped_attention_block", "apply_grouped_attention_block"}
+    else:
+        model = models.mafdn(2, channels=12, num_blocks=1, reduction=3)
+        used = {"pixel_spatial_attention", "channel_gate", "gated_conv1x1", "shift_conv2d"}
+    model = model.eval()
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        model.backend = "reference"
+        expected = model(x)
+        planned = models.plan(model)
+        planned.backend = "triton"
+        with Collect() as collected:
+            actual = planned(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert {f.__name__.split(".")[0] for f in collected.calls} == {*used, "conv3x3"}
+
+
+def test_every_forward_operator_is_tested():
+    assert {name for name in DECLARED if not name.endswith("_backward")} == set(OPERATORS)
