@@ -100,7 +100,7 @@ def select(
     Empty filters take what the file lists: an operator's first number of channels at every size,
     and every number of channels at its first size. A size, number of channels or mode that is asked
     for by name is measured also where the file does not list it, and sizes and channels asked for
-    together in every combination.
+    together in every combination. Networks have no channels to choose.
 
     Networks of other people's code are in a checkout only: elsewhere they are left out.
 
@@ -115,8 +115,6 @@ def select(
         if name not in known:
             raise ValueError(f"op is {name!r}; available are {', '.join(known)}")
         entry = {**content["operators"], **content["networks"]}[name]
-        if channels and "channels" not in entry:
-            raise ValueError(f"op is {name!r}, a network, whose channels cannot be chosen")
         if entry.get("inference") and modes and "forward" not in modes:
             raise ValueError(f"op is {name!r}, whose only mode is forward")
         if quick and not sizes and not entry.get("quick", entry)["sizes"]:
@@ -129,7 +127,7 @@ def select(
             continue
         network = name in content["networks"]
         entry = content["networks" if network else "operators"][name]
-        if (channels and network) or (entry.get("checkout") and not THIRD_PARTY.is_file()):
+        if entry.get("checkout") and not THIRD_PARTY.is_file():
             continue
         for count, size in _shapes(entry, sizes, channels, quick):
             batch, height, width = parse_size(size)
@@ -150,7 +148,7 @@ def _shapes(
     entry: dict[str, Any], sizes: Sequence[str], channels: Sequence[int], quick: bool
 ) -> Iterator[tuple[int, str]]:
     source = {**entry, **entry["quick"]} if quick else entry
-    listed_channels = channels or source.get("channels", [0])
+    listed_channels = (channels or source["channels"]) if "channels" in entry else [0]
     listed_sizes = sizes or source["sizes"]
     everything = bool(sizes and channels)
     for index, size in enumerate(listed_sizes):

@@ -163,7 +163,9 @@ def work(case: Case, model: Any) -> dict[str, Work]:
         exponentials = _exponentials(model)
     flops, exponentials = counted * pixels, exponentials * pixels
     forward = Work(
-        size * (3.0 * case.pixels * (1 + getattr(model, "scale", network.scale) ** 2) + parameters), flops, exponentials
+        size * (3.0 * case.pixels * (1 + getattr(model, "scale", network.scale) ** 2) + parameters),
+        flops,
+        exponentials,
     )
     # As for the operators: twice the products, softmax and activations once more.
     backward = Work(2 * forward.bytes, 2 * flops, exponentials)
