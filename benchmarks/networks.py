@@ -80,7 +80,7 @@ def white(name: str, model: Any) -> float:
 
 
 def photograph(path: Path, batch: int, height: int, width: int, brightest: float) -> Tensor:
-    """(batch, 3, height, width) float32 in 0..brightest: the photograph resized, and flipped copies."""
+    """(batch, 3, height, width) float32, 0..brightest: the photograph resized, and flipped."""
     with Image.open(path) as image:
         small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() * (brightest / 255)
@@ -162,11 +162,9 @@ def work(case: Case, model: Any) -> dict[str, Work]:
         counted -= _recomputed_flops(model)
         exponentials = _exponentials(model)
     flops, exponentials = counted * pixels, exponentials * pixels
-    forward = Work(
-        size * (3.0 * case.pixels * (1 + getattr(model, "scale", network.scale) ** 2) + parameters),
-        flops,
-        exponentials,
-    )
+    scale = getattr(model, "scale", network.scale)
+    moved = size * (3.0 * case.pixels * (1 + scale**2) + parameters)
+    forward = Work(moved, flops, exponentials)
     # As for the operators: twice the products, softmax and activations once more.
     backward = Work(2 * forward.bytes, 2 * flops, exponentials)
     return {"forward": forward, "backward": backward, "both": forward + backward}

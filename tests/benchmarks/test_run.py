@@ -1,6 +1,7 @@
 """Runs at toy size: every case, every provider, wrong results, and a run that is cut off."""
 
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sr_kernels.benchmarks import cases, ceilings, measure, operators, providers, run, table, worker
+from sr_kernels.benchmarks import (
+    cases,
+    ceilings,
+    measure,
+    networks,
+    operators,
+    providers,
+    run,
+    table,
+    worker,
+)
 from sr_kernels.benchmarks.cases import Case
 
 from sr_kernels import models
@@ -18,7 +29,14 @@ from sr_kernels.cli import main
 
 OPERATORS = list(operators.OPERATORS)
 TRAINED = {case.op for case in cases.select(modes=["both"])}
-NETWORKS = ["elan_light_x4", "elan_x4", "mafdn_x4"]
+NETWORKS = [name for name, network in networks.NETWORKS.items() if not network.theirs]
+THEIRS = [name for name, network in networks.NETWORKS.items() if network.theirs]
+# Those of the other runtimes that are installed here.
+RUNTIMES = [
+    name
+    for name in ("onnxruntime", "openvino")
+    if all(importlib.util.find_spec(package) for package in (name, "onnx"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +107,9 @@ def test_every_operator_in_16_bits(op, dtype, toy_settings, limits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("op", NETWORKS)
-def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
+def test_every_network_of_ours_at_toy_size(op, toy_settings, limits, tmp_path):
     # Exporting ELAN's 36 attentions takes a minute, and is what exporting ELAN-light's 24 is.
-    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", "onnxruntime", "openvino")
+    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", *RUNTIMES)
     settings = replace(toy_settings, providers=names)
     # A height that ELAN pads: an exported network must do so as well.
     rows = _measure(Case(op, 1, 0, 20, 16), settings, limits, tmp_path)
@@ -101,6 +119,34 @@ def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
     if "openvino" in names:
         assert "openvino 2" in rows["openvino"].versions
     assert rows["cpu"].weights == ("mafdn_x4" if op == "mafdn_x4" else "random, seed 0")
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", THEIRS)
+def test_every_patched_network_at_toy_size(op, toy_settings, limits, tmp_path):
+    names = ("eager", "patched", *(RUNTIMES if op == "imdn_x4" else ()))
+    settings = replace(toy_settings, providers=names)
+    rows = _measure(Case(op, 1, 0, 32, 16), settings, limits, tmp_path)
+    assert set(rows) == {*names, "eager_channels_last", "patched_channels_last"}
+    assert {(row.status, row.reason) for row in rows.values()} == {("ok", "")}
+    assert run.is_ours("patched")
+    assert run.fastest_other(list(rows.values())).provider not in (
+        "patched",
+        "patched_channels_last",
+    )
+
+
+def test_a_network_in_which_nothing_is_patched_has_no_time(
+    toy_settings, limits, tmp_path, monkeypatch
+):
+    import sr_kernels
+
+    monkeypatch.setattr(sr_kernels, "patch", lambda model: sr_kernels.PatchReport())
+    settings = replace(toy_settings, providers=("patched",))
+    rows = _measure(Case("imdn_x4", 1, 0, 8, 8), settings, limits, tmp_path)
+    assert {row.status for row in rows.values()} == {"unavailable"}
+    assert "recognises nothing" in rows["patched"].reason
 
 
 @pytest.mark.slow
@@ -233,12 +279,31 @@ def test_a_provider_in_its_own_process_is_verified_and_sampled(tmp_path, limits)
 
 
 @pytest.mark.unpoisoned
+def test_what_compiles_goes_on_beside_the_others(tmp_path, monkeypatch):
+    verified = []
+    verify = run.Measurement._verify
+
+    def noted(self, provider, station):
+        verified.append(provider.name)
+        station.close()
+
+    monkeypatch.setattr(run.Measurement, "_verify", noted)
+    case = Case("gated_conv1x1", 1, 8, 8, 8)
+    measurement = run.Measurement(case, run.Settings(threads=2), tmp_path)
+    measurement._make_ready(measurement._subject.providers)
+    assert verified[-1] == "compile"
+    assert set(verified) == {p.name for p in measurement._subject.providers}
+    assert verify is not noted
+
+
+@pytest.mark.unpoisoned
 def test_a_provider_that_dies_is_reported(tmp_path):
     case = Case("channel_gate", 1, 8, 8, 8)
     station = _apart(case, "abacus", tmp_path)
     with pytest.raises(providers.Unavailable, match="no provider 'abacus'"):
         station.ready()
     station.close()
+    assert station._process.exitcode == 0, "it ended by itself"
     station = _apart(case, "cpu", tmp_path)
     with pytest.raises(worker.Failed, match="no answer within 0 s"):
         station.ready(patience=0.0)
@@ -275,6 +340,16 @@ def test_compile_brings_the_formats_it_chooses_from(toy_settings):
     settings = replace(toy_settings, providers=("compile",))
     wanted = [n for n in ("eager", "eager_channels_last", "compile", "cpu") if settings.wants(n)]
     assert wanted == ["eager", "eager_channels_last", "compile"]
+
+
+def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
+    quick = replace(toy_settings, compile_networks=False)
+    assert quick.wants("compile")
+    assert quick.wants("eager", network=True)
+    assert not quick.wants("compile", network=True)
+    said = []
+    _run([Case("mafdn_x4", 1, 0, 8, 8)], replace(quick, providers=("cpu",)), tmp_path, said.append)
+    assert "torch.compile of whole networks takes minutes, and is left out" in "\n".join(said)
 
 
 def _run(chosen, settings, folder, say=lambda text: None):
@@ -381,7 +456,6 @@ def test_list_needs_nothing_but_the_names(capsys):
         (["--image", "missing.png"], 1, "--image: missing.png cannot be read as a picture"),
         (["--image", __file__], 1, "cannot be read as a picture"),
         (["--weights", f"elan_x4={__file__}"], 1, "--weights: "),
-        (["--plot", "--out", "nowhere"], 1, "holds no timed row: measure first"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, status, message, capsys):
@@ -426,6 +500,7 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.unpoisoned
 def test_a_whole_command(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     arguments = ["bench", "--op", "channel_gate", "--channels", "8", "--size", "8x8"]
     arguments += ["--provider", "eager", "cpu", "--seconds", "0", "--out", str(tmp_path), "--plot"]
     assert main(arguments) == 0
