@@ -102,9 +102,7 @@ def run(
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
     if not settings.compile_networks and any(case.is_network for case in cases):
-        say(
-            "torch.compile of whole networks takes minutes and is left out; --op NETWORK measures it"
-        )
+        say("torch.compile of whole networks takes minutes, and is left out: --op NETWORK has it")
     everything: dict[Case, list[Row]] = {}
     failed: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:

@@ -6,15 +6,15 @@ in this package's tests, which hold its kernels to 2 and 3: the compilers and ru
 orders of their own and are not wrong for that. Where float64 would need too much memory or time,
 results are held against stock PyTorch itself, in parts of the range of its output.
 
-Gradients get a second chance. Those of ReLU, of a maximum and of a mean's clipped root jump, and an
-input that rounding alone moves across such a point changes its share of a gradient by as much as
-the share itself: correct kernels that sum in different orders differ there, and stock, one sample
-of this, may happen to have met none. One of n active units that flips changes a gradient by about
-1 / sqrt(n) of its length: 1e-3 for the million of a training case. So a gradient whose largest error
-is too large is right all the same if its error's length (root mean square) is at most FACTOR times
-stock's and FLIPS of the gradient's own. What a broken kernel does is longer than that: a wrong factor
-of 1.01 is 1e-2 of the length, one wrong row of 64 or channel of 60 is 0.13, one wrong pixel of a
-64x64 map 1.6e-2.
+Gradients get a second chance. Those of ReLU, of a maximum and of a clipped root jump, and an input
+that rounding alone moves across such a point changes its share of a gradient by as much as the
+share itself: correct kernels that sum in different orders differ there, and stock, one sample of
+this, may happen to have met none. One of n active units that flips changes a gradient by about
+1 / sqrt(n) of its length: 1e-3 for the million of a training case. So a gradient whose largest
+error is too large is right all the same if its error's length (root mean square) is at most FACTOR
+times stock's and FLIPS of the gradient's own. What a broken kernel does is longer than that: a
+factor of 1.01 is 1e-2 of the length, one wrong row of 64 or channel of 60 is 0.13, one wrong pixel
+of a 64x64 map 1.6e-2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from sr_kernels.testing import assert_within_tolerance, error_metrics
 
 FACTOR = 10.0
-FLIPS = 2e-3
+FLIPS = 2e-3  # of the length of a gradient: see above
 # Of the largest value of stock's output, where there is no oracle in float64.
 NETWORK_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 

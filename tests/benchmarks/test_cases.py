@@ -78,9 +78,10 @@ def test_every_command_of_the_documentation_selects_its_cases(capsys):
         words = command.partition("--weights")[0].split()
         assert main([*words, "--list"]) == 0, command
         listed = capsys.readouterr().out.splitlines()
-        wanted = [words[i] for i in range(len(words)) if "x" in words[i] and words[i][0].isdigit()]
-        for size in wanted:
-            assert any(f"x{size} " in line for line in listed), (command, size)
+        for size in (word for word in words if re.fullmatch(r"[0-9x]*x[0-9x]*", word)):
+            batch, height, width = cases.parse_size(size)
+            shape = rf" {batch}x\d+x{height}x{width} "
+            assert any(re.search(shape, line) for line in listed), (command, size)
 
 
 def test_the_quick_set_is_a_small_part_and_has_training_and_networks():
