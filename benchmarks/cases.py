@@ -9,6 +9,8 @@ from typing import Any
 
 MODES = ("forward", "backward", "both")
 _FILE = Path(__file__).with_name("cases.yaml")
+# Other people's networks: a checkout has them.
+THIRD_PARTY = Path(__file__).resolve().parents[1] / "tests" / "patch" / "third_party.py"
 
 
 class MissingExtra(Exception):
@@ -95,8 +97,16 @@ def select(
 ) -> list[Case]:
     """The cases to measure, in the file's order.
 
-    Empty filters take what the file lists. A size, number of channels or mode that is asked for by
-    name is measured also where the file does not list it.
+    Empty filters take what the file lists: an operator's first number of channels at every size,
+    and every number of channels at its first size. A size, number of channels or mode that is asked
+    for by name is measured also where the file does not list it, and sizes and channels asked for
+    together in every combination. Networks have no channels to choose.
+
+    Networks of other people's code are in a checkout only: elsewhere they are left out.
+
+    Raises:
+        ValueError: no such operator or network; or one asked for by name has nothing of what is
+            asked for. It says what there is.
     """
     content = read()
     training = set(content["training_sizes"])
@@ -104,12 +114,21 @@ def select(
     for name in ops:
         if name not in known:
             raise ValueError(f"op is {name!r}; available are {', '.join(known)}")
+        entry = {**content["operators"], **content["networks"]}[name]
+        if entry.get("inference") and modes and "forward" not in modes:
+            raise ValueError(f"op is {name!r}, whose only mode is forward")
+        if quick and not sizes and not entry.get("quick", entry)["sizes"]:
+            raise ValueError(f"op is {name!r}, which has no case in the quick set")
+        if entry.get("checkout") and not THIRD_PARTY.is_file():
+            raise ValueError(f"op is {name!r}, which only a checkout has: {THIRD_PARTY} is absent")
     cases: list[Case] = []
     for name in known:
         if ops and name not in ops:
             continue
         network = name in content["networks"]
         entry = content["networks" if network else "operators"][name]
+        if entry.get("checkout") and not THIRD_PARTY.is_file():
+            continue
         for count, size in _shapes(entry, sizes, channels, quick):
             batch, height, width = parse_size(size)
             wanted = modes or (MODES if size in training else ("forward",))
@@ -129,11 +148,10 @@ def _shapes(
     entry: dict[str, Any], sizes: Sequence[str], channels: Sequence[int], quick: bool
 ) -> Iterator[tuple[int, str]]:
     source = {**entry, **entry["quick"]} if quick else entry
-    listed_channels = channels or source.get("channels", [0])
+    listed_channels = (channels or source["channels"]) if "channels" in entry else [0]
     listed_sizes = sizes or source["sizes"]
-    if "channels" not in entry:
-        listed_channels = [0]
+    everything = bool(sizes and channels)
     for index, size in enumerate(listed_sizes):
         for position, count in enumerate(listed_channels):
-            if index == 0 or position == 0:
+            if everything or index == 0 or position == 0:
                 yield count, size

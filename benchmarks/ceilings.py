@@ -20,7 +20,8 @@ COPIES = (MEGABYTE // 2, 2 * MEGABYTE, 8 * MEGABYTE, 32 * MEGABYTE, 128 * MEGABY
 @dataclass(frozen=True)
 class Ceilings:
     """copy: (bytes read and written, bytes per second), rising in size.  flops: per second, by
-    dtype.  exps: exponentials per second, float32, in the cache; infinite where not measured."""
+    dtype.  exps: exponentials per second, float32, in the cache or a GPU's registers; infinite
+    where they could not be measured, which leaves them out of every bound."""
 
     copy: tuple[tuple[int, float], ...]
     flops: dict[str, float]
@@ -80,8 +81,8 @@ def measure(device: str, dtypes: tuple[str, ...], *, toy: bool = False) -> Ceili
             seconds = min(seconds, clock.time(lambda a=a, b=b: torch.mm(a, b)))  # type: ignore[misc]
         flops[dtype] = 2.0 * n**3 / seconds
     if torch.device(device).type == "cuda":
-        # torch.exp waits for memory there: no ceiling is better than one that is none.
-        return Ceilings(tuple(copy), flops, math.inf)
+        x = torch.rand(1 << 22, generator=generator).to(device)
+        return Ceilings(tuple(copy), flops, exponentials_per_s(x, torch.compile(chain), clock))
     # In the cache, and enough for all threads.
     count = (1 << 12) if toy else (1 << 16) * torch.get_num_threads()
     x = torch.rand(count, generator=generator).to(device)
@@ -92,3 +93,23 @@ def measure(device: str, dtypes: tuple[str, ...], *, toy: bool = False) -> Ceili
             torch.exp(x, out=y)
 
     return Ceilings(tuple(copy), flops, 16 * count / best(exponentials, 10))
+
+
+CHAIN = 64
+
+
+def chain(x: Tensor) -> Tensor:
+    """exp(-exp(-...)), CHAIN deep: stays between 0 and 1. Compiled it is one kernel, which moves 8
+    bytes for CHAIN exponentials; a call of torch.exp by itself would wait for a GPU's memory."""
+    for _ in range(CHAIN):
+        x = torch.exp(-x)
+    return x
+
+
+def exponentials_per_s(x: Tensor, function: Callable[[Tensor], Tensor], clock: Clock) -> float:
+    """Of `function`, which is `chain`, compiled; infinite where it cannot be compiled."""
+    try:
+        function(x)
+    except Exception:  # no Triton, or none for this GPU: `run` says that they were not measured
+        return math.inf
+    return CHAIN * x.numel() / min(clock.time(lambda: function(x)) for _ in range(10))

@@ -134,10 +134,12 @@ def interleaved(
     samplers: Mapping[str, Sampler],
     *,
     seconds: float,
+    least: int = MIN_ROUNDS,
     pause: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of all in turn, for about `seconds` each, but at least MIN_(LONG_)ROUNDS rounds.
+    """Samples of all in turn, for about `seconds` each, but at least `least` rounds; of calls
+    longer than LONG_SECONDS at least MIN_LONG_ROUNDS.
 
     pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
     while after a call and would slow the next one down.
@@ -152,7 +154,8 @@ def interleaved(
             repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
             estimate[name] = once * repeats[name]
         slowest = max(estimate.values())
-        least = MIN_LONG_ROUNDS if slowest > LONG_SECONDS else MIN_ROUNDS
+        if slowest > LONG_SECONDS:
+            least = min(least, MIN_LONG_ROUNDS)
         rounds = max(least, min(MAX_ROUNDS, round(seconds / slowest)))
         samples: dict[str, list[float]] = {name: [] for name in samplers}
         names = list(samplers)

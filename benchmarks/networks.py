@@ -3,10 +3,15 @@
 A photograph, because random pixels drive attention logits to where no picture takes them. Weights
 are those that come with the package, a file of yours (``--weights``), or else random ones whose
 batch statistics are taken from the photograph, which keeps every activation at unit scale.
+
+Other people's networks, on which :func:`sr_kernels.patch` is measured, are those that its tests
+define in ``tests/patch/third_party.py``: a checkout has them.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,37 +21,69 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sr_kernels import models
+from sr_kernels import backends, models
 from sr_kernels.nn import GMSA, PixelAttention, SpatialAttention
 
-from .cases import Case
+from .cases import THIRD_PARTY, Case
 from .work import Work
 
-__all__ = ["NETWORKS", "Network", "load", "photograph"]
+__all__ = ["NETWORKS", "Network", "load", "photograph", "white"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """make: the network from its constructor.  pretrained: name of shipped weights, or None."""
+    """make: the network from its constructor.  pretrained: name of shipped weights, or None.
+
+    theirs: other people's code, to be patched. Ours say by themselves what the other three do.
+    white: its largest input value.  multiple: heights and widths are padded to one of it.
+    scale: of the magnification.
+    """
 
     make: Callable[[], nn.Module]
     pretrained: str | None = None
+    theirs: bool = False
+    white: float = 1.0
+    multiple: int = 1
+    scale: int = 4
+
+
+def _third_party(name: str, **arguments: Any) -> nn.Module:
+    if not THIRD_PARTY.is_file():
+        raise ValueError(f"{name} is defined in a checkout only: {THIRD_PARTY} is absent")
+    if str(THIRD_PARTY.parent) not in sys.path:
+        sys.path.append(str(THIRD_PARTY.parent))
+    network: nn.Module = getattr(importlib.import_module(THIRD_PARTY.stem), name)(**arguments)
+    return network
+
+
+def _theirs(name: str, white: float, multiple: int) -> Network:
+    return Network(lambda: _third_party(name), theirs=True, white=white, multiple=multiple)
 
 
 NETWORKS: dict[str, Network] = {
     "elan_light_x4": Network(lambda: models.elan_light(4)),
     "elan_x4": Network(lambda: models.elan(4)),
     "mafdn_x4": Network(lambda: models.mafdn(4).fold(), pretrained="mafdn_x4"),
+    "elan_light_foreign_x4": _theirs("ELAN", 255.0, 16),
+    "imdn_x4": _theirs("IMDN", 1.0, 1),
+    "pan_x4": _theirs("PAN", 1.0, 1),
+    "dctlsa_x4": _theirs("DCTLSA", 1.0, 16),
 }
 
 
-def photograph(path: Path, batch: int, height: int, width: int, white: float) -> Tensor:
-    """(batch, 3, height, width) float32 in 0..white: the photograph resized, and flipped copies."""
+def white(name: str, model: Any) -> float:
+    """The largest value of the network's input."""
+    return float(getattr(model, "rgb_range", NETWORKS[name].white))
+
+
+def photograph(path: Path, batch: int, height: int, width: int, brightest: float) -> Tensor:
+    """(batch, 3, height, width) float32, 0..brightest: the photograph resized, and flipped."""
     with Image.open(path) as image:
         small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() * (white / 255)
+    x = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() * (brightest / 255)
     copies = [x, x.flip(2), x.flip(1), x.flip(1, 2)]
     return torch.stack([copies[i % 4] for i in range(batch)]).contiguous()
 
@@ -54,6 +91,8 @@ def photograph(path: Path, batch: int, height: int, width: int, white: float) ->
 def load(case: Case, weights: Path | None, image: Path) -> tuple[Any, str]:
     """The network, in eval mode on the CPU, and what its weights are."""
     network = NETWORKS[case.op]
+    if weights is not None and network.theirs:
+        return _load_theirs(case.op, weights), weights.name
     if weights is not None:
         loaded: Any = models.load_checkpoint(weights).eval()
         wanted: Any = network.make()
@@ -79,8 +118,27 @@ def load(case: Case, weights: Path | None, image: Path) -> tuple[Any, str]:
         for norm in norms:
             norm.momentum = None  # the plain mean over what is seen: one picture
         with torch.no_grad():
-            model.train()(photograph(image, 1, 64, 64, model.rgb_range))
+            model.train()(photograph(image, 1, 64, 64, white(case.op, model)))
     return model.eval(), "random, seed 0"
+
+
+def _load_theirs(name: str, file: Path) -> nn.Module:
+    """The network with the weights of a file that its authors published."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state.get("params", state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if "tail.weight" in state:  # FriedRiceLab's ELAN
+        state = {key.replace("tail.", "tail.0."): value for key, value in state.items()}
+        model = _third_party("ELAN", spelling="friedricelab")
+    else:
+        model = NETWORKS[name].make()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"weights for {name} are {file}, which does not fit: {str(error).splitlines()[0]}"
+        ) from error
+    return model.eval()
 
 
 def _size(model: nn.Module) -> int:
@@ -90,37 +148,61 @@ def _size(model: nn.Module) -> int:
 
 def work(case: Case, model: Any) -> dict[str, Work]:
     """Bytes: picture in, picture out, weights. Products counted by running a small picture
-    through stock operators; exponentials by hand.
-
-    Score reuse counts as reuse: what an ELAB's second attention could skip is not counted.
+    through stock operators; exponentials by hand for our networks, where score reuse counts as
+    reuse: what an ELAB's second attention could skip is not counted. Of others what they compute.
     """
     size = getattr(torch, case.dtype).itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    multiple = model.tile_multiple
+    network = NETWORKS[case.op]
+    multiple = getattr(model, "tile_multiple", network.multiple)
     height, width = (-(-n // multiple) * multiple for n in (case.height, case.width))
     pixels = case.batch * height * width
-    flops = (_flops_per_pixel(model) - _recomputed_flops(model)) * pixels
-    exponentials = _exponentials(model) * pixels
-    forward = Work(
-        size * (3.0 * case.pixels * (1 + model.scale**2) + parameters), flops, exponentials
-    )
+    counted, exponentials = _counted(model)
+    if not network.theirs:
+        counted -= _recomputed_flops(model)
+        exponentials = _exponentials(model)
+    flops, exponentials = counted * pixels, exponentials * pixels
+    scale = getattr(model, "scale", network.scale)
+    moved = size * (3.0 * case.pixels * (1 + scale**2) + parameters)
+    forward = Work(moved, flops, exponentials)
     # As for the operators: twice the products, softmax and activations once more.
     backward = Work(2 * forward.bytes, 2 * flops, exponentials)
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def _flops_per_pixel(model: Any) -> float:
-    """Of convolutions and matrix products, by torch's counter, on stock operators."""
+class _Exponentials(TorchDispatchMode):
+    """Counts the elements of what softmax, sigmoid and exp return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _EXPONENTIAL:
+            self.count += out.numel()
+        return out
+
+
+_EXPONENTIAL = {
+    getattr(torch.ops.aten, name) for name in ("_softmax", "sigmoid", "sigmoid_", "exp", "silu")
+}
+
+
+def _counted(model: Any) -> tuple[float, float]:
+    """A pixel's operations of convolutions and matrix products, by torch's counter, and its
+    exponentials: of the network on stock operators."""
     side = 64  # a multiple of every window
-    backend = model.backend
-    model.backend = "reference"
-    try:
-        like = next(model.parameters())
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype))
-    finally:
-        model.backend = backend
-    return counter.get_total_flops() / side**2
+    like = next(model.parameters())
+    x = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
+    with (
+        torch.no_grad(),
+        backends.use_backend("reference"),
+        FlopCounterMode(display=False) as counter,
+        _Exponentials() as exponentials,
+    ):
+        model(x)
+    return counter.get_total_flops() / side**2, exponentials.count / side**2
 
 
 def _attentions(model: Any) -> list[GMSA]:

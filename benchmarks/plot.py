@@ -12,8 +12,8 @@ from sr_kernels._files import whole_or_nothing
 from . import table
 from .cases import MissingExtra
 from .networks import NETWORKS
-from .run import BUSY, fastest_other, is_ours
-from .table import Row
+from .run import fastest_other, is_ours
+from .table import BUSY, Row
 
 __all__ = ["MARKERS", "draw", "latest", "readme_section"]
 

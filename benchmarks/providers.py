@@ -23,7 +23,9 @@ from .work import Work
 
 __all__ = ["Provider", "Running", "Subject", "Unavailable"]
 
-OURS = ("cuda", "triton", "cpu")  # in the names of what is this package's
+BACKENDS = ("cuda", "triton", "cpu")
+PATCHED = "patched"
+OURS = (*BACKENDS, PATCHED)  # in the names of what is this package's
 CHANNELS_LAST = "_channels_last"
 PLAN = "_plan"
 
@@ -127,7 +129,7 @@ def subject(case: Case, *, weights: Path | None, image: Path, folder: Path) -> S
 
 def our_backends(device: str, op: str, like: Tensor) -> Iterator[tuple[str, str]]:
     """(name, why it cannot run or ""), of those that are for the device."""
-    for name in OURS:
+    for name in BACKENDS:
         if (name == "cpu") != (device == "cpu"):
             continue
         able, reason = backends.can_run(name, op, [like])
@@ -203,8 +205,8 @@ def _operator_subject(case: Case) -> Subject:
 def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path) -> Subject:
     network, description = networks.load(case, weights, image)
     dtype: torch.dtype = getattr(torch, case.dtype)
-    network.backend = "reference"
-    white = network.rgb_range
+    theirs = networks.NETWORKS[case.op].theirs
+    white = networks.white(case.op, network)
     picture = networks.photograph(image, case.batch, case.height, case.width, white)
     training = case.mode != "forward"
 
@@ -218,7 +220,8 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
         # By way of the dtype under test: the oracle gets the same rounded numbers.
         model: Any = copy.deepcopy(network).to(case.device, dtype).to(to)
         model = model.to(memory_format=format_).train(training)
-        model.backend = backend
+        if not theirs:
+            model.backend = backend
         x = picture.to(case.device, dtype).to(to).contiguous(memory_format=format_)
         leaves = {}
         if training:
@@ -258,7 +261,18 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
         for name, session in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
             result.providers.append(Provider(name, partial(runtime, session), foreign=True))
     like = picture.to(case.device, dtype)
-    for backend, reason in our_backends(case.device, "shift_conv2d", like):
+    reasons = dict(our_backends(case.device, "shift_conv2d", like))
+    if theirs:
+        for suffix in ("", CHANNELS_LAST):
+
+            def build_patched(suffix: str = suffix) -> Running:
+                if all(reasons.values()):
+                    raise Unavailable("; ".join(reasons.values()))
+                return prepare(suffix, wrap=_patched)
+
+            result.providers.append(Provider(f"{PATCHED}{suffix}", build_patched, ours=True))
+        return result
+    for backend, reason in reasons.items():
         # A plan chooses its own layout inside, so that one is enough.
         planned = () if training else (PLAN,)
         for suffix in ("", CHANNELS_LAST, *planned):
@@ -270,6 +284,15 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
 
             result.providers.append(Provider(f"{backend}{suffix}", build, ours=True))
     return result
+
+
+def _patched(model: nn.Module) -> nn.Module:
+    # Here, since builds of older commits, which lack it, can be compared.
+    from sr_kernels import patch
+
+    if not patch(model).replaced:
+        raise Unavailable("sr_kernels.patch recognises nothing in it")
+    return model
 
 
 def _onnxruntime(file: Path, x: Tensor) -> Callable[[], Tensor]:

@@ -23,7 +23,7 @@ from sr_kernels.cli.demo import PHOTOGRAPH
 from . import ceilings, measure, table
 from .cases import Case
 from .providers import OURS, Provider, Subject, Unavailable, stem, subject
-from .table import Row
+from .table import BUSY, Row
 from .verify import Truth
 from .work import bound
 from .worker import Apart, Failed, Here
@@ -34,9 +34,6 @@ __all__ = ["PHOTOGRAPH", "Measurement", "Settings", "run"]
 # held against stock in the dtype under test.
 ORACLE_PIXELS = {"forward": 600 * 1024, "backward": 8 * 64 * 64, "both": 8 * 64 * 64}
 NETWORK_ORACLE_PIXELS = {**ORACLE_PIXELS, "forward": 400 * 640}
-
-# Cores that other programs may use during a measurement before the report warns.
-BUSY = 0.2
 
 # Each case is sampled twice, and between its two halves every other case of its group once: what a
 # machine does differently from minute to minute is then in the spread. Of a group everything stays
@@ -53,8 +50,10 @@ PAUSE, FOREIGN_PAUSE = 0.01, 0.05
 class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
-    weights: by network.  image: the photograph.  apart: on a CPU, each provider in a process of its
-    own; without it memory is measured on a GPU only.
+    least: rounds of each of the two halves, at least.  compile_networks: torch.compile of whole
+    networks, too, which takes minutes.  weights: by network.  image: the photograph.
+    apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
+    only.
     """
 
     threads: int
@@ -64,8 +63,12 @@ class Settings:
     weights: Mapping[str, Path] = field(default_factory=dict)
     image: Path = PHOTOGRAPH
     apart: bool = True
+    least: int = measure.MIN_ROUNDS
+    compile_networks: bool = True
 
-    def wants(self, provider: str) -> bool:
+    def wants(self, provider: str, *, network: bool = False) -> bool:
+        if network and provider == "compile" and not self.compile_networks:
+            return False
         if not self.providers or {provider, stem(provider)} & set(self.providers):
             return True
         # It gets the memory format that stock is faster in, and that has to be found out.
@@ -98,6 +101,8 @@ def run(
         dtypes = tuple(sorted({case.dtype for case in cases if case.device == device}))
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
+    if not settings.compile_networks and any(case.is_network for case in cases):
+        say("torch.compile of whole networks takes minutes, and is left out: --op NETWORK has it")
     everything: dict[Case, list[Row]] = {}
     failed: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:
@@ -165,7 +170,11 @@ def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
     return (
         f"{table.device_name(device)}, {threads} threads, torch {torch.__version__}: "
         f"copy {limits.copy[-1][1] / 1e9:.1f} GB/s, matrix product {products}"
-        + (f", {limits.exps / 1e9:.2f} G exponentials/s" if math.isfinite(limits.exps) else "")
+        + (
+            f", {limits.exps / 1e9:.2f} G exponentials/s"
+            if math.isfinite(limits.exps)
+            else "; exponentials could not be measured, and bound no row"
+        )
     )
 
 
@@ -209,7 +218,8 @@ class Measurement:
     def prepare(self) -> Measurement:
         """Every provider that can be, verified and ready to be sampled."""
         this = self._subject
-        chosen = [p for p in this.providers if self._settings.wants(p.name)]
+        network = self.case.is_network
+        chosen = [p for p in this.providers if self._settings.wants(p.name, network=network)]
         blank = Row(
             op=self.case.op,
             mode=self.case.mode,
@@ -246,12 +256,14 @@ class Measurement:
         crowd = min(2, self._settings.threads) if self.case.pixels <= CROWD_PIXELS else 1
         waiting: collections.deque[tuple[Provider, Here | Apart]] = collections.deque()
         try:
-            for provider in providers:
+            # What compiles begins first and, if two prepare at once, goes on beside all others.
+            for provider in sorted(providers, key=lambda p: not p.compiles):
                 if provider.foreign:
                     with contextlib.suppress(Exception):  # its reader will say so
                         self._subject.export()
                 waiting.append((provider, self._station(provider)))
                 if len(waiting) >= crowd:
+                    waiting.rotate(-1 if crowd > 1 and waiting[0][0].compiles else 0)
                     self._verify(*waiting[0])
                     waiting.popleft()
             while waiting:
@@ -320,7 +332,11 @@ class Measurement:
                 ours = -sum(station.cpu_seconds for station in self._stations.values())
                 try:
                     samples = measure.interleaved(
-                        samplers, seconds=seconds, pause=pause, progress=progress
+                        samplers,
+                        seconds=seconds,
+                        least=self._settings.least,
+                        pause=pause,
+                        progress=progress,
                     )
                 except Failed as problem:
                     self._bury(problem)

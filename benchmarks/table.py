@@ -27,6 +27,8 @@ from sr_kernels.cli.env import cpu_info, cpu_name
 __all__ = ["FILE_NAME", "KEY", "Row", "add", "commit", "device_name", "read"]
 
 FILE_NAME = "results.csv"
+# Cores that other programs may use during a measurement before reports warn.
+BUSY = 0.2
 
 # What a measurement depends on; the results themselves are written by it.
 _SOURCES = (

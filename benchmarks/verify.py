@@ -4,7 +4,17 @@ The rule is that of :mod:`sr_kernels.testing`: the error against the definition 
 multiple of the error that stock PyTorch makes in the dtype under test. The multiple is larger than
 in this package's tests, which hold its kernels to 2 and 3: the compilers and runtimes here sum in
 orders of their own and are not wrong for that. Where float64 would need too much memory or time,
-networks are held against stock PyTorch itself, in parts of the range of its output.
+results are held against stock PyTorch itself, in parts of the range of its output.
+
+Gradients get a second chance. Those of ReLU, of a maximum and of a clipped root jump, and an input
+that rounding alone moves across such a point changes its share of a gradient by as much as the
+share itself: correct kernels that sum in different orders differ there, and stock, one sample of
+this, may happen to have met none. One of n active units that flips changes a gradient by about
+1 / sqrt(n) of its length: 1e-3 for the million of a training case. So a gradient whose largest
+error is too large is right all the same if its error's length (root mean square) is at most FACTOR
+times stock's and FLIPS of the gradient's own. What a broken kernel does is longer than that: a
+factor of 1.01 is 1e-2 of the length, one wrong row of 64 or channel of 60 is 0.13, one wrong pixel
+of a 64x64 map 1.6e-2.
 """
 
 from __future__ import annotations
@@ -17,6 +27,7 @@ from torch import Tensor
 from sr_kernels.testing import assert_within_tolerance, error_metrics
 
 FACTOR = 10.0
+FLIPS = 2e-3  # of the length of a gradient: see above
 # Of the largest value of stock's output, where there is no oracle in float64.
 NETWORK_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -42,10 +53,13 @@ class Truth:
             if self.oracle is None:
                 worst = max(worst, self._against_stock(name, actual, stock))
                 continue
-            comparison = assert_within_tolerance(
-                actual, stock, self.oracle[name], factor=FACTOR, what=name
-            )
-            worst = max(worst, comparison.ours.max_abs)
+            oracle = self.oracle[name]
+            try:
+                assert_within_tolerance(actual, stock, oracle, factor=FACTOR, what=name)
+            except AssertionError:
+                if not _differs_by_flips(name, actual, stock, oracle):
+                    raise
+            worst = max(worst, error_metrics(actual, oracle).max_abs)
         return worst
 
     def _against_stock(self, name: str, actual: Tensor, stock: Tensor) -> float:
@@ -58,6 +72,17 @@ class Truth:
             raise AssertionError(f"{name}: has elements that are not finite")
         error = error_metrics(actual, stock.double()).max_abs
         bound = NETWORK_TOLERANCE[self.dtype] * float(stock.abs().max())
-        if error > bound:
+        if error > bound and not _differs_by_flips(name, actual, stock, stock):
             raise AssertionError(f"{name}: differs from stock by {error:.3g}, allowed {bound:.3g}")
         return error
+
+
+def _differs_by_flips(name: str, actual: Tensor, stock: Tensor, oracle: Tensor) -> bool:
+    """Whether a gradient's error is no longer than a few flipped units make it."""
+    if not name.startswith("gradient"):
+        return False
+    if actual.shape != oracle.shape or actual.dtype != stock.dtype or not actual.isfinite().all():
+        return False
+    length = float(oracle.double().square().mean().sqrt())
+    allowed = FACTOR * error_metrics(stock, oracle.double()).rms + FLIPS * length
+    return error_metrics(actual, oracle.double()).rms <= allowed

@@ -37,6 +37,7 @@ __all__ = ["Apart", "Failed", "Here", "Ready"]
 
 TOY_SIDE = 16  # divided by every window, so that any network and operator takes it
 PATIENCE = 900.0  # seconds for one answer
+GRACE = 3.0  # seconds to end in
 
 
 class Failed(RuntimeError):
@@ -128,9 +129,10 @@ class Apart:
     ) -> None:
         self.cpu_seconds = 0.0
         self._name, self._file = provider, file
-        # A server that has imported torch and never run anything forks in milliseconds.
+        # A server that has imported torch and its compiler (three seconds, which every compiled
+        # provider would need) and never run anything forks in milliseconds.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "torch._dynamo", "torch._inductor.compile_fx"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
@@ -178,7 +180,9 @@ class Apart:
         return tuple(values)
 
     def close(self) -> None:
+        # It ends by itself when the pipe does, and cleans up what it shares with the system.
         self._pipe.close()
+        self._process.join(GRACE)
         self._process.kill()
         self._process.join()
         self._file.unlink(missing_ok=True)
@@ -227,12 +231,15 @@ def _serve(
         while True:
             seconds = sampler(*pipe.recv())
             pipe.send(("seconds", seconds, time.process_time()))
-    except EOFError:
+    except (EOFError, ConnectionError):
         pass  # the parent is done with us
-    except Unavailable as error:
-        pipe.send(("unavailable", str(error)))
     except Exception as error:
-        pipe.send(("failed", "".join(traceback.format_exception_only(error)).strip()))
+        if isinstance(error, Unavailable):
+            answer = ("unavailable", str(error))
+        else:
+            answer = ("failed", "".join(traceback.format_exception_only(error)).strip())
+        with contextlib.suppress(ConnectionError):
+            pipe.send(answer)
     finally:
         pipe.close()
 

@@ -23,19 +23,21 @@ Needs the extra packages of sr_kernels[bench].
 """
 EPILOG = """\
 examples:
-  sr-kernels bench --quick                                 15 minutes: what `make bench` runs
+  sr-kernels bench --quick                                 6 minutes: what `make bench` runs
   sr-kernels bench --op elan_light_x4 --size 180x320       one network, all providers
   sr-kernels bench --op shift_conv_block --channels 60 --mode both --size 4x64x64
   sr-kernels bench --op elan_light_x4 --weights elan_light_x4=ELAN_light_x4.pth
   sr-kernels bench --list                                  what there is to measure
   sr-kernels bench --plot                                  charts of OUT/results.csv, no measuring
+  sr-kernels bench --agree FOLDER FOLDER                   do two runs (--out FOLDER) say the same?
 
 A row's speed-up is the time of the fastest provider that is not ours over the row's own. "of
 floor" is the least time that the machine needs for the bytes, products or exponentials of the
 case, whichever is slowest, by ceilings measured in the same run, over the row's time.
 """
 DEFAULT_OUT = Path("benchmarks") / "results"
-QUICK_SECONDS, FULL_SECONDS = 1.0, 3.0
+QUICK_SECONDS, FULL_SECONDS = 0.6, 3.0
+QUICK_ROUNDS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only these: eager, compile, sdpa, flex, conv2d, conv2d_depthwise, onnxruntime, "
         "openvino, cpu, cuda, triton; the form NAME_channels_last is meant too",
     )
-    what.add_argument("--quick", action="store_true", help="few cases, short samples")
+    what.add_argument(
+        "--quick",
+        action="store_true",
+        help="few cases, short samples, and torch.compile of whole networks only with --op",
+    )
     what.add_argument("--list", action="store_true", help="list the cases, and measure nothing")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
@@ -86,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help=f"of samples per provider (default: {FULL_SECONDS:g}, with --quick "
-        f"{QUICK_SECONDS:g}); never fewer than 10 samples, or 6 of calls that take seconds",
+        f"{QUICK_SECONDS:g}); never fewer than 10 samples, or 6 with --quick and of calls that "
+        "take seconds",
     )
     how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     how.add_argument(
@@ -98,6 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--image", type=Path, metavar="FILE", help="the photograph for networks")
     where = parser.add_argument_group("results")
+    where.add_argument(
+        "--agree",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="measure nothing: compare the tables of two runs (two folders given to --out), and "
+        "fail unless 9 of 10 rows agree: their intervals of 20 %% to 80 %% overlap",
+    )
     where.add_argument(
         "--out",
         type=Path,
@@ -123,8 +138,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from sr_kernels.benchmarks import cases, plot
+    from sr_kernels.benchmarks import agree, cases, plot
 
+    if arguments.agree:
+        try:
+            lines, share = agree.compare(*arguments.agree)
+        except (OSError, ValueError) as error:
+            raise Failure(str(error)) from error
+        console.say("\n".join(lines))
+        if share < agree.ENOUGH:
+            raise Failure(f"fewer than {agree.ENOUGH:.0%} of the rows agree")
+        return 0
     names = (
         *("op", "size", "channels", "mode", "dtype", "provider", "quick", "list"),
         *("device", "threads", "seconds", "no_memory", "weights", "image"),
@@ -176,8 +200,8 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     import torch
     from PIL import Image
 
+    from sr_kernels.benchmarks import measure, table
     from sr_kernels.benchmarks import run as runs
-    from sr_kernels.benchmarks import table
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise Failure("--device cuda: torch finds no CUDA GPU; `sr-kernels env` tells more")
@@ -210,6 +234,10 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         providers=tuple(arguments.provider),
         weights=_weights(arguments.weights, image),
         image=image,
+        least=QUICK_ROUNDS if arguments.quick else measure.MIN_ROUNDS,
+        compile_networks=not arguments.quick
+        or bool(arguments.op)
+        or "compile" in arguments.provider,
     )
     offered = sorted(_offered(chosen)) if arguments.provider else []
     for name in arguments.provider:

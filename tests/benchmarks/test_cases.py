@@ -1,5 +1,8 @@
 """The list of cases, and what each is said to cost."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from sr_kernels.benchmarks import cases, networks, operators
@@ -7,6 +10,10 @@ from sr_kernels.benchmarks.cases import Case
 from sr_kernels.benchmarks.run import PHOTOGRAPH
 from sr_kernels.benchmarks.work import Work, bound
 from torch.utils.flop_counter import FlopCounterMode
+
+from sr_kernels.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_name_of_the_file_is_defined_and_the_other_way_round():
@@ -35,19 +42,53 @@ def test_an_unknown_operator_is_named_with_what_there_is():
 
 def test_filters():
     chosen = cases.select(ops=["pixel_attention"], sizes=["8x8", "2x4x6"], channels=[5, 7])
-    # Sizes with the first number of channels, numbers of channels at the first size.
-    assert [c.shape for c in chosen] == ["1x5x8x8", "1x7x8x8", "2x5x4x6"]
+    assert [c.shape for c in chosen] == ["1x5x8x8", "1x7x8x8", "2x5x4x6", "2x7x4x6"]
     assert {c.mode for c in chosen} == {"forward"}
     both = cases.select(ops=["elan_x4"], sizes=["8x8"], modes=["both"], dtypes=["bfloat16"])
     assert both == [Case("elan_x4", 1, 0, 8, 8, "both", "bfloat16")]
     assert both[0].shape == "1x3x8x8"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ops": ["conv3x3"], "modes": ["both"]}, "op is 'conv3x3', whose only mode is forward"),
+        ({"ops": ["elan_x4"], "quick": True}, "op is 'elan_x4', which has no case in the quick"),
+    ],
+)
+def test_what_would_select_nothing_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cases.select(**arguments)
+
+
+def test_other_peoples_networks_need_a_checkout(monkeypatch, tmp_path):
+    assert "imdn_x4" in {case.op for case in cases.select()}
+    monkeypatch.setattr(cases, "THIRD_PARTY", tmp_path / "absent.py")
+    assert "imdn_x4" not in {case.op for case in cases.select()}
+    with pytest.raises(ValueError, match="op is 'imdn_x4', which only a checkout has"):
+        cases.select(ops=["imdn_x4"])
+
+
+def test_every_command_of_the_documentation_selects_its_cases(capsys):
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = re.findall(r"^    sr-kernels (bench .*--(?:op|quick).*?)(?: *#.*)?$", text, re.M)
+    assert len(commands) > 8
+    for command in commands:
+        # Weights need files, and listing them nothing.
+        words = command.partition("--weights")[0].split()
+        assert main([*words, "--list"]) == 0, command
+        listed = capsys.readouterr().out.splitlines()
+        for size in (word for word in words if re.fullmatch(r"[0-9x]*x[0-9x]*", word)):
+            batch, height, width = cases.parse_size(size)
+            shape = rf" {batch}x\d+x{height}x{width} "
+            assert any(re.search(shape, line) for line in listed), (command, size)
+
+
 def test_the_quick_set_is_a_small_part_and_has_training_and_networks():
     quick, everything = cases.select(quick=True), cases.select()
     assert set(quick) < set(everything)
     assert len(quick) * 3 < len(everything)
-    assert Case("elan_light_x4", 1, 0, 90, 160) in quick
+    assert Case("elan_light_x4", 1, 0, 64, 96) in quick
     assert {c.op for c in quick} >= set(operators.OPERATORS)
     assert "both" in {c.mode for c in quick}
 
@@ -103,6 +144,31 @@ def test_the_cost_of_elan_light_is_the_published_one():
     assert work.flops == pytest.approx(192 * 320 * (2 * parameters + products), rel=0.02)
     assert work.flops == pytest.approx(102e9, rel=0.005)
     assert work.exponentials == 192 * 320 * 12 * (16 + 64 + 256)
+
+
+def test_the_cost_of_other_peoples_elan_is_that_of_ours():
+    """Theirs keeps the scores, too, and writes the shift as a depthwise convolution."""
+    ours, theirs = (Case(op, 1, 0, 64, 64) for op in ("elan_light_x4", "elan_light_foreign_x4"))
+    a, b = (
+        networks.work(case, networks.load(case, None, PHOTOGRAPH)[0])["forward"]
+        for case in (ours, theirs)
+    )
+    assert b.exponentials == a.exponentials
+    assert b.bytes == pytest.approx(a.bytes, rel=0.05)
+    depthwise = 12 * 2 * (60 + 120) * 9 * 2 * 64 * 64
+    assert b.flops == pytest.approx(a.flops + depthwise, rel=1e-3)
+
+
+def test_weights_of_other_peoples_networks_are_loaded(tmp_path):
+    case = Case("imdn_x4", 1, 0, 16, 16)
+    network, _ = networks.load(case, None, PHOTOGRAPH)
+    state = {f"module.{name}": value + 1 for name, value in network.state_dict().items()}
+    torch.save({"params": state}, tmp_path / "imdn.pth")
+    loaded, name = networks.load(case, tmp_path / "imdn.pth", PHOTOGRAPH)
+    assert name == "imdn.pth"
+    assert torch.equal(loaded.c[0].weight, network.c[0].weight + 1)
+    with pytest.raises(ValueError, match=r"weights for pan_x4 are .*imdn\.pth, which does not fit"):
+        networks.load(Case("pan_x4", 1, 0, 16, 16), tmp_path / "imdn.pth", PHOTOGRAPH)
 
 
 def test_random_weights_give_unit_scale_activations():

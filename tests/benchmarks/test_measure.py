@@ -1,5 +1,6 @@
 """Clock, order of samples, memory, and the ceilings."""
 
+import math
 import time
 
 import pytest
@@ -21,6 +22,8 @@ def test_long_calls_get_fewer_rounds():
         return len(samples["a"])
 
     assert [rounds(s) for s in (0.1, 1.9, 2.1, 60.0)] == [5, 5, 3, 3]
+    few = measure.interleaved({"a": lambda repeats, warm: 0.1}, seconds=0.0, least=2)
+    assert len(few["a"]) == 2
 
 
 def test_the_order_rotates():
@@ -96,3 +99,32 @@ def test_ceilings_are_plausible_and_choose_the_rate_of_the_size():
     other = Ceilings(((100, 40.0), (1000, 30.0)), {"float32": 2.0}, 0.5)
     best = Ceilings(((100, 50.0), (1000, 30.0)), {"float32": 2.0}, 1.0)
     assert some.best(other) == other.best(some) == best
+
+
+def test_exponentials_of_a_gpu_are_measured_by_a_chain():
+    """With the clock of the CPU: what a GPU adds is the compilation."""
+    calls = []
+
+    def counted(x):
+        calls.append(x.numel())
+        return ceilings.chain(x)
+
+    x = torch.rand(1 << 10)
+    rate = ceilings.exponentials_per_s(x, counted, measure.Clock("cpu"))
+    assert calls == [1 << 10] * 11
+    start = time.perf_counter()
+    for _ in range(ceilings.CHAIN):
+        torch.exp(x)
+    # Several times faster or slower on a busy machine, but neither per call nor per number.
+    assert 0.02 < rate * (time.perf_counter() - start) / (ceilings.CHAIN * x.numel()) < 50
+    expected = x.double()
+    for _ in range(ceilings.CHAIN):
+        expected = (-expected).exp()
+    torch.testing.assert_close(ceilings.chain(x).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_exponentials_that_cannot_be_compiled_bound_nothing():
+    def broken(x):
+        raise RuntimeError("no Triton")
+
+    assert ceilings.exponentials_per_s(torch.rand(4), broken, measure.Clock("cpu")) == math.inf

@@ -1,6 +1,7 @@
 """Runs at toy size: every case, every provider, wrong results, and a run that is cut off."""
 
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sr_kernels.benchmarks import cases, ceilings, measure, operators, providers, run, table, worker
+from sr_kernels.benchmarks import (
+    cases,
+    ceilings,
+    measure,
+    networks,
+    operators,
+    providers,
+    run,
+    table,
+    worker,
+)
 from sr_kernels.benchmarks.cases import Case
 
 from sr_kernels import models
@@ -18,7 +29,14 @@ from sr_kernels.cli import main
 
 OPERATORS = list(operators.OPERATORS)
 TRAINED = {case.op for case in cases.select(modes=["both"])}
-NETWORKS = ["elan_light_x4", "elan_x4", "mafdn_x4"]
+NETWORKS = [name for name, network in networks.NETWORKS.items() if not network.theirs]
+THEIRS = [name for name, network in networks.NETWORKS.items() if network.theirs]
+# Those of the other runtimes that are installed here.
+RUNTIMES = [
+    name
+    for name in ("onnxruntime", "openvino")
+    if all(importlib.util.find_spec(package) for package in (name, "onnx"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +107,9 @@ def test_every_operator_in_16_bits(op, dtype, toy_settings, limits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("op", NETWORKS)
-def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
+def test_every_network_of_ours_at_toy_size(op, toy_settings, limits, tmp_path):
     # Exporting ELAN's 36 attentions takes a minute, and is what exporting ELAN-light's 24 is.
-    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", "onnxruntime", "openvino")
+    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", *RUNTIMES)
     settings = replace(toy_settings, providers=names)
     # A height that ELAN pads: an exported network must do so as well.
     rows = _measure(Case(op, 1, 0, 20, 16), settings, limits, tmp_path)
@@ -101,6 +119,31 @@ def test_every_network_at_toy_size(op, toy_settings, limits, tmp_path):
     if "openvino" in names:
         assert "openvino 2" in rows["openvino"].versions
     assert rows["cpu"].weights == ("mafdn_x4" if op == "mafdn_x4" else "random, seed 0")
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", THEIRS)
+def test_every_patched_network_at_toy_size(op, toy_settings, limits, tmp_path):
+    names = ("eager", "patched", *(RUNTIMES if op == "imdn_x4" else ()))
+    settings = replace(toy_settings, providers=names)
+    rows = _measure(Case(op, 1, 0, 32, 16), settings, limits, tmp_path)
+    assert set(rows) == {*names, "eager_channels_last", "patched_channels_last"}
+    assert {(row.status, row.reason) for row in rows.values()} == {("ok", "")}
+    assert run.is_ours("patched")
+    assert run.fastest_other([rows["patched"], rows["patched_channels_last"]]) is None
+
+
+def test_a_network_in_which_nothing_is_patched_has_no_time(
+    toy_settings, limits, tmp_path, monkeypatch
+):
+    import sr_kernels
+
+    monkeypatch.setattr(sr_kernels, "patch", lambda model: sr_kernels.PatchReport())
+    settings = replace(toy_settings, providers=("patched",))
+    rows = _measure(Case("imdn_x4", 1, 0, 8, 8), settings, limits, tmp_path)
+    assert {row.status for row in rows.values()} == {"unavailable"}
+    assert "recognises nothing" in rows["patched"].reason
 
 
 @pytest.mark.slow
@@ -217,6 +260,7 @@ def test_memory_is_that_of_the_call(tmp_path):
         station = _apart(case, name, tmp_path, memory=True)
         grown[name] = station.ready().memory / case.pixels
         station.close()
+        assert station._process.exitcode == 0, "it ended by itself"
     # All four windows' matrices are not alive at once; the largest pair is.
     assert 2 * 4 * 256 < grown["eager"] < 3 * 4 * (16 + 64 + 256)
     assert 4 * 24 <= grown["cpu"] < 600
@@ -230,6 +274,24 @@ def test_a_provider_in_its_own_process_is_verified_and_sampled(tmp_path, limits)
     assert {row.status for row in rows.values()} == {"ok"}
     assert all(row.memory_mb > 0 and 0 <= row.error < 1e-2 for row in rows.values())
     assert not list(tmp_path.iterdir())  # what they handed over is gone
+
+
+@pytest.mark.unpoisoned
+def test_what_compiles_goes_on_beside_the_others(tmp_path, monkeypatch):
+    class Station:
+        def close(self):
+            pass
+
+    verified = []
+    monkeypatch.setattr(run.Measurement, "_station", lambda self, provider: Station())
+    monkeypatch.setattr(
+        run.Measurement, "_verify", lambda self, provider, station: verified.append(provider.name)
+    )
+    case = Case("window_attention", 1, 24, 8, 8)
+    measurement = run.Measurement(case, run.Settings(threads=2), tmp_path)
+    measurement._make_ready(measurement._subject.providers)
+    assert (verified[0], verified[-1]) == ("flex", "compile")
+    assert set(verified) == {p.name for p in measurement._subject.providers}
 
 
 @pytest.mark.unpoisoned
@@ -275,6 +337,16 @@ def test_compile_brings_the_formats_it_chooses_from(toy_settings):
     settings = replace(toy_settings, providers=("compile",))
     wanted = [n for n in ("eager", "eager_channels_last", "compile", "cpu") if settings.wants(n)]
     assert wanted == ["eager", "eager_channels_last", "compile"]
+
+
+def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
+    quick = replace(toy_settings, compile_networks=False)
+    assert quick.wants("compile")
+    assert quick.wants("eager", network=True)
+    assert not quick.wants("compile", network=True)
+    said = []
+    _run([Case("mafdn_x4", 1, 0, 8, 8)], replace(quick, providers=("cpu",)), tmp_path, said.append)
+    assert "torch.compile of whole networks takes minutes, and is left out" in "\n".join(said)
 
 
 def _run(chosen, settings, folder, say=lambda text: None):
@@ -381,12 +453,17 @@ def test_list_needs_nothing_but_the_names(capsys):
         (["--image", "missing.png"], 1, "--image: missing.png cannot be read as a picture"),
         (["--image", __file__], 1, "cannot be read as a picture"),
         (["--weights", f"elan_x4={__file__}"], 1, "--weights: "),
-        (["--plot", "--out", "nowhere"], 1, "holds no timed row: measure first"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, status, message, capsys):
     assert main(["bench", *arguments]) == status
     assert message in capsys.readouterr().err
+
+
+def test_an_empty_table_has_no_charts(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "--plot", "--out", str(tmp_path)]) == 1
+    assert "holds no timed row: measure first" in capsys.readouterr().err
 
 
 def test_weights_of_another_network_are_refused(capsys):
@@ -426,6 +503,7 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.unpoisoned
 def test_a_whole_command(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     arguments = ["bench", "--op", "channel_gate", "--channels", "8", "--size", "8x8"]
     arguments += ["--provider", "eager", "cpu", "--seconds", "0", "--out", str(tmp_path), "--plot"]
     assert main(arguments) == 0

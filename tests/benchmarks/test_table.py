@@ -155,15 +155,18 @@ def test_the_readme_says_what_was_not_measured(tmp_path, row):
 
 
 def test_the_roofline_is_of_a_warm_cache(row):
+    pytest.importorskip("matplotlib")
     assert plot._roofline([replace(row, cache="cold")], "Abacus") is None
     assert plot._roofline([replace(row, cache="hot")], "Abacus") is not None
 
 
 def test_sizes_are_of_networks(row):
+    pytest.importorskip("matplotlib")
     assert plot._sizes([replace(row, shape="1x3x8x8")], "Abacus") is None
 
 
 def test_charts(tmp_path, rows):
+    pytest.importorskip("matplotlib")
     table.add(tmp_path / "a" / "results", rows)
     files = plot.draw(tmp_path / "a" / "results")
     names = {file.name for file in files}
@@ -181,6 +184,7 @@ def test_charts(tmp_path, rows):
 
 
 def test_the_readme_is_renewed_between_its_markers(tmp_path, rows):
+    pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
     begin, end = plot.MARKERS
     readme.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nThe rest.\n")
