@@ -250,7 +250,7 @@ def _patch_one(
             found = _recognise(module, recogniser, candidates, verdicts)
             swap.swap(module, swap.subclass(found))
         except NotRecognised as reason:
-            reasons.append((recogniser.name, str(reason)))
+            reasons.append(("" if recogniser.plain else recogniser.name, str(reason)))
             continue
         except Exception as error:
             # Other people's attributes may do anything when they are read.
@@ -261,7 +261,8 @@ def _patch_one(
             path, name, recogniser.replacement, f"recognised as {recogniser.name}", recogniser.name
         )
     if reasons:
-        return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), reasons[0][0])
+        resembles = next((family for family, _ in reasons if family), "")
+        return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), resembles)
     return PatchEntry(path, name, None, "of no known family")
 
 

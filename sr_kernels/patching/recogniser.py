@@ -31,11 +31,14 @@ class Recogniser:
         name: unique; pickles of patched modules hold it.
         replacement: what the report prints.
         operators: names of the operators that ``forward`` calls.
+        plain: an ordinary layer that stock runs well too. One that is left alone is neither listed in
+            the report's table nor minded by ``strict``.
     """
 
     name: str = ""
     replacement: str = ""
     operators: tuple[str, ...] = ()
+    plain: bool = False
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         """What ``module`` may be, most likely first; the first that passes the probe is taken.
@@ -146,6 +149,8 @@ def is_conv(child: Any, kernel: int, *, padding: int | None = None, groups: int 
     """Whether ``child`` is a plain Conv2d, kernel x kernel, stride 1, zero padding that keeps the
     size (or ``padding``)."""
     if not calls(child, nn.Conv2d):
+        return False
+    if original_class(child)._conv_forward is not nn.Conv2d._conv_forward:
         return False
     wanted = kernel // 2 if padding is None else padding
     return bool(
