@@ -254,7 +254,8 @@ def _patch_one(
             continue
         except Exception as error:
             # Other people's attributes may do anything when they are read.
-            reasons.append((recogniser.name, f"{recogniser.name} fails on it ({error!r})"))
+            why = _obstacle(module) or f"{recogniser.name} fails on it ({error!r})"
+            reasons.append(("" if recogniser.plain else recogniser.name, why))
             continue
         report._swapped.append((module, found.original, type(module)))
         return PatchEntry(

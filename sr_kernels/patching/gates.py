@@ -22,6 +22,7 @@ from .recogniser import (
     child_names,
     is_conv,
     maps,
+    needs_gradient,
     only_map,
     owns_tensors,
     part_at,
@@ -287,7 +288,9 @@ def _scpa(part: Any, slope: float, x: Tensor) -> Tensor:
     weight = torch.cat([part.conv1_a.weight, part.conv1_b.weight])
     both = F.shift_conv2d(x, weight, activation="leaky_relu", negative_slope=slope, pattern="none")
     first, second = both.chunk(2, 1)
-    joined = torch.cat([convolve(part.k1[0], first, slope), _pa_conv(part.PAConv, second, slope)], 1)
+    joined = torch.cat(
+        [convolve(part.k1[0], first, slope), _pa_conv(part.PAConv, second, slope)], 1
+    )
     return F.shift_conv2d(joined, part.conv3.weight, pattern="none", residual=x)
 
 
@@ -490,21 +493,59 @@ class InformationDistillationNetwork(Recogniser):
         )
 
 
-# ------------------------------------------------------------------------------ known, and stock
+# ------------------------------------------------------------------------------------------- ESA
 
 
 class EnhancedSpatialAttention(Recogniser):
-    """ESA of RFANet, RFDN and RLFN: known, and always left alone. All but its first and last 1x1
-    convolution work on a ninth of a quarter of the pixels, and no operator gates one map with
-    another one's convolution."""
+    """ESA: ``x * sigmoid(W4 (small(x) + W_f W1 x))``, small on few pixels and stretched again.
+
+    Its 1x1 convolutions work on all pixels and are ours. options: whether small has three
+    convolutions with ReLU between them (RFANet, RFDN), or one (RLFN).
+    """
 
     name = "enhanced_spatial_attention"
-    replacement = "nothing"
+    replacement = "shift_conv2d"
+    operators = ("shift_conv2d",)
 
-    def options(self, module: nn.Module) -> Iterable[Any]:
-        if {"conv1", "conv_f", "conv2", "conv3", "conv4"} <= state_names(module):
-            raise NotRecognised("ESA works on few pixels: there is nothing to gain")
-        return []
+    def options(self, module: nn.Module) -> Iterable[bool]:
+        names, wanted = state_names(module), {"conv1", "conv_f", "conv2", "conv3", "conv4"}
+        if not wanted <= names:
+            return []
+        part: Any = module
+        others = names - wanted - {"sigmoid", "relu"}
+        if others not in (set(), {"conv_max", "conv3_"}):
+            raise NotRecognised(f"its layers are not ESA's: {', '.join(sorted(others))}")
+        if not all(is_conv(c, 1) for c in (part.conv1, part.conv_f, part.conv4)):
+            raise NotRecognised("its conv1, conv_f and conv4 are not plain 1x1 convolutions")
+        return [bool(others)]
+
+    def examples(self, module: nn.Module, options: bool) -> list[tuple[Any, ...]]:
+        part: Any = module
+        return maps(part.conv1.in_channels, 33, 40)
+
+    def forward(self, module: nn.Module, options: bool, *args: Any) -> Any:
+        part: Any = module
+        x = only_map(self.operators, args, part.conv1.weight.shape[1], part.conv1.weight)
+        if x is None:
+            return NotImplemented
+        first = _conv1x1(part.conv1, x)
+        small = nn.functional.max_pool2d(part.conv2(first), 7, 3)
+        if options:
+            small = nn.functional.relu(part.conv3(nn.functional.relu(part.conv_max(small))))
+            small = part.conv3_(small)
+        else:
+            small = part.conv3(small)
+        size = (x.shape[2], x.shape[3])
+        small = nn.functional.interpolate(small, size, mode="bilinear", align_corners=False)
+        gate = _conv1x1(part.conv4, _conv1x1(part.conv_f, first, small))
+        if needs_gradient(module, x):
+            return x * gate.sigmoid()
+        return gate.sigmoid_().mul_(x)
+
+
+def _conv1x1(convolution: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    weight, bias = convolution.weight, convolution.bias
+    return F.shift_conv2d(x, weight, bias, pattern="none", residual=residual)
 
 
 for _recogniser in (

@@ -42,7 +42,7 @@ class Net(nn.Module):
         self.block = tp.ELAB(15, 2, 1, (2, 4, 8))
         self.gate = tp.CCALayer(15, 3)
         self.other = tp.with_tanh_gate(15)
-        self.tail = nn.Conv2d(15, 3, 3, padding=1)
+        self.tail = nn.Conv2d(15, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(self.other(self.gate(self.block(self.head(x))))) + x
