@@ -31,8 +31,8 @@ class Recogniser:
         name: unique; pickles of patched modules hold it.
         replacement: what the report prints.
         operators: names of the operators that ``forward`` calls.
-        plain: an ordinary layer that stock runs well too. One that is left alone is neither listed in
-            the report's table nor minded by ``strict``.
+        plain: of a layer that stock runs well too. One that is left alone is neither listed in the
+            report's table nor minded by ``strict``.
     """
 
     name: str = ""

@@ -117,8 +117,7 @@ def _forward(replacement: Replacement) -> Callable[..., Any]:
 
 def _say_why(module: nn.Module, replacement: Replacement, args: tuple[Any, ...]) -> None:
     """A call runs the module's own forward: a warning, once per reason, if the backend asked for by
-    name is why; else a line in the log of level DEBUG, ``logging.getLogger("sr_kernels.patching")``.
-    """
+    name is why; else a line in the log "sr_kernels.patching", level DEBUG."""
     named = backends.current_backend()
     x = next((a for a in args if isinstance(a, Tensor)), None)
     why = ""
