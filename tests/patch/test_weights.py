@@ -68,12 +68,15 @@ def test_quality_on_all_of_set5(
 ) -> None:
     build, white, _ = NETWORKS[name]
     model = load(data / "weights" / name, build)
-    before, after = [], []
-    for low, high in set5.values():
-        x = to_tensor([low], white)
+
+    def each() -> list[float]:
         with torch.inference_mode():
-            before.append(quality(model(x), high, white))
-            with sr_kernels.patched(model):
-                after.append(quality(model(x), high, white))
+            return [
+                quality(model(to_tensor([low], white)), high, white) for low, high in set5.values()
+            ]
+
+    before = each()
+    with sr_kernels.patched(model):
+        after = each()
     assert after == pytest.approx(before, abs=1e-3)
     assert sum(after) / 5 == pytest.approx(published, abs=1e-3)
