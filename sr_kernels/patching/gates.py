@@ -499,7 +499,8 @@ class InformationDistillationNetwork(Recogniser):
 class EnhancedSpatialAttention(Recogniser):
     """ESA: ``x * sigmoid(W4 (small(x) + W_f W1 x))``, small on few pixels and stretched again.
 
-    Its 1x1 convolutions work on all pixels and are ours. options: whether small has three
+    Its 1x1 convolutions work on all pixels and are ours, which takes 0.85 of the time (measured: 52
+    channels, 180x320, one AVX2 core); the rest stays torch's. options: whether small has three
     convolutions with ReLU between them (RFANet, RFDN), or one (RLFN).
     """
 

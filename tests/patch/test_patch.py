@@ -220,7 +220,7 @@ def test_report(net: nn.Module) -> None:
     assert by_path["block"].class_name == "ELAB"
     assert by_path["block"].replaced_by == "shift_conv_block + grouped_attention_block"
     assert by_path["block.modules_lfe.lfe_0"].reason == "part of block, replaced as one"
-    assert by_path["head"].reason == "of no known family"
+    assert by_path["head"].reason == "stock is faster for less than 12 channels"
     assert "Tanh" in by_path["other"].reason
     text = str(report)
     assert text.startswith("2 modules replaced, 1 of known kinds left alone")
