@@ -125,8 +125,8 @@ def output(out: torch.Tensor, x: torch.Tensor, channels: int, name: str = "out")
     n, _, h, w = x.shape
     if out.shape != (n, channels, h, w):
         raise ValueError(f"{name} must have shape {(n, channels, h, w)}, got {_shape(out)}")
-    if not out.is_contiguous(memory_format=memory_format_of(x)):
-        raise ValueError(f"{name} must be dense and in the memory format of x")
+    if not out.is_contiguous(memory_format=memory_format_of(out)):
+        raise ValueError(f"{name} must be contiguous or channels_last, got strides {out.stride()}")
     if torch.compiler.is_compiling() or not x.numel():
         return
     if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():

@@ -196,7 +196,7 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
             return native
         reasons.append(reason)
     if not torch.compiler.is_compiling():
-        _warn_once(f"{op} runs on the reference implementation: {'; '.join(reasons)}")
+        warn_once(f"{op} runs on the reference implementation: {'; '.join(reasons)}")
     return "reference"
 
 
@@ -205,7 +205,7 @@ def operators(backend: str) -> Any:
     return torch.ops.sr_kernels_triton if backend == "triton" else torch.ops.sr_kernels
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, FallbackWarning, stacklevel=4)

@@ -153,7 +153,7 @@ def shift_conv_block(
         activation: between the two; as in :func:`shift_conv2d`.
         residual: add x; needs C_out = C.
         pattern, groups, negative_slope: as in :func:`shift_conv2d`, for both shifts.
-        out: (N, C_out, H, W) in the memory format of x, where the result is written; for inference.
+        out: (N, C_out, H, W), contiguous or channels_last, for the result; for inference.
             A network that hands two maps back and forth saves the memory and the page faults of new
             ones. Must share no memory with x.
         backend: see :mod:`sr_kernels.backends`.

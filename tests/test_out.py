@@ -39,15 +39,19 @@ OPERATORS = [shift_conv_block, attention, reuse]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("given_layout", FORMATS)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_result_is_in_out(operator, layout, backend):
+def test_the_result_is_in_out(operator, layout, given_layout, backend):
     x = X.contiguous(memory_format=FORMATS[layout])
     expected = operator(x, backend=backend)
-    given = torch.empty_like(x).fill_(torch.nan)
+    given = torch.full(SHAPE, torch.nan).contiguous(memory_format=FORMATS[given_layout])
     returned = operator(x, backend=backend, out=given)
     assert returned is given
-    assert bitwise_equal(given, expected)
+    if given_layout == layout:
+        assert bitwise_equal(given, expected)
+    else:  # stored another way, tiles may be rounded another way
+        torch.testing.assert_close(given, expected)
 
 
 def test_nothing_beside_out_is_written():
@@ -104,9 +108,9 @@ def test_compiles_as_one_graph():
         (torch.empty(2, 6, 16, 16), ValueError, "out must have shape"),
         (torch.empty(SHAPE, dtype=torch.float64), TypeError, "out must have the dtype of x"),
         (
-            torch.empty(SHAPE).contiguous(memory_format=torch.channels_last),
+            torch.empty(2, 6, 32, 16).transpose(2, 3),
             ValueError,
-            "out must be dense and in the memory format of x",
+            "out must be contiguous or channels_last",
         ),
         (X, ValueError, "out must not share its memory with x"),
     ],

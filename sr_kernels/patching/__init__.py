@@ -4,7 +4,7 @@
 docs/patching.md says what is recognised and how to add to it.
 """
 
-from . import elan, gates, swin  # noqa: F401  (they register their recognisers)
+from . import convolution, elan, gates, swin  # noqa: F401  (they register their recognisers)
 from .core import PatchEntry, PatchError, PatchReport, patch, patched
 from .recogniser import NotRecognised, Recogniser, recognisers, register, runs
 

@@ -205,26 +205,30 @@ def _patch_inside(
     report: PatchReport,
 ) -> None:
     verdicts: dict[Any, str | None] = {}
-    whole: list[tuple[str, str]] = []  # (path prefix, path) of what is replaced as one
+    whole: list[tuple[str, str]] = []  # (path prefix, why what is inside stays)
     for path, module in list(model.named_modules()):
-        owner = next((name for prefix, name in whole if path.startswith(prefix)), None)
-        name = swap.original_class(module).__name__
-        if owner is not None:
-            report.entries.append(
-                PatchEntry(path, name, None, f"part of {owner or 'the network'}, replaced as one")
-            )
+        why = next((why for prefix, why in whole if path.startswith(prefix)), None)
+        cls = swap.original_class(module)
+        if why is not None:
+            report.entries.append(PatchEntry(path, cls.__name__, None, why))
             continue
+        inside = f"part of {path or 'the network'}, replaced as one"
         if swap.replacement_of(module) is not None:
-            entry = PatchEntry(path, name, None, "is patched already")
-            whole.append((f"{path}." if path else "", path))
+            entry = PatchEntry(path, cls.__name__, None, "is patched already")
+        elif cls.__module__.split(".")[0] == "sr_kernels":
+            inside = "is of this package already"
+            entry = PatchEntry(path, cls.__name__, None, inside)
         elif wanted is not None and not wanted(path, module):
-            entry = PatchEntry(path, name, None, "not in include")
+            entry = PatchEntry(path, cls.__name__, None, "not in include")
+            inside = ""
         elif unwanted is not None and unwanted(path, module):
-            entry = PatchEntry(path, name, None, "in exclude")
+            entry = PatchEntry(path, cls.__name__, None, "in exclude")
+            inside = ""
         else:
             entry = _patch_one(path, module, report, verdicts)
-            if entry.replaced_by is not None:
-                whole.append((f"{path}." if path else "", path))
+            inside = inside if entry.replaced_by is not None else ""
+        if inside:
+            whole.append((f"{path}." if path else "", inside))
         report.entries.append(entry)
 
 
@@ -232,8 +236,6 @@ def _patch_one(
     path: str, module: nn.Module, report: PatchReport, verdicts: dict[Any, str | None]
 ) -> PatchEntry:
     name = type(module).__name__
-    if type(module).__module__.split(".")[0] == "sr_kernels":
-        return PatchEntry(path, name, None, "is of this package already")
     if isinstance(module, torch.jit.ScriptModule):
         return PatchEntry(path, name, None, "is compiled TorchScript")
     if isinstance(module, torch.fx.GraphModule):
@@ -250,18 +252,20 @@ def _patch_one(
             found = _recognise(module, recogniser, candidates, verdicts)
             swap.swap(module, swap.subclass(found))
         except NotRecognised as reason:
-            reasons.append((recogniser.name, str(reason)))
+            reasons.append(("" if recogniser.plain else recogniser.name, str(reason)))
             continue
         except Exception as error:
             # Other people's attributes may do anything when they are read.
-            reasons.append((recogniser.name, f"{recogniser.name} fails on it ({error!r})"))
+            why = _obstacle(module) or f"{recogniser.name} fails on it ({error!r})"
+            reasons.append(("" if recogniser.plain else recogniser.name, why))
             continue
         report._swapped.append((module, found.original, type(module)))
         return PatchEntry(
             path, name, recogniser.replacement, f"recognised as {recogniser.name}", recogniser.name
         )
     if reasons:
-        return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), reasons[0][0])
+        resembles = next((family for family, _ in reasons if family), "")
+        return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), resembles)
     return PatchEntry(path, name, None, "of no known family")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import functional as F
+from sr_kernels._checks import memory_format_of
 from sr_kernels.nn import shift_weight
 from sr_kernels.scores import WindowScores
 
@@ -268,7 +269,9 @@ def _lfe_weights(module: nn.Module, lfe: _Lfe) -> tuple[Any, ...]:
     return (*_shift_weights(module, lfe.first), *_shift_weights(module, lfe.second))
 
 
-def _lfe_run(module: nn.Module, lfe: _Lfe, x: Tensor, weights: Any, residual: bool) -> Tensor:
+def _lfe_run(
+    x: Tensor, lfe: _Lfe, weights: Any, *, residual: bool, out: Tensor | None = None
+) -> Tensor:
     return F.shift_conv_block(
         x,
         *weights,
@@ -277,6 +280,7 @@ def _lfe_run(module: nn.Module, lfe: _Lfe, x: Tensor, weights: Any, residual: bo
         residual=residual,
         pattern=lfe.first.pattern,
         groups=lfe.first.groups,
+        out=out,
     )
 
 
@@ -309,7 +313,7 @@ class LocalFeatureExtraction(Recogniser):
         x = only_map(self.operators, args, weights[0].shape[1], *weights)
         if x is None:
             return NotImplemented
-        return _lfe_run(module, options, x, weights, residual=False)
+        return _lfe_run(x, options, weights, residual=False)
 
 
 # ------------------------------------------------------------------------------------------ GMSA
@@ -528,16 +532,15 @@ class ElanBlock(Recogniser):
             return NotImplemented
         if not divides(x, options.gmsas[0].windows):
             return NotImplemented
-        infer = not needs_gradient(module, x) and all(
+        learns = needs_gradient(module, x) or not all(
             fixed_norm(attention.project_inp[1]) for *_, attention in pairs
         )
+        if not learns:
+            return _infer(x, pairs)
         scores: WindowScores | None = None
         for lfe, lfe_weights, gmsa, attention in pairs:
-            x = _lfe_run(module, lfe, x, lfe_weights, residual=True)
-            if infer:
-                x, scores = _attend(x, gmsa, attention, scores, len(pairs) > 1)
-            else:
-                x, scores = _attend_and_learn(x, gmsa, attention, scores)
+            x = _lfe_run(x, lfe, lfe_weights, residual=True)
+            x, scores = _attend_and_learn(x, gmsa, attention, scores)
         return x
 
 
@@ -549,21 +552,40 @@ def _moved(lfe: _Lfe, by: tuple[str, ...]) -> _Lfe:
     )
 
 
-def _attend(
-    x: Tensor, gmsa: _Gmsa, attention: Any, scores: WindowScores | None, shared: bool
-) -> tuple[Tensor, WindowScores | None]:
-    """The attention of a pair with its residual, for inference: one operator."""
-    weights = (
-        *folded(*attention.project_inp),
-        attention.project_out.weight,
-        attention.project_out.bias,
-    )
-    if scores is not None:
-        return F.apply_grouped_attention_block(scores, x, *weights), scores
-    settings: Any = {"windows": gmsa.windows, "shifted": gmsa.shifted}
-    if shared:
-        return F.grouped_attention_block(x, *weights, **settings, return_scores=True)
-    return F.grouped_attention_block(x, *weights, **settings), None
+def _infer(x: Tensor, pairs: Sequence[tuple[_Lfe, Any, _Gmsa, Any]]) -> Tensor:
+    """The pairs without gradients: two operators each, BatchNorm folded into the projection.
+
+    Between the first and the last operator maps are channels_last, which the attention is faster
+    in; those two read and write the memory format of x, so that nothing is converted.
+    """
+    # Operators choose the dtype under autocast, and a graph is best without writes.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        inside, attended, last = None, None, None
+    else:
+        inside = torch.empty_like(x, memory_format=torch.channels_last)
+        attended = torch.empty_like(inside) if len(pairs) > 1 else None
+        last = torch.empty_like(x, memory_format=memory_format_of(x))
+    scores: WindowScores | None = None
+    for number, (lfe, lfe_weights, gmsa, attention) in enumerate(pairs, 1):
+        x = _lfe_run(x, lfe, lfe_weights, residual=True, out=inside)
+        out = last if number == len(pairs) else attended
+        weights = (
+            *folded(*attention.project_inp),
+            attention.project_out.weight,
+            attention.project_out.bias,
+        )
+        settings: Any = {"windows": gmsa.windows, "shifted": gmsa.shifted}
+        if scores is not None:
+            x = F.apply_grouped_attention_block(scores, x, *weights, out=out)
+        elif len(pairs) > 1:
+            kept = None if out is None else (out, x.new_empty(x.shape))
+            x, scores = F.grouped_attention_block(
+                x, *weights, **settings, return_scores=True, out=kept
+            )
+        else:
+            x = F.grouped_attention_block(x, *weights, **settings, out=out)
+    return x
 
 
 def _attend_and_learn(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 
+from .convolution import convolve
 from .recogniser import (
     NotRecognised,
     Recogniser,
@@ -21,6 +22,7 @@ from .recogniser import (
     child_names,
     is_conv,
     maps,
+    needs_gradient,
     only_map,
     owns_tensors,
     part_at,
@@ -207,7 +209,7 @@ class PixelAttentionConv(Recogniser):
     """PAN's PAConv: ``k4(k3(x) * sigmoid(k2(x)))``, k2 1x1 and the others k x k."""
 
     name = "pixel_attention_conv"
-    replacement = "shift_conv2d"
+    replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
 
     def options(self, module: nn.Module) -> Iterable[Any]:
@@ -232,26 +234,9 @@ class PixelAttentionConv(Recogniser):
         return _pa_conv(part, x)
 
 
-def _pa_conv(part: Any, x: Tensor) -> Tensor:
+def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
     gate = F.shift_conv2d(x, part.k2.weight, part.k2.bias, pattern="none").sigmoid()
-    return convolve(part.k4, convolve(part.k3, x) * gate)
-
-
-def convolve(convolution: Any, x: Tensor) -> Tensor:
-    """The convolution; its weight is brought into the memory format of a channels_last x, without
-    which torch convolves in the other format."""
-    weight = convolution.weight
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    return nn.functional.conv2d(
-        x,
-        weight,
-        convolution.bias,
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        convolution.groups,
-    )
+    return convolve(part.k4, convolve(part.k3, x) * gate, slope)
 
 
 def _as(like: Tensor, y: Tensor) -> Tensor:
@@ -266,7 +251,7 @@ class SelfCalibratedPixelAttention(Recogniser):
     """
 
     name = "self_calibrated_pixel_attention"
-    replacement = "shift_conv2d"
+    replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
 
     def options(self, module: nn.Module) -> Iterable[float]:
@@ -303,8 +288,9 @@ def _scpa(part: Any, slope: float, x: Tensor) -> Tensor:
     weight = torch.cat([part.conv1_a.weight, part.conv1_b.weight])
     both = F.shift_conv2d(x, weight, activation="leaky_relu", negative_slope=slope, pattern="none")
     first, second = both.chunk(2, 1)
-    joined = torch.cat([convolve(part.k1[0], first), _pa_conv(part.PAConv, second)], 1)
-    joined = nn.functional.leaky_relu_(joined, slope)
+    joined = torch.cat(
+        [convolve(part.k1[0], first, slope), _pa_conv(part.PAConv, second, slope)], 1
+    )
     return F.shift_conv2d(joined, part.conv3.weight, pattern="none", residual=x)
 
 
@@ -319,7 +305,7 @@ class PixelAttentionNetwork(Recogniser):
     convolutions on large maps run faster in."""
 
     name = "pixel_attention_network"
-    replacement = "shift_conv2d + pixel_attention, channels_last"
+    replacement = "shift_conv2d + pixel_attention + conv3x3, channels_last"
     operators = ("shift_conv2d", "pixel_attention")
 
     def options(self, module: nn.Module) -> Iterable[_Pan]:
@@ -361,7 +347,7 @@ class PixelAttentionNetwork(Recogniser):
         trunk = y
         for block, slope in zip(part.SCPA_trunk, options.slopes, strict=True):
             trunk = _scpa(block, slope, trunk)
-        y = y + convolve(part.trunk_conv, trunk)
+        y = convolve(part.trunk_conv, trunk, skip=y)
         for up, attention, convolution in (
             (part.upconv1, part.att1, part.HRconv1),
             (part.upconv2, part.att2, part.HRconv2),
@@ -370,7 +356,7 @@ class PixelAttentionNetwork(Recogniser):
             gate = part_at(attention, next(iter(PixelAttention().options(attention))))
             y = F.pixel_attention(y, gate.weight, gate.bias)
             y = nn.functional.leaky_relu(y, options.slope)
-            y = nn.functional.leaky_relu_(convolve(convolution, y), options.slope)
+            y = convolve(convolution, y, options.slope)
         large = nn.functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
         return _as(x, convolve(part.conv_last, y)) + large
 
@@ -385,7 +371,7 @@ class InformationDistillation(Recogniser):
     attention, a 1x1 convolution and a residual."""
 
     name = "information_distillation"
-    replacement = "channel_gate + gated_conv1x1"
+    replacement = "channel_gate + gated_conv1x1 + conv3x3"
     operators = ("channel_gate", "gated_conv1x1")
 
     def options(self, module: nn.Module) -> Iterable[_Distillation]:
@@ -422,7 +408,7 @@ def _distil(part: Any, options: _Distillation, x: Tensor) -> Tensor:
     sizes = (part.distilled_channels, part.remaining_channels)
     parts, rest = [], x
     for convolution in (part.c1, part.c2, part.c3):
-        y = nn.functional.leaky_relu_(convolve(convolution, rest), options.slope)
+        y = convolve(convolution, rest, options.slope)
         first, rest = y.split(sizes, 1)
         parts.append(first)
     y = torch.cat([*parts, convolve(part.c4, rest)], 1)
@@ -443,7 +429,7 @@ class InformationDistillationNetwork(Recogniser):
     """IMDN as a whole: what its blocks save, and channels_last throughout."""
 
     name = "information_distillation_network"
-    replacement = "channel_gate + gated_conv1x1 + shift_conv2d, channels_last"
+    replacement = "channel_gate + gated_conv1x1 + shift_conv2d + conv3x3, channels_last"
     operators = ("channel_gate", "gated_conv1x1", "shift_conv2d")
 
     def options(self, module: nn.Module) -> Iterable[_Imdn]:
@@ -498,7 +484,7 @@ class InformationDistillationNetwork(Recogniser):
             negative_slope=options.slope,
             pattern="none",
         )
-        y = convolve(part.LR_conv, y) + first
+        y = convolve(part.LR_conv, y, skip=first)
         return _as(
             x,
             nn.functional.pixel_shuffle(
@@ -507,21 +493,60 @@ class InformationDistillationNetwork(Recogniser):
         )
 
 
-# ------------------------------------------------------------------------------ known, and stock
+# ------------------------------------------------------------------------------------------- ESA
 
 
 class EnhancedSpatialAttention(Recogniser):
-    """ESA of RFANet, RFDN and RLFN: known, and always left alone. All but its first and last 1x1
-    convolution work on a ninth of a quarter of the pixels, and no operator gates one map with
-    another one's convolution."""
+    """ESA: ``x * sigmoid(W4 (small(x) + W_f W1 x))``, small on few pixels and stretched again.
+
+    Its 1x1 convolutions work on all pixels and are ours, which takes 0.85 of the time (measured: 52
+    channels, 180x320, one AVX2 core); the rest stays torch's. options: whether small has three
+    convolutions with ReLU between them (RFANet, RFDN), or one (RLFN).
+    """
 
     name = "enhanced_spatial_attention"
-    replacement = "nothing"
+    replacement = "shift_conv2d"
+    operators = ("shift_conv2d",)
 
-    def options(self, module: nn.Module) -> Iterable[Any]:
-        if {"conv1", "conv_f", "conv2", "conv3", "conv4"} <= state_names(module):
-            raise NotRecognised("ESA works on few pixels: there is nothing to gain")
-        return []
+    def options(self, module: nn.Module) -> Iterable[bool]:
+        names, wanted = state_names(module), {"conv1", "conv_f", "conv2", "conv3", "conv4"}
+        if not wanted <= names:
+            return []
+        part: Any = module
+        others = names - wanted - {"sigmoid", "relu"}
+        if others not in (set(), {"conv_max", "conv3_"}):
+            raise NotRecognised(f"its layers are not ESA's: {', '.join(sorted(others))}")
+        if not all(is_conv(c, 1) for c in (part.conv1, part.conv_f, part.conv4)):
+            raise NotRecognised("its conv1, conv_f and conv4 are not plain 1x1 convolutions")
+        return [bool(others)]
+
+    def examples(self, module: nn.Module, options: bool) -> list[tuple[Any, ...]]:
+        part: Any = module
+        return maps(part.conv1.in_channels, 33, 40)
+
+    def forward(self, module: nn.Module, options: bool, *args: Any) -> Any:
+        part: Any = module
+        x = only_map(self.operators, args, part.conv1.weight.shape[1], part.conv1.weight)
+        if x is None:
+            return NotImplemented
+        first = _conv1x1(part.conv1, x)
+        small = nn.functional.max_pool2d(part.conv2(first), 7, 3)
+        if options:
+            small = nn.functional.relu(part.conv3(nn.functional.relu(part.conv_max(small))))
+            small = part.conv3_(small)
+        else:
+            small = part.conv3(small)
+        size = (x.shape[2], x.shape[3])
+        small = nn.functional.interpolate(small, size, mode="bilinear", align_corners=False)
+        gate = _conv1x1(part.conv4, _conv1x1(part.conv_f, first, small))
+        if needs_gradient(module, x):
+            return x * gate.sigmoid()
+        return gate.sigmoid_().mul_(x)
+
+
+def _conv1x1(convolution: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    weight, bias = convolution.weight, convolution.bias
+    return F.shift_conv2d(x, weight, bias, pattern="none", residual=residual)
 
 
 for _recogniser in (

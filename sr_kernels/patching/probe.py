@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sr_kernels import backends
+from sr_kernels import _library, backends
 
+from . import recogniser as recogniser_module
 from .recogniser import NotRecognised, Recogniser
 from .swap import fingerprint, original_class, swap
 
@@ -57,11 +58,13 @@ def _quiet() -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
-        backends.use_backend("auto"),
+        backends.use_backend("auto" if _library.CPU_LIBRARY.loaded else "reference"),
     ):
+        recogniser_module.probing = True
         try:
             yield
         finally:
+            recogniser_module.probing = False
             random.setstate(python_state)
 
 

@@ -15,6 +15,7 @@ import copyreg
 import functools
 import hashlib
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +27,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sr_kernels import backends
+
 if TYPE_CHECKING:
     from .recogniser import Recogniser
 
 __all__ = ["Replacement", "original_class", "replacement_of", "swap"]
+
+
+_LOG = logging.getLogger("sr_kernels.patching")
 
 
 class PatchedType(type):
@@ -102,9 +108,38 @@ def _forward(replacement: Replacement) -> Callable[..., Any]:
             result = recogniser.forward(self, options, *given)
             if result is not NotImplemented:
                 return result
+        if not torch.compiler.is_compiling():
+            _say_why(self, replacement, args)
         return own(self, *args, **kwargs)
 
     return forward
+
+
+def _say_why(module: nn.Module, replacement: Replacement, args: tuple[Any, ...]) -> None:
+    """A call runs the module's own forward: a warning, once per reason, if the backend asked for by
+    name is why; else a line in the log "sr_kernels.patching", level DEBUG."""
+    named = backends.current_backend()
+    x = next((a for a in args if isinstance(a, Tensor)), None)
+    why = ""
+    if named not in ("auto", "reference") and x is not None and not replacement.recogniser.plain:
+        answers = (
+            (op, backends.can_run(named, op, (x,))) for op in replacement.recogniser.operators
+        )
+        why = next(
+            (f"{op} on its argument: {reason}" for op, (ok, reason) in answers if not ok), ""
+        )
+    name = replacement.original.__name__
+    if why:
+        backends.warn_once(
+            f"a patched {name} runs its own forward: backend {named!r} cannot run {why}"
+        )
+    elif _LOG.isEnabledFor(logging.DEBUG):
+        if not unchanged(module, replacement):
+            why = "its layers or their configuration have changed, or a hook waits inside it"
+        else:
+            shape = None if x is None else (tuple(x.shape), x.dtype, str(x.device))
+            why = f"{replacement.recogniser.name} does not take this call (first tensor: {shape})"
+        _LOG.debug("a patched %s runs its own forward: %s", name, why)
 
 
 def positional(

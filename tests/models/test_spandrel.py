@@ -228,15 +228,59 @@ def test_load_patches(save: Callable[[Any], Path]) -> None:
     assert descriptor.architecture.id == "RCAN"
     assert not descriptor.model.training
     replaced = [entry for entry in report.entries if entry.replaced_by]
-    assert {entry.class_name for entry in replaced} == {"CALayer"}
+    assert {entry.class_name for entry in replaced} == {"CALayer", "Conv2d"}
     x = torch.rand(1, 3, 9, 14)
     torch.testing.assert_close(descriptor(x), before(x))
     report.restore()
     assert torch.equal(descriptor(x), before(x))
 
 
+def transformer(kind: str) -> nn.Module:
+    """A small network from spandrel's own class."""
+    if kind == "SwinIR":
+        from spandrel.architectures.SwinIR import SwinIR as network
+    elif kind == "HAT":
+        from spandrel.architectures.HAT import HAT as network
+    else:
+        from spandrel.architectures.Swin2SR import Swin2SR as network
+    return network(
+        img_size=16,
+        window_size=8,
+        depths=[2],
+        num_heads=[6],
+        embed_dim=60,
+        mlp_ratio=2,
+        upscale=2,
+        upsampler="pixelshuffle",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "replaced", "left"),
+    [
+        ("SwinIR", {"SwinTransformerBlock"}, set()),
+        ("HAT", {"HAB"}, {"OCAB"}),
+        ("Swin2SR", set(), {"WindowAttention"}),
+    ],
+)
+def test_their_transformers(kind: str, replaced: set[str], left: set[str]) -> None:
+    torch.manual_seed(0)
+    model = transformer(kind).eval()
+    x = torch.rand(1, 3, 24, 32)
+    with torch.no_grad():
+        before = model(x)
+        report = sr_kernels.patch(model)
+        after = model(x)
+        blocks = {e.class_name for e in report.replaced} - {"Conv2d", "ChannelAttention"}
+        assert blocks == replaced, str(report)
+        assert left <= {e.class_name for e in report.skipped if e.resembles}, str(report)
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        report.restore()
+        assert torch.equal(model(x), before)
+
+
 def test_arguments_of_patch_are_handed_on(save: Callable[[Any], Path]) -> None:
-    _, report = ours.load(save(rcan()), exclude=["CALayer"])
+    _, report = ours.load(save(rcan()), exclude=["CALayer", "Conv2d"])
     assert not any(entry.replaced_by for entry in report.entries)
 
 
@@ -447,7 +491,8 @@ def test_upscale_with_their_network(
     path = save(rcan())
     assert cli.main(["upscale", str(photo), "--weights", str(path), "--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    assert "RCAN x2, by spandrel; replaced by our kernels: 2 CALayer" in captured.err
+    assert "RCAN x2, by spandrel; replaced by our kernels: " in captured.err
+    assert "2 CALayer" in captured.err
     assert "with RCAN x2, backend cpu" in captured.out
     descriptor, _ = ours.load(path)
     x = to_tensor([np.asarray(Image.open(photo))])

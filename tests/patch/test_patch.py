@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.nn
+from sr_kernels import _library, backends
 from sr_kernels.patching import (
     NotRecognised,
     PatchError,
@@ -42,7 +45,7 @@ class Net(nn.Module):
         self.block = tp.ELAB(15, 2, 1, (2, 4, 8))
         self.gate = tp.CCALayer(15, 3)
         self.other = tp.with_tanh_gate(15)
-        self.tail = nn.Conv2d(15, 3, 3, padding=1)
+        self.tail = nn.Conv2d(15, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(self.other(self.gate(self.block(self.head(x))))) + x
@@ -217,7 +220,7 @@ def test_report(net: nn.Module) -> None:
     assert by_path["block"].class_name == "ELAB"
     assert by_path["block"].replaced_by == "shift_conv_block + grouped_attention_block"
     assert by_path["block.modules_lfe.lfe_0"].reason == "part of block, replaced as one"
-    assert by_path["head"].reason == "of no known family"
+    assert by_path["head"].reason == "stock is faster for less than 12 channels"
     assert "Tanh" in by_path["other"].reason
     text = str(report)
     assert text.startswith("2 modules replaced, 1 of known kinds left alone")
@@ -717,6 +720,102 @@ def test_onnx_exports_the_own_forward(net: nn.Module, x: Tensor, tmp_path: Path)
     with torch.no_grad():
         torch.onnx.export(net, (x,), str(file), dynamo=False, opset_version=18)
     assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
+
+
+def test_onnx_file_and_exported_program_of_a_whole_network(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    network, z = tp.IMDN(16, 1, 2).eval(), torch.rand(1, 3, 21, 23)
+    y = output(network, z)
+    assert patch(network).replaced
+    with torch.no_grad():
+        program = torch.export.export(network, (z,))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {f"sr_kernels.{op}.default" for op in ("conv3x3", "gated_conv1x1")} <= targets
+    close(program.module()(z), y)
+    # Compared in ONNX Runtime with the patched network before it appears.
+    file = sr_kernels.export_onnx(network, z, tmp_path / "network.onnx")
+    assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
+
+
+def weighted(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(16, 16, 3, padding=1)), nn.Conv2d(16, 16, 3, padding=1))
+
+
+def doubling(inside: bool) -> nn.Module:
+    network = weighted(lambda layer: layer)
+    if inside:
+        network[0].register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    else:
+        network[0].register_forward_hook(lambda _module, _args, out: 2 * out)
+    return network
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "replaced"),
+    [
+        (lambda: weighted(torch.nn.utils.parametrizations.weight_norm), ["1"]),
+        (lambda: weighted(torch.nn.utils.parametrizations.spectral_norm), ["1"]),
+        (lambda: weighted(torch.nn.utils.weight_norm), ["1"]),
+        (lambda: doubling(True), ["0", "1"]),
+        (lambda: doubling(False), ["0", "1"]),
+        (lambda: nn.DataParallel(weighted(lambda layer: layer)), ["module.0", "module.1"]),
+        (lambda: nn.Sequential(*[nn.Conv2d(16, 16, 3, padding="same")] * 2), ["0"]),
+    ],
+)
+def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[str]) -> None:
+    network, z = build().eval(), torch.rand(2, 16, 17, 19)
+    y = output(network, z)
+    report = patch(network, strict=True)
+    assert [e.path for e in report.replaced] == replaced
+    close(output(network, z), y)
+    close(network(z).detach(), y)
+    narrow = output(network, z[:, :, :3, :3])
+    report.restore()
+    assert torch.equal(output(network, z[:, :, :3, :3]), narrow)
+    assert torch.equal(output(network, z), y)
+
+
+def test_a_lazy_convolution_is_no_failure() -> None:
+    network = nn.Sequential(nn.LazyConv2d(16, 3, padding=1), tp.PA(16))
+    report = patch(network, strict=True)
+    assert [e.path for e in report.replaced] == ["1"]
+    assert "lazy" in report.entries[1].reason
+
+
+def test_a_backend_by_name_that_cannot_run_is_said_once(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "_warned", set())
+    z = torch.rand(1, 15, 8, 8)
+    y = output(net.gate, z)
+    patch(net)
+    with sr_kernels.use_backend("cuda"):
+        with pytest.warns(
+            sr_kernels.FallbackWarning, match=r"CCALayer.*'cuda' cannot run channel_attention"
+        ):
+            assert torch.equal(output(net.gate, z), y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output(net.gate, z)
+    with caplog.at_level("DEBUG", "sr_kernels.patching"):
+        output(net.gate, z)
+        assert not caplog.records
+        with pytest.raises(RuntimeError):
+            output(net.block, z[:, :, :7])
+    assert "elan_block does not take this call" in caplog.text
+
+
+def test_without_kernels(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _library.LoadResult("_C", None, "_C.abi3.so was not built")
+    monkeypatch.setattr(_library, "CPU_LIBRARY", missing)
+    report = patch(net)
+    assert not report.replaced
+    assert {e.reason for e in report.skipped if e.resembles} >= {"_C.abi3.so was not built"}
+    # As on a GPU with Triton alone: modules are tried out on the definitions.
+    monkeypatch.setattr(core, "_cannot_run", lambda *_: "")
+    assert [e.path for e in patch(net).replaced] == ["block", "gate"]
 
 
 def test_hooks_inside_are_in_a_compiled_graph(net: nn.Module, x: Tensor) -> None:

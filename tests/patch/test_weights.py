@@ -60,3 +60,23 @@ def test_same_picture(name: str, data: Path, set5: dict[str, Pair]) -> None:
         assert quality(after, high, white) == pytest.approx(quality(before, high, white), abs=1e-3)
         if published:
             assert quality(after, high, white) == pytest.approx(published[image], abs=2e-3)
+
+
+@pytest.mark.parametrize(("name", "published"), [("imdn_x4.pth", 32.210), ("pan_x4.pth", 32.131)])
+def test_quality_on_all_of_set5(
+    name: str, published: float, data: Path, set5: dict[str, Pair]
+) -> None:
+    build, white, _ = NETWORKS[name]
+    model = load(data / "weights" / name, build)
+
+    def each() -> list[float]:
+        with torch.inference_mode():
+            return [
+                quality(model(to_tensor([low], white)), high, white) for low, high in set5.values()
+            ]
+
+    before = each()
+    with sr_kernels.patched(model):
+        after = each()
+    assert after == pytest.approx(before, abs=1e-3)
+    assert sum(after) / 5 == pytest.approx(published, abs=1e-3)

@@ -989,22 +989,28 @@ class SpatialGate(nn.Module):
 
 
 class ESA(nn.Module):
-    """RFDN's enhanced spatial attention."""
+    """RFDN's enhanced spatial attention, or RLFN's with one convolution on the small map."""
 
-    def __init__(self, n_feats: int) -> None:
+    def __init__(self, n_feats: int, deep: bool = True, act: nn.Module | None = None) -> None:
         super().__init__()
         f = n_feats // 4
         self.conv1, self.conv_f = nn.Conv2d(n_feats, f, 1), nn.Conv2d(f, f, 1)
-        self.conv_max, self.conv2 = nn.Conv2d(f, f, 3, padding=1), nn.Conv2d(f, f, 3, 2)
-        self.conv3, self.conv3_ = nn.Conv2d(f, f, 3, padding=1), nn.Conv2d(f, f, 3, padding=1)
+        self.conv2, self.conv3 = nn.Conv2d(f, f, 3, 2), nn.Conv2d(f, f, 3, padding=1)
+        if deep:
+            self.conv_max, self.conv3_ = (nn.Conv2d(f, f, 3, padding=1) for _ in range(2))
+            self.relu = nn.ReLU(inplace=True) if act is None else act
         self.conv4 = nn.Conv2d(f, n_feats, 1)
-        self.sigmoid, self.relu = nn.Sigmoid(), nn.ReLU(inplace=True)
+        self.sigmoid = nn.Sigmoid()
+        self.deep = deep
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.conv1(x)
         small = F.max_pool2d(self.conv2(first), 7, 3)
-        small = self.relu(self.conv3(self.relu(self.conv_max(small))))
-        small = F.interpolate(self.conv3_(small), x.shape[2:], mode="bilinear")
+        if self.deep:
+            small = self.conv3_(self.relu(self.conv3(self.relu(self.conv_max(small)))))
+        else:
+            small = self.conv3(small)
+        small = F.interpolate(small, x.shape[2:], mode="bilinear")
         return x * self.sigmoid(self.conv4(small + self.conv_f(first)))
 
 
