@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import resource
@@ -553,9 +554,11 @@ def test_options_of_a_run(keys: dict[str, Any], make: Callable[..., Config]) -> 
     assert trainer.progress() >= 1
 
 
-@pytest.mark.slow
-def test_compiled(make: Callable[..., Config]) -> None:
-    """The compiled loss is that of the network as it is, step by step."""
+def test_compiled(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, forward and backward are one graph with the same losses. Inductor, which takes a
+    minute, is tested with the operators."""
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(loop.torch, "compile", whole)
     losses: list[list[float]] = []
     for compiled in (False, True):
         options = TINY_MAFDN | {"channels": 4, "branches": 1}
