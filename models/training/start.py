@@ -45,7 +45,7 @@ def take_weights(model: ELAN | MAFDN, source: str) -> tuple[list[str], list[str]
         (names taken, names that stay fresh).
 
     Raises:
-        ConfigError: there is no such file, it is of another network, or nothing fits.
+        ConfigError: there is no such file, it is of another network, or of another width.
         CheckpointError: the file cannot be used.
     """
     try:
@@ -70,9 +70,11 @@ def take_weights(model: ELAN | MAFDN, source: str) -> tuple[list[str], list[str]
     # The mean colour is no weight: it belongs to the value of white.
     named = [name for name in own if not name.startswith(("sub_mean.", "add_mean."))]
     taken = [name for name in named if name in given and given[name].shape == own[name].shape]
-    if not any(own[name].ndim == 4 for name in taken):
+    head = next(name for name in named if name.startswith("head."))
+    if head not in taken:
         raise ConfigError(
-            f"init_from is {source!r}: none of its layers has the shape of one of this network"
+            f"init_from is {source!r}, a network of {len(given[head])} channels; expected "
+            f"{len(own[head])}"
         )
     with torch.no_grad():
         for name in taken:

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ pytestmark = pytest.mark.unpoisoned  # it would be most of the time of a step of
 CPU = torch.device("cpu")
 TINY_ELAN = {"m_elan": 2, "c_elan": 15, "rgb_range": 1.0}
 TINY_MAFDN = {"channels": 8, "num_blocks": 1, "branches": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are next to nothing: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
@@ -541,7 +550,14 @@ def test_average_of_the_weights(make: Callable[..., Config]) -> None:
     [
         {"precision": "bfloat16"},
         {"channels_last": False, "frequency_loss": 0.05, "schedule": "multistep"},
-        {"model": "mafdn", "options": TINY_MAFDN, "precision": "bfloat16", "clip": 0.5},
+        {
+            "model": "mafdn",
+            "options": TINY_MAFDN,
+            "precision": "bfloat16",
+            "clip": 0.5,
+            "peak_lr": 3e-4,
+            "steps": 40,
+        },
         {"minutes": 0.02, "steps": None},
     ],
 )
@@ -588,7 +604,7 @@ def test_our_operators_learn_as_stock_ones_do(
     print("largest relative difference of the loss:", np.abs(ours / stock - 1).max())
     assert stock[-1] < 0.5 * stock[0]
     np.testing.assert_allclose(ours[:10], stock[:10], rtol=1e-4)
-    np.testing.assert_allclose(ours, stock, rtol=0.02)
+    np.testing.assert_allclose(ours, stock, rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------ the first weights
@@ -633,7 +649,7 @@ def test_first_weights_that_do_not_fit(tmp_path: Path) -> None:
         take_weights(mafdn(4), "absent.pt")
     with pytest.raises(ConfigError, match="weights of MAFDN; expected weights of ELAN"):
         take_weights(elan_light(4), "mafdn_x4")
-    with pytest.raises(ConfigError, match="none of its layers"):
+    with pytest.raises(ConfigError, match="of 52 channels; expected 48"):
         take_weights(mafdn(4, channels=48, colors=3), "mafdn_x4")
 
 
