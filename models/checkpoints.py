@@ -8,7 +8,7 @@ ELAN, official            bare state dict, or a training checkpoint ``{epoch, mo
 ELAN, FriedRiceLab        ``{'params': ...}`` with ``modules_lfe.0.lfe.0.{weight,bias,mask}``
 ELAN, traiNNer-redux      as official without ``sub_mean`` and ``add_mean``; input in 0..1
 MAFDN                     this package's, with the DO-Convs folded or not, or a training checkpoint
-                          of :mod:`sr_kernels.models.train` (its averaged weights are taken)
+                          of :mod:`sr_kernels.models.training` (its averaged weights are taken)
 ========================= ========================================================================
 
 Files are those of ``torch.save`` and safetensors, told apart by content. Nothing in a file is

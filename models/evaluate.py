@@ -1,18 +1,14 @@
-"""Measure a network's PSNR on a folder of images.
+"""How the field measures a network: PSNR and SSIM of the luma against 8-bit images.
 
-    python -m sr_kernels.models.evaluate --weights mafdn_x4 --data HR [--lr LR]
-
-PSNR of the luma (ITU-R BT.601, as MATLAB's ``rgb2ycbcr``) in dB against 8-bit images, output
-rounded to 8 bits, a border as wide as the scale left out: the convention of the super-resolution
-literature. Low-resolution images come from ``--lr`` (the file whose name starts as the
-high-resolution one's) or are made by Pillow's antialiased bicubic reduction.
+The output is rounded to 8 bits, a border as wide as the scale is left out, and luma is ITU-R
+BT.601's, as MATLAB's ``rgb2ycbcr`` has it (16..235, here not rounded). Low-resolution images are
+given, or made as MATLAB's ``imresize`` makes them (:mod:`.imresize`). ``sr-kernels evaluate`` is
+the command.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +18,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["image_files", "luma", "make_pair", "psnr_y", "read_pairs", "to_tensor", "upscale"]
+from .imresize import downscale
+
+__all__ = [
+    "UnreadableImage",
+    "find_low",
+    "image_files",
+    "luma",
+    "make_pair",
+    "match_pair",
+    "psnr_y",
+    "read_image",
+    "read_pairs",
+    "score",
+    "ssim_y",
+    "to_tensor",
+    "upscale",
+]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -30,8 +42,20 @@ Pixels = NDArray[np.uint8]  # (h, w, 3) RGB
 Pair = tuple[Pixels, Pixels]  # (low, high) resolution
 
 
+class UnreadableImage(ValueError):
+    """A file that is no image, a damaged one, or one of more than 8 bits; the message names it."""
+
+
+# ----------------------------------------------------------------------------------------- images
+
+
 def image_files(folders: Iterable[Path]) -> list[Path]:
-    """All image files under the given folders, sorted within each."""
+    """All image files under the given folders, sorted within each.
+
+    Raises:
+        FileNotFoundError: one is not a folder, or there is no image in any.
+    """
+    folders = list(folders)
     files: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
@@ -39,39 +63,103 @@ def image_files(folders: Iterable[Path]) -> list[Path]:
         found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         files.extend(sorted(found))
     if not files:
-        raise FileNotFoundError(f"no images in {', '.join(map(str, folders))}")
+        raise FileNotFoundError(
+            f"no images in {', '.join(map(str, folders))} (looked for "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     return files
 
 
-def make_pair(image: Image.Image, scale: int) -> Pair:
+def read_image(path: Path) -> Pixels:
+    """The image as 8-bit RGB.
+
+    Raises:
+        UnreadableImage: it cannot be read whole, or has more than 8 bits.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are {image.mode}; expected 8 bits per channel")
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # what a damaged file makes a decoder raise is arbitrary
+        raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
+
+
+def _cropped(image: Pixels, scale: int) -> Pixels:
+    height, width = (n // scale * scale for n in image.shape[:2])
+    return image[:height, :width]
+
+
+def make_pair(image: Pixels, scale: int) -> Pair:
     """(LR, HR) from one image, which is cropped to a multiple of ``scale`` first."""
-    image = image.convert("RGB")
-    width, height = image.width // scale, image.height // scale
-    image = image.crop((0, 0, width * scale, height * scale))
-    low = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(low), np.asarray(image)
+    high = _cropped(image, scale)
+    return downscale(high, scale), high
+
+
+def find_low(path: Path, files: dict[str, list[Path]], scale: int, folders: str) -> Path:
+    """The LR image of HR image ``path`` among ``files`` (stem -> files): of the same name, or with
+    x4, X4, _x4 or -x4 behind it.
+
+    Raises:
+        FileNotFoundError: there is not exactly one.
+    """
+    stems = [path.stem, *(f"{path.stem}{mark}{scale}" for mark in ("x", "X", "_x", "-x"))]
+    found = [file for stem in stems for file in files.get(stem, [])]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"{len(found)} low-resolution images for {path.name} in {folders}; expected one, named "
+            f"{path.stem} or {path.stem}x{scale}"
+        )
+    return found[0]
+
+
+def match_pair(low: Pixels, high: Pixels, scale: int, low_name: str, high_name: str) -> Pair:
+    """(LR, HR) cut to the same area.
+
+    Raises:
+        ValueError: the sizes are not ``scale`` apart.
+    """
+    for n, m in zip(low.shape[:2], high.shape[:2], strict=True):
+        if n not in (m // scale, -(-m // scale)):
+            want = f"{high.shape[1] // scale}x{high.shape[0] // scale}"
+            raise ValueError(
+                f"{low_name} is {low.shape[1]}x{low.shape[0]} pixels, which is not {high_name} "
+                f"({high.shape[1]}x{high.shape[0]}) reduced by {scale}; expected {want}"
+            )
+    high = _cropped(high, scale)
+    return low[: high.shape[0] // scale, : high.shape[1] // scale], high
+
+
+def by_stem(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The images of the folders by name without ending."""
+    files: dict[str, list[Path]] = {}
+    for path in image_files(folders):
+        files.setdefault(path.stem, []).append(path)
+    return files
 
 
 def read_pairs(high: Path, low: Path | None, scale: int) -> list[tuple[str, Pair]]:
-    """(name, pair) of each image in folder ``high``, its LR image from folder ``low`` if given."""
+    """(name, pair) of each image in folder ``high``, its LR image from folder ``low`` if given.
+
+    Raises:
+        FileNotFoundError, UnreadableImage, ValueError: as the functions above; smaller than a pixel
+            outside the border is a ValueError, too.
+    """
     pairs = []
+    lows = None if low is None else by_stem([low])
     for path in image_files([high]):
-        with Image.open(path) as image:
-            if low is None:
-                pairs.append((path.stem, make_pair(image, scale)))
-                continue
-            target = np.asarray(image.convert("RGB"))
-        matches = [p for p in image_files([low]) if p.stem.startswith(path.stem)]
-        if len(matches) != 1:
-            raise FileNotFoundError(
-                f"{len(matches)} files in {low} start with {path.stem!r}; expected one"
+        target = read_image(path)
+        if min(target.shape[:2]) <= 2 * scale:
+            raise ValueError(
+                f"{path} is {target.shape[1]}x{target.shape[0]} pixels; expected more than "
+                f"{2 * scale}, the border that is left out at x{scale}"
             )
-        with Image.open(matches[0]) as image:
-            source = np.asarray(image.convert("RGB"))
-        height, width = source.shape[0] * scale, source.shape[1] * scale
-        if target.shape[0] < height or target.shape[1] < width:
-            raise ValueError(f"{matches[0]} is not {path} reduced by {scale}")
-        pairs.append((path.stem, (source, target[:height, :width])))
+        if lows is None:
+            pair = make_pair(target, scale)
+        else:
+            match = find_low(path, lows, scale, str(low))
+            pair = match_pair(read_image(match), target, scale, str(match), str(path))
+        pairs.append((path.stem, pair))
     return pairs
 
 
@@ -81,16 +169,57 @@ def to_tensor(images: list[Pixels], rgb_range: float = 1.0) -> Tensor:
     return stacked.permute(0, 3, 1, 2).float().mul_(rgb_range / 255)
 
 
+# ---------------------------------------------------------------------------------------- metrics
+
+
 def luma(image: Pixels) -> NDArray[np.float64]:
     """ITU-R BT.601 luma, 16..235, of an RGB image."""
     return image.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / 255 + 16
 
 
+def _inner(image: Pixels, crop: int) -> NDArray[np.float64]:
+    return luma(image[crop : -crop or None, crop : -crop or None])
+
+
 def psnr_y(output: Pixels, target: Pixels, crop: int) -> float:
     """PSNR (dB) between the luma of two images without ``crop`` pixels at each border."""
-    inner = (slice(crop, -crop or None), slice(crop, -crop or None))
-    mse = float(np.square((luma(output) - luma(target))[inner]).mean())
+    mse = float(np.square(_inner(output, crop) - _inner(target, crop)).mean())
     return 10 * math.log10(255**2 / mse) if mse > 0 else math.inf
+
+
+def _gaussian(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Filtered with an 11 x 11 Gaussian of deviation 1.5, where it lies inside the image."""
+    taps = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+    taps /= taps.sum()
+    for _ in range(2):  # the rows, then (transposed) the columns
+        length = image.shape[0] - 10
+        image = sum(t * image[k : k + length] for k, t in enumerate(taps)).T
+    return image
+
+
+def ssim_y(output: Pixels, target: Pixels, crop: int) -> float:
+    """SSIM (Wang et al. 2004) of the luma of two images without ``crop`` pixels at each border.
+
+    Windows of 11 x 11 pixels under a Gaussian of deviation 1.5, K = (0.01, 0.03), L = 255; the mean
+    over all windows inside the image, as the authors' MATLAB code has it.
+
+    Raises:
+        ValueError: the image is smaller than a window.
+    """
+    x, y = _inner(output, crop), _inner(target, crop)
+    if min(x.shape) < 11:
+        raise ValueError(f"image is {x.shape[1]}x{x.shape[0]} inside; SSIM needs at least 11x11")
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mx, my = _gaussian(x), _gaussian(y)
+    vx, vy = _gaussian(x * x) - mx * mx, _gaussian(y * y) - my * my
+    cov = _gaussian(x * y) - mx * my
+    quality = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return float(quality.mean())
+
+
+def score(output: Pixels, target: Pixels, scale: int) -> tuple[float, float]:
+    """(PSNR in dB, SSIM) of the luma, with the field's border."""
+    return psnr_y(output, target, scale), ssim_y(output, target, scale)
 
 
 @torch.inference_mode()
@@ -101,34 +230,3 @@ def upscale(model: nn.Module, image: Pixels) -> Pixels:
     x = to_tensor([image], rgb_range).to(parameter.device, parameter.dtype)
     y = model(x)[0].float().mul(255 / rgb_range).round_().clamp_(0, 255)
     return y.permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-
-
-def main(argv: list[str] | None = None) -> int:
-    from .checkpoints import load_checkpoint
-    from .pretrained import PRETRAINED, load_pretrained
-
-    parser = argparse.ArgumentParser(
-        prog="python -m sr_kernels.models.evaluate", description="Y-PSNR on a folder of images."
-    )
-    parser.add_argument("--weights", required=True, help="a file, or the name of shipped weights")
-    parser.add_argument("--data", type=Path, required=True, help="high-resolution images")
-    parser.add_argument("--lr", type=Path, help="low-resolution images; else made by bicubic")
-    parser.add_argument("--backend", help="cpu, cuda, triton or reference; default: the best")
-    args = parser.parse_args(argv)
-    try:
-        load = load_pretrained if args.weights in PRETRAINED else load_checkpoint
-        model = load(args.weights, backend=args.backend)
-        pairs = read_pairs(args.data, args.lr, model.scale)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    scores = []
-    for name, (source, target) in pairs:
-        scores.append(psnr_y(upscale(model, source), target, model.scale))
-        print(f"{name:24} {scores[-1]:7.3f} dB", flush=True)
-    print(f"{'mean of ' + str(len(scores)):24} {sum(scores) / len(scores):7.3f} dB")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

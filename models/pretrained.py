@@ -12,7 +12,10 @@ __all__ = ["PRETRAINED", "load_pretrained"]
 
 _FOLDER = Path(__file__).parent / "weights"
 
-PRETRAINED: dict[str, Path] = {"mafdn_x4": _FOLDER / "mafdn_x4.safetensors"}
+# A name is that of its file; weights/README.md has a card for each.
+_NAMES = ("mafdn_x4",)
+
+PRETRAINED: dict[str, Path] = {name: _FOLDER / f"{name}.safetensors" for name in _NAMES}
 """Name -> file of weights; ``weights/README.md`` says how each was made and what it measures."""
 
 

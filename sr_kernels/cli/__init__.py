@@ -1,4 +1,5 @@
-"""The command line: `sr-kernels upscale | demo | bench | tune | env`; also `python -m sr_kernels`.
+"""The command line: `sr-kernels upscale | demo | evaluate | train | export-weights | bench | tune |
+env`; also `python -m sr_kernels`.
 
 Exit status: 0 done; 1 something failed, and stderr says what; 2 the command itself is wrong;
 130 interrupted with Ctrl-C. A failure is one sentence; `--debug` adds the traceback.
@@ -20,11 +21,13 @@ from sr_kernels.cli.errors import Failure, UsageError
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Upscale pictures with ELAN and MAFDN on hand-written kernels.
+Upscale pictures with ELAN and MAFDN on hand-written kernels; measure and train such networks.
 
   sr-kernels demo                       upscale a small photograph that comes with the package
   sr-kernels upscale photo.jpg          write photo_x4.png beside it
   sr-kernels upscale photos/ -o large/  a whole folder tree
+  sr-kernels evaluate --weights mafdn_x4 --data Kodak24     PSNR and SSIM
+  sr-kernels train elan_light_x4_short --data images/ --out run/
   sr-kernels bench --quick              measure the kernels against everything else
   sr-kernels tune                       fit the Triton kernels to this machine's GPU
   sr-kernels env                        what runs here, and why the rest does not
@@ -37,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from sr_kernels.cli import bench, demo, env, tune, upscale
+    from sr_kernels.cli import bench, demo, env, evaluate, export_weights, train, tune, upscale
 
     parser = _Parser(
         prog="sr-kernels",
@@ -46,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (upscale, demo, bench, tune, env):
+    for module in (upscale, demo, evaluate, train, export_weights, bench, tune, env):
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,

@@ -33,7 +33,8 @@ def clear_bar() -> None:
 
 
 class Progress:
-    """Progress of one picture, and of the picture among many.
+    """Progress of one picture, and of the picture among many, or of a training run. `label` may be
+    changed on the way.
 
     On a terminal a bar appears once the work has lasted for half a second. Elsewhere (a log file)
     a line is written every 30 seconds.
@@ -44,7 +45,7 @@ class Progress:
     LINE_EVERY = 30.0
 
     def __init__(self, label: str) -> None:
-        self._label = label
+        self.label = label
         self._terminal = sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + (self.BAR_AFTER if self._terminal else self.LINE_EVERY)
@@ -60,16 +61,16 @@ class Progress:
         left = elapsed / share - elapsed if share > 0 else 0.0
         if not self._terminal:
             print(
-                f"sr-kernels: {self._label}: {share:.0%}, about {_duration(left)} left",
+                f"sr-kernels: {self.label}: {share:.0%}, about {_duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
             return
         columns = shutil.get_terminal_size().columns
         tail = f" {share:4.0%}  {_duration(elapsed)}, {_duration(left)} left"
-        width = max(5, min(30, columns - len(self._label) - len(tail) - 4))
+        width = max(5, min(30, columns - len(self.label) - len(tail) - 4))
         filled = int(width * share)
-        bar = f"{self._label} [{'#' * filled}{'.' * (width - filled)}]{tail}"
+        bar = f"{self.label} [{'#' * filled}{'.' * (width - filled)}]{tail}"
         sys.stderr.write("\r\x1b[K" + bar[: columns - 1])
         sys.stderr.flush()
         _bar_shown = True

@@ -57,11 +57,7 @@ def load(
     import sr_kernels.models as models
     from sr_kernels import backends
 
-    place = _device(device, backend)
-    chosen = None if backend == "auto" else backend
-    _check_environment(place, chosen)
-    if chosen is not None:
-        _check_backend(chosen)
+    place, chosen = where(device, backend)
     network = (
         load_shipped(model, scale, chosen)
         if weights is None
@@ -78,6 +74,17 @@ def load(
     if plannable and place.type == "cpu" and wanted != "reference":
         network = models.plan(network)
     return network
+
+
+def where(device: str, backend: str) -> tuple[torch.device, str | None]:
+    """(device, backend or None for auto) that the two options ask for; UsageError and Failure where
+    this machine does not have them."""
+    place = _device(device, backend)
+    chosen = None if backend == "auto" else backend
+    _check_environment(place, chosen)
+    if chosen is not None:
+        _check_backend(chosen)
+    return place, chosen
 
 
 def describe(network: Any) -> str:

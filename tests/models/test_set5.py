@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sr_kernels.models import PRETRAINED, load_checkpoint, load_pretrained
-from sr_kernels.models.evaluate import Pair, main, psnr_y, to_tensor, upscale
+from sr_kernels.models.evaluate import Pair, psnr_y, to_tensor, upscale
 
 OFFICIAL = "elan_light_x4_official_keys.pth"
 FRIEDRICELAB = "elan_light_x4_frl_keys.pth"
@@ -56,17 +56,6 @@ def test_shipped_mafdn(set5: dict[str, Pair]) -> None:
         ours = model(x)
         model.backend = "reference"
         assert (ours - model(x)).abs().max() * 255 < 2e-3
-
-
-def test_command_prints_the_mean(
-    data: Path, set5: dict[str, Pair], capsys: pytest.CaptureFixture[str]
-) -> None:
-    lr = str(data / "Set5" / "LR_bicubic" / "X4")
-    arguments = ["--weights", "mafdn_x4", "--data", str(data / "Set5" / "HR"), "--lr", lr]
-    assert main(arguments) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("mean of 5")
-    assert float(last.split()[-2]) >= 30.3
 
 
 def test_every_shipped_file_is_there() -> None:
