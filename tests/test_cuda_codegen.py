@@ -69,17 +69,7 @@ PRODUCTS = {
 }
 
 
-# Their loads from global memory are generic: nobody has made them say so yet.
-GENERIC = {"window_attention_kernel", "window_statistics_kernel", "window_gradient_kernel"}
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True)] if name in GENERIC else [])
-        for name in sorted(PRODUCTS)
-    ],
-)
+@pytest.mark.parametrize("kernel", sorted(PRODUCTS))
 def test_shared_memory_is_addressed_as_such(kernels, kernel):
     """An access through a generic pointer costs an address check: a sign that it was lost somewhere
     that the memory is shared."""
