@@ -8,14 +8,10 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "common/mma.cuh"
+#include "common/tile_product.cuh"
 #include "window_attention/params.h"
 
 namespace sr_kernels {
-
-SR_HOST_DEVICE constexpr int round_up(int x, int multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
 
 // ------------------------------------------------------------------ rows
 
