@@ -39,6 +39,7 @@ struct TileProduct {
                             int rows = kN) {
     const int lane = thread % 32, warp = thread / 32;
     const int first_m = warp % 2 * 32, first_n = warp / 2 * (kN / 4);
+#pragma unroll 2
     for (int k = 0; k < k_count; k += kStepK) {
       FragmentA fa[2];
 #pragma unroll

@@ -263,7 +263,7 @@ struct ConvTile {
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 3 : 1) conv_kernel(ConvParams p) {
+__global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1) conv_kernel(ConvParams p) {
   using Tile = ConvTile<E>;
   constexpr int kPixels = Tile::kPixels, kK = Tile::kK;
   const int thread = static_cast<int>(threadIdx.x);
@@ -400,16 +400,14 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
 
   // Pieces of weights, in the order in which they are used: of W0, all of K for 64 hidden channels,
   // then of W1 these channels for all outputs. The next is under way while one is multiplied.
-  const auto load_piece = [&](E* to, const void* matrix, int m0, int m_count, int k0, int k_end,
-                              int stride) {
-    const int k_count = k_end - k0 < kK ? k_end - k0 : kK;
-    load_weights<E, kK>(to, Tile::kLdW, round_up(k_count, kStepOfK<E>),
-                        static_cast<const E*>(matrix) + static_cast<int64_t>(m0) * stride + k0,
-                        stride, 1, m_count - m0, k_count, thread);
+  const E *w0_data = static_cast<const E*>(p.w0), *w1_data = static_cast<const E*>(p.w1);
+  const auto load_piece = [&](int which, const E* from, int stride, int m_count, int k_count) {
+    if (k_count > kK) k_count = kK;
+    load_weights<E, kK>(weights + which * Tile::kWeightElements, Tile::kLdW,
+                        round_up(k_count, kStepOfK<E>), from, stride, 1, m_count, k_count, thread);
   };
   int buffer = 0;
-  const auto weight = [&](int which) { return weights + which * Tile::kWeightElements; };
-  load_piece(weight(0), p.w0, 0, p.c_hidden, 0, p.c_in, p.c_in);
+  load_piece(0, w0_data, p.c_in, p.c_hidden, p.c_in);
 
   typename Tile::Second y[kOut];
 #pragma unroll 1
@@ -419,12 +417,14 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
 #pragma unroll 1
     for (int k0 = 0; k0 < p.c_in; k0 += kK) {
       finish_copies();  // this piece is there, that before it used up
-      if (k0 + kK < p.c_in)
-        load_piece(weight(buffer ^ 1), p.w0, j0, p.c_hidden, k0 + kK, p.c_in, p.c_in);
-      else
-        load_piece(weight(buffer ^ 1), p.w1, 0, p.c_out, j0, j0 + j_count, p.c_hidden);
+      const int k = k0 + kK;
+      const bool more = k < p.c_in;
+      load_piece(buffer ^ 1, more ? w0_data + static_cast<int64_t>(j0) * p.c_in + k : w1_data + j0,
+                 more ? p.c_in : p.c_hidden, more ? p.c_hidden - j0 : p.c_out,
+                 more ? p.c_in - k : j_count);
       const int k_padded = input_rows - k0 < kK ? input_rows - k0 : kK;
-      input.accumulate(z, weight(buffer), Tile::kLdW, k0, k_padded, thread);
+      input.accumulate(z, weights + buffer * Tile::kWeightElements, Tile::kLdW, k0, k_padded,
+                       thread);
       buffer ^= 1;
     }
     // The product of the hidden channels before these has read `hidden`: a barrier ago at least.
@@ -462,17 +462,18 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
 #pragma unroll 1
       for (int k0 = 0; k0 < j_padded; k0 += kK) {
         finish_copies();
-        E* next = weight(buffer ^ 1);
-        if (k0 + kK < j_padded)
-          load_piece(next, p.w1, out * kProductRows, p.c_out, j0 + k0 + kK, j0 + j_count,
-                     p.c_hidden);
-        else if (out + 1 < kOut)
-          load_piece(next, p.w1, (out + 1) * kProductRows, p.c_out, j0, j0 + j_count, p.c_hidden);
-        else if (j0 + kProductRows < p.c_hidden)
-          load_piece(next, p.w0, j0 + kProductRows, p.c_hidden, 0, p.c_in, p.c_in);
+        const int next = j0 + kProductRows;
+        const int k = k0 + kK < j_padded ? k0 + kK : 0, m0 = (out + (k == 0)) * kProductRows;
+        const bool more = m0 < kOut * kProductRows;
+        if (more || next < p.c_hidden)
+          load_piece(buffer ^ 1,
+                     more ? w1_data + static_cast<int64_t>(m0) * p.c_hidden + j0 + k
+                          : w0_data + static_cast<int64_t>(next) * p.c_in,
+                     more ? p.c_hidden : p.c_in, more ? p.c_out - m0 : p.c_hidden - next,
+                     more ? j_count - k : p.c_in);
         const int k_padded = j_padded - k0 < kK ? j_padded - k0 : kK;
-        y[out].accumulate(weight(buffer), Tile::kLdW, hidden + k0 * Tile::kLdHidden,
-                          Tile::kLdHidden, k_padded, thread);
+        y[out].accumulate(weights + buffer * Tile::kWeightElements, Tile::kLdW,
+                          hidden + k0 * Tile::kLdHidden, Tile::kLdHidden, k_padded, thread);
         buffer ^= 1;
       }
     }

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     if (!own || !shared_keys)
       Rows::load(key_buffer, shared_keys ? p.q : p.k, head * d_qk, d_qk, key_places, thread);
     Rows::load(value_rows, p.v, head * d_v, d_v, key_places, thread);
-    __syncthreads();
+    finish_copies();
 
     const int keys = columns_of(plan, slot, tile);
 #pragma unroll 1
