@@ -404,7 +404,8 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
   const auto load_piece = [&](int which, const E* from, int stride, int m_count, int k_count) {
     if (k_count > kK) k_count = kK;
     load_weights<E, kK>(weights + which * Tile::kWeightElements, Tile::kLdW,
-                        round_up(k_count, kStepOfK<E>), from, stride, 1, m_count, k_count, thread);
+                        round_up(k_count, kStepOfK<E>), from, stride, 1, m_count, k_count,
+                        opaque(thread));
   };
   int buffer = 0;
   load_piece(0, w0_data, p.c_in, p.c_hidden, p.c_in);
@@ -473,7 +474,7 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
                      more ? j_count - k : p.c_in);
         const int k_padded = j_padded - k0 < kK ? j_padded - k0 : kK;
         y[out].accumulate(weights + buffer * Tile::kWeightElements, Tile::kLdW,
-                          hidden + k0 * Tile::kLdHidden, Tile::kLdHidden, k_padded, thread);
+                          hidden + k0 * Tile::kLdHidden, Tile::kLdHidden, k_padded, opaque(thread));
         buffer ^= 1;
       }
     }
