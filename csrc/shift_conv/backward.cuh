@@ -39,7 +39,7 @@ struct WeightGradientTile {
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads) weight_gradient_kernel(WeightGradientParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 1) weight_gradient_kernel(WeightGradientParams p) {
   using Tile = WeightGradientTile<E>;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t slice = blockIdx.x;
