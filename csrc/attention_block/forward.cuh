@@ -1,32 +1,26 @@
-// The attention block on CUDA, inference only: y = W_out a + b_out + x, where a
-// is, per channel group g and window, softmax(q_g q_g^T) v_g, and q and v are
-// projections of x.
+// The attention block on CUDA, inference only: y = W_out a + b_out + x, where a is, per channel
+// group g and window, softmax(q_g q_g^T) v_g, and q and v are projections of x.
 //
-// Two launches in 16 bits with groups of up to 32 channels.
-// attention_block_kernel makes a: a block takes 128 tokens of a group's
-// windows, as window attention does, projects q and v from their pixels of x on
-// its way (W_in's rows of the group, all of K), and streams the rest of a
-// larger window past them, projected likewise; q goes to memory only for a
-// later call to reuse. All groups are one launch. Windows of two groups do not
-// coincide when shifted, hence the second launch: shift_conv's conv_kernel
-// without a shift, for W_out, bias and residual.
+// Two launches in 16 bits with groups of up to 32 channels. attention_block_kernel makes a: a block
+// takes 128 tokens of a group's windows, as window attention does, projects q and v from their
+// pixels of x on its way (W_in's rows of the group, all of K), and streams the rest of a larger
+// window past them, projected likewise; q goes to memory only for a later call to reuse. All groups
+// are one launch. Windows of two groups do not coincide when shifted, hence the second launch:
+// shift_conv's conv_kernel without a shift, for W_out, bias and residual.
 //
-// Otherwise (float32, wider groups), a sequence: projection,
-// copy_queries_kernel where q is to be kept, window attention, projection.
+// Otherwise (float32, wider groups), a sequence: projection, copy_queries_kernel where q is to be
+// kept, window attention, projection.
 //
-// Tile: x, 128 tokens x 64 channels at a time, 2 d x 64 of W_in, and q and v of
-// the tokens and of one tile of keys in shared memory; scores and softmax in
-// registers (window_attention).
+// Tile: x, 128 tokens x 64 channels at a time, 2 d x 64 of W_in, and q and v of the tokens and of
+// one tile of keys in shared memory; scores and softmax in registers (window_attention).
 //
-// Floor, per pixel, C channels, G groups of t_g tokens a window, e bytes an
-// element: 3 e C bytes (x, y, q; reuse the same), 2 C (3 C) + 4 (C / G) sum t_g
-// FLOP (2 C (2 C) + ... in reuse), sum t_g exponentials. Here x is read once
-// for each group of at most 128 tokens a window and once for each 128 tokens of
-// a larger one (ELAN's windows of 4, 8 and 16: 4 e C), which the second-level
-// cache may serve, and a goes through memory: 4 e C + e C (a) + e C (q), then 3
-// e C (a, x, y). As four launches it was 12 e C, with x read twice. Products
-// with W_in repeat with the reads. Measured fraction: unmeasured, never run on
-// a GPU.
+// Floor, per pixel, C channels, G groups of t_g tokens a window, e bytes an element: 3 e C bytes
+// (x, y, q; reuse the same), 2 C (3 C) + 4 (C / G) sum t_g FLOP (2 C (2 C) + ... in reuse), sum t_g
+// exponentials. Here x is read once for each group of at most 128 tokens a window and once for each
+// 128 tokens of a larger one (ELAN's windows of 4, 8 and 16: 4 e C), which the second-level cache
+// may serve; with a and q written and a, x and y of the second launch 9 e C in all (8 e C without
+// q). The sequence of launches moves 11 e C: x, q and v, q again and its copy, q and v, a; a, x, y.
+// Products with W_in repeat with the reads. Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "attention_block/params.h"
@@ -37,8 +31,7 @@
 namespace sr_kernels {
 
 struct AttentionBlockLaunch {
-  // q of each group: read in reuse, else written unless absent; k, v and lse
-  // unused.
+  // q of each group: read in reuse, else written unless absent; k, v and lse unused.
   WindowAttentionLaunch attention;
   int first_row[kMaxGroups];  // of W_in
   FeatureMap x;

@@ -5,17 +5,21 @@
 //   shift_conv_block   y = W1 S(act(W0 S(x) + b0)) + b1 (+ x)    block_kernel
 //
 // conv_kernel. Tile: 64 output channels x 128 consecutive pixels a block; input channels in pieces
-// of 64, loaded as [channel][pixel], the shift being an offset in the load. Products on tensor
-// cores (16 bit) or by FFMA (float32, exact: there is no TF32 path). Sums pass through shared
-// memory, so that bias, activation, residual and the store run along memory, whatever the layout.
-// The backward uses the same kernel: W transposed, the shift in the store (S^T), and an
-// activation's derivative as a factor.
+// of 64, the shift being an offset in the load. In 16 bits a tile lies in shared memory as its map
+// does, [channel][pixel] or (channels_last) [pixel][channel], copied asynchronously by runs of 16
+// or 8 bytes where strides, widths and addresses allow; a run of pixels that is shifted sideways is
+// made of an aligned one and one element. In float32 it is [channel][pixel] always. Products on
+// tensor cores (16 bit) or by FFMA (float32, exact: there is no TF32 path). Sums pass through
+// shared memory, so that activation, residual and the store run along memory, whatever the layout,
+// by runs likewise (one by one with gelu and silu). The backward uses the same kernel: W transposed
+// (read one by one), the shift in the store (S^T), and an activation's derivative as a factor.
 //
 // block_kernel. Tile: 8 x 16 pixels. S(x) with a halo of one pixel, 10 x 18, lies in shared memory,
 // all channels. Hidden channels come 64 at a time: product over the haloed tile, activation, and
 // the store into a second tile at the place where the second product wants them, which is its
 // shift; the sums of y stay in registers (64 channels, or 192) until all hidden channels are
-// through. Hidden values outside the image are zero, not act(b0).
+// through. Hidden values outside the image are zero, not act(b0). Weights come in pieces of 64 x
+// 16, the next copied while one is multiplied.
 //
 // Floor, per pixel, C channels in and out, H hidden, e bytes an element:
 //   shift_conv2d      e (C_in + C_out) bytes (+ e C_out residual), 2 C_in C_out FLOP

@@ -87,6 +87,7 @@ struct RowTile {
 
   static SR_DEVICE void load(E* tile, const FeatureMap& map, int channel, int channels,
                              const RowPlace* places, int thread) {
+    thread = opaque(thread);  // its addresses are made again for each tile, not kept in registers
     const int padded = round_up(channels, kPad);
     const E zero = from_float<E>(0.0f);
     if (map.stride_c != 1) {
@@ -130,6 +131,7 @@ struct RowTile {
   // The way back: every row that has a pixel.
   static SR_DEVICE void store(const E* tile, const FeatureMap& map, int channel, int channels,
                               const RowPlace* places, int thread) {
+    thread = opaque(thread);
     if (map.stride_c != 1) {
       const int row = thread % kRows;
       const RowPlace place = load_shared<RowPlace>(places + row);
