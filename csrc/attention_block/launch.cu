@@ -1,5 +1,7 @@
 #include "attention_block/launch.h"
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "attention_block/forward.cuh"
@@ -13,12 +15,16 @@ struct BlockMaps {
   FeatureMap projected;  // q0 v0 q1 v1 ..., or v0 v1 ... in reuse
   FeatureMap attended;
 };
+// Whether attention_block_kernel does it: in 16 bits, groups of up to 32 channels.
+bool is_fused(const AttentionBlockParams& p) {
+  return p.kind != ScalarKind::kFloat32 && p.channels / p.groups <= 32;
+}
 BlockMaps take_block_maps(WorkspacePieces& pieces, const AttentionBlockParams& p) {
   const auto map = [&](int64_t channels) {
     return take_map(pieces, p.kind, p.batch, channels, p.height, p.width, true);
   };
   BlockMaps maps;
-  maps.projected = map(p.reuse ? p.channels : 2 * p.channels);
+  if (!is_fused(p)) maps.projected = map(p.reuse ? p.channels : 2 * p.channels);
   maps.attended = map(p.channels);
   return maps;
 }
@@ -49,12 +55,65 @@ const char* launch_projection(const AttentionBlockParams& p, const FeatureMap& x
                        kBlockThreads, Tile::kSharedBytes, stream, c);
 }
 
+// The attention of all groups, projections included, into `attended`.
+template <typename E>
+const char* launch_fused(const AttentionBlockParams& p, const FeatureMap& attended, void* stream) {
+  using Tile = AttentionBlockTile<E>;
+  const int64_t d = p.channels / p.groups;
+  const FeatureMap queries =
+      p.q == nullptr ? FeatureMap{} : dense_map(p.q, p.channels, p.height, p.width, true);
+  const auto from_channel = [](FeatureMap map, int64_t channel) {
+    if (map.data != nullptr) map.data = static_cast<E*>(map.data) + channel * map.stride_c;
+    return map;
+  };
+  std::vector<int64_t> order(static_cast<size_t>(p.groups));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return p.geometry[a].tokens() > p.geometry[b].tokens();  // the longest blocks first
+  });
+  for (int64_t first = 0; first < p.groups; first += kMaxGroups) {
+    AttentionBlockLaunch launch{};
+    launch.attention.reuse = p.reuse;
+    launch.x = p.x;
+    launch.channels = static_cast<int>(p.channels);
+    launch.weight = p.w_in;
+    launch.bias = p.b_in;
+    int64_t blocks = 0;
+    for (int64_t i = first; i < p.groups && i < first + kMaxGroups; ++i) {
+      const int64_t g = order[static_cast<size_t>(i)];
+      WindowAttentionParams& a = launch.attention.group[launch.attention.count];
+      a.kind = p.kind;
+      a.batch = p.batch;
+      a.num_heads = 1;
+      a.d_qk = a.d_v = d;
+      a.geometry = p.geometry[g];
+      a.scale = 1;
+      a.q = from_channel(queries, g * d);
+      a.out = from_channel(attended, g * d);
+      launch.first_row[launch.attention.count] = static_cast<int>((p.reuse ? g : 2 * g) * d);
+      blocks += RowPlan(a.geometry, a.batch, Tile::kRows).units();
+      launch.attention.end[launch.attention.count++] = blocks;
+    }
+    if (blocks > kMaxGridX) return "the image is too large for a CUDA grid";
+    SR_KERNELS_RETURN_IF_ERROR(launch_kernel(attention_block_kernel<E>,
+                                             dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                                             Tile::kSharedBytes, stream, launch));
+  }
+  return nullptr;
+}
+
 template <typename E>
 const char* run_block(const AttentionBlockParams& p, void* workspace, void* stream) {
   if (p.height >= 1 << 30 || p.width >= 1 << 30 || p.channels >= 1 << 20)
-    return "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^20)";
+    return "the image is too large for a CUDA grid (H and W below 2^30, "
+           "channels below 2^20)";
   WorkspacePieces pieces(workspace);
   const BlockMaps maps = take_block_maps(pieces, p);
+  if constexpr (sizeof(E) == 2)
+    if (is_fused(p)) {
+      SR_KERNELS_RETURN_IF_ERROR(launch_fused<E>(p, maps.attended, stream));
+      return launch_projection<E>(p, maps.attended, p.w_out, p.b_out, p.channels, p.x, p.y, stream);
+    }
   const int64_t d = p.channels / p.groups, projected = p.reuse ? p.channels : 2 * p.channels;
   const char* error =
       launch_projection<E>(p, p.x, p.w_in, p.b_in, projected, FeatureMap{}, maps.projected, stream);

@@ -52,8 +52,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1) pixel_gate_kernel(PixelGateP
   const int thread = static_cast<int>(threadIdx.x);
   const PixelRun pixels(p.size, static_cast<int64_t>(blockIdx.x) * kPixels);
   E* weight = shared_array<E>(0, kProductRows * Tile::kLdW);
-  E* input = shared_array<E>(Tile::kInputAt, kK * Tile::kLdX);
-  float* stage = shared_array<float>(0, kProductRows * Tile::kLdStage);
+  const typename Tile::Input input(Tile::kInputAt, kK, p.x);
+  const typename Tile::Stage stage(p.x);
+  const uint64_t places =
+      run_places<E>(p.x, stage.by_pixel) | run_places<E>(p.grad, stage.by_pixel) |
+      run_places<E>(p.out, stage.by_pixel) | run_places<E>(p.dz, stage.by_pixel);
   float maximum = kMinusInfinity, sum = 0.0f;  // of this thread's pixel
 
 #pragma unroll 1
@@ -63,52 +66,54 @@ __global__ void __launch_bounds__(kBlockThreads, 1) pixel_gate_kernel(PixelGateP
 #pragma unroll 1
     for (int k0 = 0; k0 < p.channels; k0 += kK) {
       const int k_count = p.channels - k0 < kK ? p.channels - k0 : kK;
-      const int k_padded =
-          (k_count + Tile::Product::kStepK - 1) / Tile::Product::kStepK * Tile::Product::kStepK;
+      const int k_padded = round_up(k_count, kStepOfK<E>);
       __syncthreads();
       load_weights<E, kK>(
           weight, Tile::kLdW, k_padded,
           static_cast<const E*>(p.weight) + static_cast<int64_t>(m0) * p.channels + k0, p.channels,
           1, m_count, k_count, thread);
-      load_shifted<E, kPixels>(input, Tile::kLdX, 1, k_padded, p.x, p.size, pixels, Shift(), k0,
-                               k_count, Activation::kNone, 0.0f, thread);
-      __syncthreads();
-      product.accumulate(weight, Tile::kLdW, input, Tile::kLdX, k_padded, thread);
+      input.load(k_padded, p.x, p.size, pixels, Shift(), k0, k_count, thread);
+      finish_copies();
+      input.accumulate(product, weight, Tile::kLdW, 0, k_padded, thread);
     }
     __syncthreads();
-    product.visit(thread, [&](int m, int pixel, float first, float second) {
-      store_shared(stage + m * Tile::kLdStage + pixel, Vector<float, 2>{{first, second}});
-    });
+    stage.put(product, p.bias == nullptr ? nullptr : static_cast<const E*>(p.bias) + m0, m_count,
+              thread);
     __syncthreads();
-
-    for (int i = walk_pixel(p.x, thread); i < kPixels; i += kWalkPixels) {
-      const Pixel at = pixels[i];
-      if (!at.exists) continue;
-#pragma unroll 1
-      for (int c = walk_channel(p.x, thread); c < m_count; c += kWalkChannels) {
-        const int m = m0 + c;
-        float z = load_shared<float>(stage + c * Tile::kLdStage + i);
-        if (p.bias != nullptr) z += to_float(load_global<E>(static_cast<const E*>(p.bias) + m));
-        const float s = sigmoid(z), x = to_float(load_element<E>(p.x, at.n, m, at.h, at.w));
-        if (p.grad.data != nullptr) {
-          const float grad = to_float(load_element<E>(p.grad, at.n, m, at.h, at.w));
-          store_element(p.dz, at.n, m, at.h, at.w, from_float<E>(grad * x * s * (1.0f - s)));
-          if (p.out.data != nullptr)
-            store_element(p.out, at.n, m, at.h, at.w, from_float<E>(grad * s));
-        } else {
-          const E u = from_float<E>(x * s);
-          store_element(p.out, at.n, m, at.h, at.w, u);
-          if (p.maximum != nullptr)
-            store_shared<float>(stage + c * Tile::kLdStage + i, to_float(u));
-        }
-      }
-    }
+    stage.template visit<E>(
+        places, pixels, p.size.width, m_count, thread,
+        [&](const Pixel& at, int c, int i, auto& value) {
+          constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
+          const int m = m0 + c;
+          const auto x = load_run<E, kRun>(p.x, at, m);
+#pragma unroll
+          for (int r = 0; r < kRun; ++r) value[r] = sigmoid(value[r]);
+          if (p.grad.data != nullptr) {
+            const auto grad = load_run<E, kRun>(p.grad, at, m);
+            float dz[kRun];
+#pragma unroll
+            for (int r = 0; r < kRun; ++r) {
+              const float g = to_float(grad.element[r]), s = value[r];
+              dz[r] = g * to_float(x.element[r]) * s * (1.0f - s);
+              value[r] = g * s;
+            }
+            put_run<E>(dz, p.dz, at, m);
+            if (p.out.data != nullptr) put_run<E>(value, p.out, at, m);
+          } else {
+#pragma unroll
+            for (int r = 0; r < kRun; ++r) {  // the statistics are those of what is stored
+              value[r] = to_float(from_float<E>(to_float(x.element[r]) * value[r]));
+              if (p.maximum != nullptr) store_shared<float>(stage.at(c, i) + r, value[r]);
+            }
+            put_run<E>(value, p.out, at, m);
+          }
+        });
     if (p.maximum == nullptr) continue;
     __syncthreads();
     if (thread < kPixels && pixels[thread].exists) {
       float part = 0.0f;
       for (int c = 0; c < m_count; ++c) {
-        const float u = load_shared<float>(stage + c * Tile::kLdStage + thread);
+        const float u = load_shared<float>(stage.at(c, thread));
         maximum = u > maximum || u != u ? u : maximum;  // NaN passes
         part += u;
       }
@@ -395,14 +400,13 @@ __global__ void __launch_bounds__(kBlockThreads) gated_conv_kernel(GatedParams p
   const int gates = p.gate_of_output ? p.m_count : p.k_count;
   const E* gate = static_cast<const E*>(p.gate) + n * gates;
   E* weight = shared_array<E>(0, kProductRows * Tile::kLdW);
-  E* input = shared_array<E>(Tile::kInputAt, kK * Tile::kLdX);
+  const typename Tile::Input input(Tile::kInputAt, kK, p.x);
 
   typename Tile::Product product;
 #pragma unroll 1
   for (int k0 = 0; k0 < p.k_count; k0 += kK) {
     const int k_count = p.k_count - k0 < kK ? p.k_count - k0 : kK;
-    const int k_padded =
-        (k_count + Tile::Product::kStepK - 1) / Tile::Product::kStepK * Tile::Product::kStepK;
+    const int k_padded = round_up(k_count, kStepOfK<E>);
     if (k0 > 0) __syncthreads();
     const bool along_k = p.weight_stride_k == 1;
 #pragma unroll 4
@@ -417,29 +421,23 @@ __global__ void __launch_bounds__(kBlockThreads) gated_conv_kernel(GatedParams p
             to_float(load_global<E>(gate + (p.gate_of_output ? m0 + m : k0 + k)));
       store_shared(weight + m * Tile::kLdW + k, from_float<E>(value));
     }
-    load_shifted<E, kPixels>(input, Tile::kLdX, 1, k_padded, p.x, size, pixels, Shift(), k0,
-                             k_count, Activation::kNone, 0.0f, thread);
-    __syncthreads();
-    product.accumulate(weight, Tile::kLdW, input, Tile::kLdX, k_padded, thread);
+    input.load(k_padded, p.x, size, pixels, Shift(), k0, k_count, thread);
+    finish_copies();
+    input.accumulate(product, weight, Tile::kLdW, 0, k_padded, thread);
   }
   __syncthreads();
-  float* stage = shared_array<float>(0, kProductRows * Tile::kLdStage);
-  product.visit(thread, [&](int m, int pixel, float first, float second) {
-    store_shared(stage + m * Tile::kLdStage + pixel, Vector<float, 2>{{first, second}});
-  });
+  const typename Tile::Stage stage(p.out);
+  stage.put(product, p.bias == nullptr ? nullptr : static_cast<const E*>(p.bias) + m0, m_count,
+            thread);
   __syncthreads();
-  for (int i = walk_pixel(p.out, thread); i < kPixels; i += kWalkPixels) {
-    const Pixel at = pixels[i];
-    if (!at.exists) continue;
-#pragma unroll 1
-    for (int c = walk_channel(p.out, thread); c < m_count; c += kWalkChannels) {
-      const int m = m0 + c;
-      float value = load_shared<float>(stage + c * Tile::kLdStage + i) + parameter<E>(p.bias, m);
-      if (p.residual.data != nullptr)
-        value += to_float(load_element<E>(p.residual, at.n, m, at.h, at.w));
-      store_element(p.out, at.n, m, at.h, at.w, from_float<E>(value));
-    }
-  }
+  const uint64_t places =
+      run_places<E>(p.out, stage.by_pixel) | run_places<E>(p.residual, stage.by_pixel);
+  stage.template visit<E>(places, pixels, p.width, m_count, thread,
+                          [&](const Pixel& at, int c, int, auto& value) {
+                            if (p.residual.data != nullptr)
+                              add_run<E>(value, p.residual, at, m0 + c);
+                            put_run<E>(value, p.out, at, m0 + c);
+                          });
 }
 
 }  // namespace sr_kernels

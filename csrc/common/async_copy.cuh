@@ -1,22 +1,38 @@
-// Copies of dense rows from global to shared memory that do not pass through registers.
+// Accesses to global memory by more than one element, and copies to shared memory that do not pass
+// through registers.
 #pragma once
+
+#include <type_traits>
 
 #include "common/ptx.cuh"
 
 namespace sr_kernels {
 
-// Copies `rows` rows of `columns` elements from `from` (rows ld_from apart) to `to` (ld_to apart),
-// by all threads of the block, 16 bytes at a time: columns, ld_from, ld_to and both addresses must
-// be multiples of 16 bytes. The caller commits and waits.
+// function(width), width being the most elements of E, as a constant, that one access may take
+// where all of `places` (addresses and strides in elements, combined with |) are multiples of it:
+// 16 bytes, 8 bytes, or one element.
+template <typename E, typename Function>
+SR_DEVICE void with_access_width(uint64_t places, const Function& function) {
+  constexpr int kMost = 16 / static_cast<int>(sizeof(E));
+  if (places % kMost == 0)
+    function(std::integral_constant<int, kMost>{});
+  else if (places % (kMost / 2) == 0)
+    function(std::integral_constant<int, kMost / 2>{});
+  else
+    function(std::integral_constant<int, 1>{});
+}
+
+// An address for `places` above.
 template <typename E>
-SR_DEVICE void copy_rows_async(E* to, int ld_to, const E* from, int64_t ld_from, int rows,
-                               int columns, int thread, int threads) {
-  constexpr int kElements = 16 / static_cast<int>(sizeof(E));
-  const int pieces = columns / kElements;
-  for (int i = thread; i < rows * pieces; i += threads) {
-    const int row = i / pieces, column = i % pieces * kElements;
-    copy_async<16>(to + row * ld_to + column, from + row * ld_from + column, true);
-  }
+SR_HOST_DEVICE uint64_t place_of(const void* address) {
+  return reinterpret_cast<uint64_t>(address) / sizeof(E);
+}
+
+// Waits for this thread's copies, then for all threads: what any of them copied or stored is there.
+SR_DEVICE void finish_copies() {
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
 }
 
 }  // namespace sr_kernels

@@ -44,6 +44,18 @@ SR_DEVICE void load_b_from_rows_n(FragmentB (&b)[2], const E* tile, int ld, int 
   b[0] = {{x[0], x[1]}};
   b[1] = {{x[2], x[3]}};
 }
+// The same, of rows first .. first + 15 of a tile that has `rows`: the last of them for those
+// beyond.
+template <typename E>
+SR_DEVICE void load_b_from_rows_n(FragmentB (&b)[2], const E* tile, int ld, int lane, int first,
+                                  int rows) {
+  int row = first + lane % 8 + lane / 16 * 8;
+  row = row < rows ? row : rows - 1;
+  uint32_t x[4];
+  load_matrix<false>(x, tile + row * ld + lane / 8 % 2 * 8);
+  b[0] = {{x[0], x[1]}};
+  b[1] = {{x[2], x[3]}};
+}
 template <typename E>
 SR_DEVICE void load_b_from_rows_k(FragmentB (&b)[2], const E* tile, int ld, int lane) {
   uint32_t x[4];

@@ -38,6 +38,7 @@ SR_DEVICE T* shared_array(int byte_offset, int count) {
 template <typename V>
 SR_DEVICE V load_shared(const void* from) {
 #if defined(__CUDACC__)
+  __builtin_assume(__isShared(from));
   return *static_cast<const V*>(from);
 #else
   V value;
@@ -48,6 +49,7 @@ SR_DEVICE V load_shared(const void* from) {
 template <typename V>
 SR_DEVICE void store_shared(void* to, V value) {
 #if defined(__CUDACC__)
+  __builtin_assume(__isShared(to));
   *static_cast<V*>(to) = value;
 #else
   cuda_on_cpu::block->write(to, &value, sizeof(V));

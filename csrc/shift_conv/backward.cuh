@@ -2,8 +2,9 @@
 //
 //   dW[m, k] = sum_p dz[m, p] act(S(x))[k, p]      db[m] = sum_p dz[m, p]
 //
-// Tile: 64 x 64 of dW a block, 64 pixels at a time, over every `slices`-th tile of pixels; dz is
-// loaded as [m][pixel], S(x) as [pixel][k]. Each block writes its sums to its own part of a
+// Tile: 64 x 64 of dW a block, 64 pixels at a time, over every `slices`-th tile of pixels; in 16
+// bits dz and S(x) lie in shared memory in the order of their maps, in float32 as [m][pixel] and
+// [pixel][k]. Each block writes its sums to its own part of a
 // workspace, and reduce_kernel adds the parts in order: no atomics, the same bits every time.
 // `slices` depends on the sizes alone, not on the GPU.
 //
@@ -32,12 +33,13 @@ struct WeightGradientTile {
   static constexpr int kPixels = 64, kColumns = 64;
   using Product = TileProduct<E, kColumns>;
   static constexpr int kLdZ = kPixels + Product::kPad, kLdX = kColumns + Product::kPad;
+  static_assert(kPixels == kProductRows && kPixels == kColumns, "tiles may lie transposed");
   static constexpr int kInputAt = kProductRows * kLdZ * static_cast<int>(sizeof(E));
   static constexpr int kSharedBytes = kInputAt + kPixels * kLdX * static_cast<int>(sizeof(E));
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads) weight_gradient_kernel(WeightGradientParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 1) weight_gradient_kernel(WeightGradientParams p) {
   using Tile = WeightGradientTile<E>;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t slice = blockIdx.x;
@@ -46,6 +48,12 @@ __global__ void __launch_bounds__(kBlockThreads) weight_gradient_kernel(WeightGr
   const int k0 = static_cast<int>(blockIdx.y) % columns * Tile::kColumns;
   E* dz = shared_array<E>(0, kProductRows * Tile::kLdZ);
   E* input = shared_array<E>(Tile::kInputAt, Tile::kPixels * Tile::kLdX);
+  // In 16 bits both lie as they come; in float32 as TileProduct wants them.
+  constexpr bool kMayTranspose = sizeof(E) == 2;
+  const bool z_by_pixel = kMayTranspose && p.dz.stride_c == 1;
+  const bool x_by_pixel = !kMayTranspose || p.x.stride_c == 1;
+  const int stride_m = z_by_pixel ? 1 : Tile::kLdZ, stride_z = z_by_pixel ? Tile::kLdZ : 1;
+  const int stride_k = x_by_pixel ? 1 : Tile::kLdX, stride_x = x_by_pixel ? Tile::kLdX : 1;
   const Shift none;
   // Sums of sums: a tile's pixels first, then the tiles.
   typename Tile::Product product;
@@ -57,21 +65,33 @@ __global__ void __launch_bounds__(kBlockThreads) weight_gradient_kernel(WeightGr
   for (int64_t tile = slice; tile < tiles; tile += p.slices) {
     const PixelRun pixels(p.size, tile * Tile::kPixels);
     __syncthreads();
-    load_shifted<E, Tile::kPixels>(dz, Tile::kLdZ, 1, kProductRows, p.dz, p.size, pixels, none, m0,
-                                   p.m_count - m0, Activation::kNone, 0.0f, thread);
+    load_shifted<E, Tile::kPixels>(dz, stride_m, stride_z, kProductRows, p.dz, p.size, pixels, none,
+                                   m0, p.m_count - m0, Activation::kNone, 0.0f, thread);
     if (with_weight)
-      load_shifted<E, Tile::kPixels>(input, 1, Tile::kLdX, Tile::kColumns, p.x, p.size, pixels,
+      load_shifted<E, Tile::kPixels>(input, stride_k, stride_x, Tile::kColumns, p.x, p.size, pixels,
                                      p.shift, k0, p.k_count - k0, p.activation, p.slope, thread);
-    __syncthreads();
+    finish_copies();
     if (with_weight) {
       typename Tile::Product of_tile;
-      of_tile.accumulate(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels, thread);
+      if constexpr (!kMayTranspose)
+        of_tile.accumulate(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels, thread);
+      else if (z_by_pixel && x_by_pixel)
+        of_tile.template accumulate<true, false>(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels,
+                                                 thread);
+      else if (z_by_pixel)
+        of_tile.template accumulate<true, true>(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels,
+                                                thread);
+      else if (x_by_pixel)
+        of_tile.accumulate(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels, thread);
+      else
+        of_tile.template accumulate<false, true>(dz, Tile::kLdZ, input, Tile::kLdX, Tile::kPixels,
+                                                 thread);
       product.add(of_tile);
     }
     if (with_bias) {
       float of_tile = 0.0f;
       for (int i = thread % 4; i < Tile::kPixels; i += 4)
-        of_tile += to_float(load_shared<E>(dz + thread / 4 * Tile::kLdZ + i));
+        of_tile += to_float(load_shared<E>(dz + thread / 4 * stride_m + i * stride_z));
       bias += of_tile;
     }
   }

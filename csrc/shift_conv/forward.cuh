@@ -5,17 +5,21 @@
 //   shift_conv_block   y = W1 S(act(W0 S(x) + b0)) + b1 (+ x)    block_kernel
 //
 // conv_kernel. Tile: 64 output channels x 128 consecutive pixels a block; input channels in pieces
-// of 64, loaded as [channel][pixel], the shift being an offset in the load. Products on tensor
-// cores (16 bit) or by FFMA (float32, exact: there is no TF32 path). Sums pass through shared
-// memory, so that bias, activation, residual and the store run along memory, whatever the layout.
-// The backward uses the same kernel: W transposed, the shift in the store (S^T), and an
-// activation's derivative as a factor.
+// of 64, the shift being an offset in the load. In 16 bits a tile lies in shared memory as its map
+// does, [channel][pixel] or (channels_last) [pixel][channel], copied asynchronously by runs of 16
+// or 8 bytes where strides, widths and addresses allow; a run of pixels that is shifted sideways is
+// made of an aligned one and one element. In float32 it is [channel][pixel] always. Products on
+// tensor cores (16 bit) or by FFMA (float32, exact: there is no TF32 path). Sums pass through
+// shared memory, so that activation, residual and the store run along memory, whatever the layout,
+// by runs likewise (one by one with gelu and silu). The backward uses the same kernel: W transposed
+// (read one by one), the shift in the store (S^T), and an activation's derivative as a factor.
 //
 // block_kernel. Tile: 8 x 16 pixels. S(x) with a halo of one pixel, 10 x 18, lies in shared memory,
 // all channels. Hidden channels come 64 at a time: product over the haloed tile, activation, and
 // the store into a second tile at the place where the second product wants them, which is its
 // shift; the sums of y stay in registers (64 channels, or 192) until all hidden channels are
-// through. Hidden values outside the image are zero, not act(b0).
+// through. Hidden values outside the image are zero, not act(b0). Weights come in pieces of 64 x
+// 16, the next copied while one is multiplied.
 //
 // Floor, per pixel, C channels in and out, H hidden, e bytes an element:
 //   shift_conv2d      e (C_in + C_out) bytes (+ e C_out residual), 2 C_in C_out FLOP
@@ -48,30 +52,185 @@ SR_DEVICE float activate_in_epilogue(Activation activation, float slope, float z
   return z;
 }
 
+// Their derivatives.
+SR_DEVICE float derivative_in_epilogue(Activation activation, float slope, float z) {
+  if (activation == Activation::kRelu) return activation_derivative(Activation::kRelu, z, slope);
+  if (activation == Activation::kLeakyRelu)
+    return activation_derivative(Activation::kLeakyRelu, z, slope);
+  return 1.0f;
+}
+
 // Channels first_channel ... of S(x) at the given pixels into shared memory, element (c, p) to
-// tile[c * stride_c + p * stride_p], for c < rows; zero outside the image and from `channels` on.
-// With an activation, act(S(x)).
+// tile[c * stride_c + p * stride_p], for c < rows (a multiple of 4, in 16 bits of 8); zero outside
+// the image and from `channels` on. With an activation, act(S(x)). One of the strides is 1; a run
+// that is contiguous in tile and map goes there as an asynchronous copy: the caller waits.
 template <typename E, int kPixels, typename Pixels>
 SR_DEVICE void load_shifted(E* tile, int stride_c, int stride_p, int rows, const FeatureMap& x,
                             const ImageSize& size, const Pixels& pixels, const Shift& shift,
                             int first_channel, int channels, Activation activation, float slope,
                             int thread) {
-  for (int p = walk_pixel(x, thread); p < kPixels; p += kWalkPixels) {
-    const Pixel at = pixels[p];
-    for (int c = walk_channel(x, thread); c < rows; c += kWalkChannels) {
-      E value = from_float<E>(0.0f);
-      if (at.exists && c < channels) {
-        const ShiftOffset offset = shift(first_channel + c);
-        if (size.has(at.h + offset.dy, at.w + offset.dx)) {
-          value = load_element<E>(x, at.n, first_channel + c, at.h + offset.dy, at.w + offset.dx);
-          if (activation != Activation::kNone)
-            value = from_float<E>(activate(activation, to_float(value), slope));
+  const E zero = from_float<E>(0.0f);
+  const uint64_t one_by_one = fits_in_epilogue(activation) ? 0 : 1;
+  const auto activated = [&](E value) {
+    if (activation == Activation::kNone) return value;
+    return from_float<E>(activate(activation, to_float(value), slope));
+  };
+  const auto load_one = [&](const Pixel& at, int c) {
+    if (!at.exists || c >= channels) return zero;
+    const ShiftOffset offset = shift(first_channel + c);
+    if (!size.has(at.h + offset.dy, at.w + offset.dx)) return zero;
+    return activated(
+        load_element<E>(x, at.n, first_channel + c, at.h + offset.dy, at.w + offset.dx));
+  };
+  const auto store = [&](E* to, const auto& run, bool contiguous, int stride) {
+    constexpr int kRun = static_cast<int>(sizeof(run) / sizeof(E));
+    if (contiguous) {
+      store_shared(to, run);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) store_shared<E>(to + i * stride, run.element[i]);
+  };
+
+  if (x.stride_c == 1) {
+    with_access_width<E>(run_places<E>(x, true) | first_channel | one_by_one, [&](auto constant) {
+      constexpr int kRun = constant;
+      for (int p = thread / kWalkChannels; p < kPixels; p += kWalkPixels) {
+        const Pixel at = pixels[p];
+        for (int c = thread % kWalkChannels * kRun; c < rows; c += kWalkChannels * kRun) {
+          E* to = tile + c * stride_c + p * stride_p;
+          const ShiftOffset offset = shift(first_channel + c);
+          const ShiftOffset last = shift(first_channel + c + kRun - 1);
+          if (kRun == 1 || c + kRun > channels || offset.dy != last.dy || offset.dx != last.dx) {
+#pragma unroll 1
+            for (int i = 0; i < kRun; ++i) store_shared<E>(to + i * stride_c, load_one(at, c + i));
+            continue;
+          }
+          if constexpr (kRun > 1) {
+            const Pixel from{at.n, at.h + offset.dy, at.w + offset.dx, at.exists};
+            const bool there = at.exists && size.has(from.h, from.w);
+            if (stride_c == 1 && activation == Activation::kNone) {
+              const E* address = static_cast<const E*>(x.data);
+              if (there) address += element_offset(x, from.n, first_channel + c, from.h, from.w);
+              copy_async<kRun* static_cast<int>(sizeof(E))>(to, address, there);
+              continue;
+            }
+            Vector<E, kRun> run;
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) run.element[i] = zero;
+            if (there) run = load_run<E, kRun>(x, from, first_channel + c);
+            if (there && activation != Activation::kNone) {
+#pragma unroll
+              for (int i = 0; i < kRun; ++i)
+                run.element[i] = from_float<E>(
+                    activate_in_epilogue(activation, slope, to_float(run.element[i])));
+            }
+            store(to, run, stride_c == 1, stride_c);
+          }
         }
       }
-      store_shared<E>(tile + c * stride_c + p * stride_p, value);
-    }
+    });
+    return;
   }
+  with_access_width<E>(run_places<E>(x, false) | size.width | one_by_one, [&](auto constant) {
+    constexpr int kRun = constant, kUnits = Pixels::template kUnits<kRun, kPixels>;
+    constexpr int kStep = kBlockThreads / kUnits;  // channels at a time
+    if (thread >= kUnits * kStep) return;
+    const PixelUnit unit = pixels.template unit<kRun>(thread % kUnits);
+    const Pixel& at = unit.at;
+    for (int c = thread / kUnits; c < rows; c += kStep) {
+      E* to = tile + c * stride_c + unit.index * stride_p;
+      if (kRun == 1 || unit.count == 1) {
+        store_shared<E>(to, load_one(at, c));
+        continue;
+      }
+      if constexpr (kRun > 1) {
+        const ShiftOffset offset = shift(first_channel + c);
+        const Pixel from{at.n, at.h + offset.dy, at.w, at.exists};
+        const bool there = at.exists && c < channels && size.has(from.h, from.w);
+        const bool contiguous = Pixels::kAligned && stride_p == 1;
+        if (contiguous && offset.dx == 0 && activation == Activation::kNone) {
+          const E* address = static_cast<const E*>(x.data);
+          if (there) address += element_offset(x, from.n, first_channel + c, from.h, from.w);
+          copy_async<kRun* static_cast<int>(sizeof(E))>(to, address, there);
+          continue;
+        }
+        Vector<E, kRun> run;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) run.element[i] = zero;
+        if (there) run = load_run<E, kRun>(x, from, first_channel + c);
+        if (offset.dx != 0) {  // the run beside it: one of its elements is another's
+          const int w = offset.dx > 0 ? at.w + kRun : at.w - 1;
+          E other = zero;
+          if (there && w >= 0 && w < size.width)
+            other = load_element<E>(x, at.n, first_channel + c, from.h, w);
+          const Vector<E, kRun> middle = run;
+#pragma unroll
+          for (int i = 0; i < kRun; ++i)
+            run.element[i] = offset.dx > 0
+                                 ? (i + 1 < kRun ? middle.element[(i + 1) % kRun] : other)
+                                 : (i > 0 ? middle.element[(i + kRun - 1) % kRun] : other);
+        }
+        if (activation != Activation::kNone) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i)
+            run.element[i] =
+                from_float<E>(activate_in_epilogue(activation, slope, to_float(run.element[i])));
+        }
+        store(to, run, contiguous, stride_p);
+      }
+    }
+  });
 }
+
+// S(x) as the second operand of a product: [channel][pixel], or, in 16 bits and channels_last, as
+// it comes, [pixel][channel], of which the last kPixels - kRows do not exist.
+template <typename E, int kPixels, int kRows>
+struct InputTile {
+  static constexpr int kLdChannel = kPixels + 8;
+  E* data;
+  int ld;
+  bool by_pixel;
+
+  static constexpr bool kCanBeByPixel = sizeof(E) == 2;
+  static SR_HOST_DEVICE constexpr int elements(int channels) {
+    const int by_channel = channels * kLdChannel;
+    const int by_pixel = kCanBeByPixel ? kRows * conflict_free_stride(channels) : 0;
+    return by_channel > by_pixel ? by_channel : by_pixel;
+  }
+  static SR_HOST_DEVICE constexpr int bytes(int channels) {
+    return elements(channels) * static_cast<int>(sizeof(E));
+  }
+  SR_DEVICE InputTile(int at, int channels, const FeatureMap& x)
+      : data(shared_array<E>(at, elements(channels))),
+        ld(kLdChannel),
+        by_pixel(kCanBeByPixel && x.stride_c == 1) {
+    if (by_pixel) ld = conflict_free_stride(channels);
+  }
+
+  // As load_shifted, without an activation.
+  template <typename Pixels>
+  SR_DEVICE void load(int rows, const FeatureMap& x, const ImageSize& size, const Pixels& pixels,
+                      const Shift& shift, int first_channel, int channels, int thread) const {
+    if (by_pixel)
+      load_shifted<E, kRows>(data, 1, ld, rows, x, size, pixels, shift, first_channel, channels,
+                             Activation::kNone, 0.0f, thread);
+    else
+      load_shifted<E, kPixels>(data, ld, 1, rows, x, size, pixels, shift, first_channel, channels,
+                               Activation::kNone, 0.0f, thread);
+  }
+  // product += A times the channels from k on.
+  template <typename Product>
+  SR_DEVICE void accumulate(Product& product, const E* a, int lda, int k, int k_count,
+                            int thread) const {
+    if constexpr (kCanBeByPixel)
+      if (by_pixel) {
+        product.template accumulate<false, true>(a, lda, data + k, ld, k_count, thread, kRows);
+        return;
+      }
+    product.accumulate(a, lda, data + k * kLdChannel, kLdChannel, k_count, thread);
+  }
+};
 
 // ------------------------------------------------------------------ one product
 
@@ -99,16 +258,16 @@ template <typename E>
 struct ConvTile {
   static constexpr int kPixels = 128, kK = 64;
   using Product = TileProduct<E, kPixels>;
-  static constexpr int kLdW = kK + Product::kPad, kLdX = kPixels + Product::kPad;
-  static constexpr int kLdStage = kPixels + 8;
+  using Input = InputTile<E, kPixels, kPixels>;
+  using Stage = SumStage<kPixels>;
+  static constexpr int kLdW = kK + Product::kPad;
   static constexpr int kInputAt = kProductRows * kLdW * static_cast<int>(sizeof(E));
-  static constexpr int kOperandBytes = kInputAt + kK * kLdX * static_cast<int>(sizeof(E));
-  static constexpr int kStageBytes = kProductRows * kLdStage * 4;
-  static constexpr int kSharedBytes = kOperandBytes > kStageBytes ? kOperandBytes : kStageBytes;
+  static constexpr int kOperandBytes = kInputAt + Input::bytes(kK);
+  static constexpr int kSharedBytes = kOperandBytes > Stage::kBytes ? kOperandBytes : Stage::kBytes;
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 3 : 1) conv_kernel(ConvParams p) {
+__global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1) conv_kernel(ConvParams p) {
   using Tile = ConvTile<E>;
   constexpr int kPixels = Tile::kPixels, kK = Tile::kK;
   const int thread = static_cast<int>(threadIdx.x);
@@ -116,56 +275,72 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 3 : 1) conv_ke
   const int m_count = p.m_count - m0 < kProductRows ? p.m_count - m0 : kProductRows;
   const PixelRun pixels(p.size, static_cast<int64_t>(blockIdx.x) * kPixels);
   E* weight = shared_array<E>(0, kProductRows * Tile::kLdW);
-  E* input = shared_array<E>(Tile::kInputAt, kK * Tile::kLdX);
+  const typename Tile::Input input(Tile::kInputAt, kK, p.x);
 
   typename Tile::Product product;
   for (int k0 = 0; k0 < p.k_count; k0 += kK) {
     const int k_count = p.k_count - k0 < kK ? p.k_count - k0 : kK;
-    const int k_padded =
-        (k_count + Tile::Product::kStepK - 1) / Tile::Product::kStepK * Tile::Product::kStepK;
+    const int k_padded = round_up(k_count, kStepOfK<E>);
     if (k0 > 0) __syncthreads();
     load_weights<E, kK>(
         weight, Tile::kLdW, k_padded,
         static_cast<const E*>(p.weight) + m0 * p.weight_stride_m + k0 * p.weight_stride_k,
         p.weight_stride_m, p.weight_stride_k, m_count, k_count, thread);
-    load_shifted<E, kPixels>(input, Tile::kLdX, 1, k_padded, p.x, p.size, pixels, p.shift, k0,
-                             k_count, Activation::kNone, 0.0f, thread);
-    __syncthreads();
-    product.accumulate(weight, Tile::kLdW, input, Tile::kLdX, k_padded, thread);
+    input.load(k_padded, p.x, p.size, pixels, p.shift, k0, k_count, thread);
+    finish_copies();
+    input.accumulate(product, weight, Tile::kLdW, 0, k_padded, thread);
   }
   __syncthreads();
-  float* stage = shared_array<float>(0, kProductRows * Tile::kLdStage);
-  product.visit(thread, [&](int m, int pixel, float first, float second) {
-    store_shared(stage + m * Tile::kLdStage + pixel, Vector<float, 2>{{first, second}});
-  });
+  const typename Tile::Stage stage(p.out);
+  stage.put(product, p.bias == nullptr ? nullptr : static_cast<const E*>(p.bias) + m0, m_count,
+            thread);
   __syncthreads();
 
-  for (int i = walk_pixel(p.out, thread); i < kPixels; i += kWalkPixels) {
-    const Pixel at = pixels[i];
-    if (!at.exists) continue;
-#pragma unroll 1
-    for (int c = walk_channel(p.out, thread); c < m_count; c += kWalkChannels) {
-      const int m = m0 + c;
-      const ShiftOffset offset = p.scatter(m);
-      int h = at.h + offset.dy, w = at.w + offset.dx;
-      const bool lost = !p.size.has(h, w);
-      h = h < 0 ? p.size.height - 1 : (h >= p.size.height ? 0 : h);
-      w = w < 0 ? p.size.width - 1 : (w >= p.size.width ? 0 : w);
-      float value = load_shared<float>(stage + c * Tile::kLdStage + i);
-      if (p.bias != nullptr) value += to_float(load_global<E>(static_cast<const E*>(p.bias) + m));
-      if (p.grad.data != nullptr)
-        value = to_float(load_element<E>(p.grad, at.n, m, h, w)) *
-                activation_derivative(p.activation, value, p.slope);
-      else
-        value = activate(p.activation, value, p.slope);
-      if (p.before.data != nullptr)
-        value *= activation_derivative(p.before_activation,
-                                       to_float(load_element<E>(p.before, at.n, m, h, w)), p.slope);
-      if (lost) value = 0.0f;
-      if (p.residual.data != nullptr) value += to_float(load_element<E>(p.residual, at.n, m, h, w));
-      store_element<E>(p.out, at.n, m, h, w, from_float<E>(value));
-    }
-  }
+  const bool channels_last = stage.by_pixel;
+  uint64_t places = run_places<E>(p.out, channels_last) | run_places<E>(p.grad, channels_last) |
+                    run_places<E>(p.before, channels_last) |
+                    run_places<E>(p.residual, channels_last);
+  if (!fits_in_epilogue(p.activation) || !fits_in_epilogue(p.before_activation)) places |= 1;
+  if (p.scatter.pattern != ShiftPattern::kNone)  // a run moves as one, along its channels
+    places |= channels_last ? p.scatter.channels / p.scatter.groups : 1;
+  stage.template visit<E>(
+      places, pixels, p.size.width, m_count, thread, [&](const Pixel& at, int c, int, auto& value) {
+        constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
+        const int m = m0 + c;
+        const ShiftOffset offset = p.scatter(m);
+        Pixel to{at.n, at.h + offset.dy, at.w + offset.dx, true};
+        const bool lost = !p.size.has(to.h, at.w) || !p.size.has(at.h, to.w);
+        to.h = to.h < 0 ? p.size.height - 1 : (to.h >= p.size.height ? 0 : to.h);
+        to.w = to.w < 0 ? p.size.width - 1 : (to.w >= p.size.width ? 0 : to.w);
+        if (p.grad.data != nullptr) {
+          const auto grad = load_run<E, kRun>(p.grad, to, m);
+#pragma unroll
+          for (int i = 0; i < kRun; ++i)
+            value[i] = to_float(grad.element[i]) *
+                       (kRun == 1 ? activation_derivative(p.activation, value[i], p.slope)
+                                  : derivative_in_epilogue(p.activation, p.slope, value[i]));
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i)
+            value[i] = kRun == 1 ? activate(p.activation, value[i], p.slope)
+                                 : activate_in_epilogue(p.activation, p.slope, value[i]);
+        }
+        if (p.before.data != nullptr) {
+          const auto before = load_run<E, kRun>(p.before, to, m);
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            const float z = to_float(before.element[i]);
+            value[i] *= kRun == 1 ? activation_derivative(p.before_activation, z, p.slope)
+                                  : derivative_in_epilogue(p.before_activation, p.slope, z);
+          }
+        }
+        if (lost) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) value[i] = 0.0f;
+        }
+        if (p.residual.data != nullptr) add_run<E>(value, p.residual, to, m);
+        put_run<E>(value, p.out, to, m);
+      });
 }
 
 // ------------------------------------------------------------------ the block
@@ -187,32 +362,23 @@ struct BlockTile {
   static constexpr int kRows = 8, kColumns = 16, kPixels = kRows * kColumns;
   static constexpr int kHaloColumns = kColumns + 2, kHaloPixels = (kRows + 2) * kHaloColumns;
   static constexpr int kHaloPadded = 192;  // what the first product computes
+  using Halo = RectanglePixels<kRows, kColumns, 1>;
+  using Inner = RectanglePixels<kRows, kColumns, 0>;
   using First = TileProduct<E, kHaloPadded>;
   using Second = TileProduct<E, kPixels>;
-  static constexpr int kK = 32;  // of a piece of weights
-  static constexpr int kLdW = kK + 8, kLdX = kHaloPadded + First::kPad;
-  static constexpr int kLdHidden = kPixels + Second::kPad, kLdStage = kPixels + 8;
-  static constexpr int kHiddenAt = kProductRows * kLdW * static_cast<int>(sizeof(E));
+  static constexpr int kK = 16;  // of a piece of weights, of which two are there
+  using Input = InputTile<E, kHaloPadded, kHaloPixels>;
+  using Stage = SumStage<kPixels>;
+  static constexpr int kLdW = kK + 8, kLdHidden = kPixels + Second::kPad;
+  static constexpr int kWeightElements = kProductRows * kLdW;
+  static constexpr int kHiddenAt = 2 * kWeightElements * static_cast<int>(sizeof(E));
   static constexpr int kInputAt =
       kHiddenAt + kProductRows * kLdHidden * static_cast<int>(sizeof(E));
-  static constexpr int kStageBytes = kProductRows * kLdStage * 4;
 
-  static SR_HOST_DEVICE int input_rows(int c_in) {
-    return (c_in + First::kStepK - 1) / First::kStepK * First::kStepK;
-  }
+  static SR_HOST_DEVICE int input_rows(int c_in) { return round_up(c_in, kStepOfK<E>); }
   static int64_t shared_bytes(int c_in) {
-    const int64_t bytes =
-        kInputAt + int64_t{input_rows(c_in)} * kLdX * static_cast<int64_t>(sizeof(E));
-    return bytes > kStageBytes ? bytes : kStageBytes;
-  }
-};
-
-// A tile with its halo, row after row.
-struct HaloPixels {
-  int64_t n;
-  int h0, w0, columns, count;  // h0, w0 of the first pixel: -1 at the image's corner
-  SR_DEVICE Pixel operator[](int i) const {
-    return {n, h0 + i / columns, w0 + i % columns, i < count};
+    const int64_t bytes = kInputAt + Input::bytes(input_rows(c_in));
+    return bytes > Stage::kBytes ? bytes : Stage::kBytes;
   }
 };
 
@@ -228,14 +394,25 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
   const int w0 = static_cast<int>(blockIdx.x % tiles_w) * Tile::kColumns;
   const int h0 = static_cast<int>(blockIdx.x / tiles_w % tiles_h) * Tile::kRows;
   const int64_t n = blockIdx.x / tiles_w / tiles_h;
-  const HaloPixels halo{n, h0 - 1, w0 - 1, Tile::kHaloColumns, Tile::kHaloPixels};
+  const typename Tile::Halo halo{p.size, n, h0 - 1, w0 - 1};
 
-  E* weight = shared_array<E>(0, kProductRows * Tile::kLdW);
+  E* weights = shared_array<E>(0, 2 * Tile::kWeightElements);
   E* hidden = shared_array<E>(Tile::kHiddenAt, kProductRows * Tile::kLdHidden);
   const int input_rows = Tile::input_rows(p.c_in);
-  E* input = shared_array<E>(Tile::kInputAt, input_rows * Tile::kLdX);
-  load_shifted<E, Tile::kHaloPadded>(input, Tile::kLdX, 1, input_rows, p.x, p.size, halo,
-                                     p.shift_in, 0, p.c_in, Activation::kNone, 0.0f, thread);
+  const typename Tile::Input input(Tile::kInputAt, input_rows, p.x);
+  input.load(input_rows, p.x, p.size, halo, p.shift_in, 0, p.c_in, thread);
+
+  // Pieces of weights, in the order in which they are used: of W0, all of K for 64 hidden channels,
+  // then of W1 these channels for all outputs. The next is under way while one is multiplied.
+  const E *w0_data = static_cast<const E*>(p.w0), *w1_data = static_cast<const E*>(p.w1);
+  const auto load_piece = [&](int which, const E* from, int stride, int m_count, int k_count) {
+    if (k_count > kK) k_count = kK;
+    load_weights<E, kK>(weights + which * Tile::kWeightElements, Tile::kLdW,
+                        round_up(k_count, kStepOfK<E>), from, stride, 1, m_count, k_count,
+                        opaque(thread));
+  };
+  int buffer = 0;
+  load_piece(0, w0_data, p.c_in, p.c_hidden, p.c_in);
 
   typename Tile::Second y[kOut];
 #pragma unroll 1
@@ -243,16 +420,19 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
     const int j_count = p.c_hidden - j0 < kProductRows ? p.c_hidden - j0 : kProductRows;
     First z;
 #pragma unroll 1
-    for (int k0 = 0; k0 < input_rows; k0 += kK) {
+    for (int k0 = 0; k0 < p.c_in; k0 += kK) {
+      finish_copies();  // this piece is there, that before it used up
+      const int k = k0 + kK;
+      const bool more = k < p.c_in;
+      load_piece(buffer ^ 1, more ? w0_data + static_cast<int64_t>(j0) * p.c_in + k : w1_data + j0,
+                 more ? p.c_in : p.c_hidden, more ? p.c_hidden - j0 : p.c_out,
+                 more ? p.c_in - k : j_count);
       const int k_padded = input_rows - k0 < kK ? input_rows - k0 : kK;
-      __syncthreads();  // the weights before these are used up; the first time: input is there
-      load_weights<E, kK>(weight, Tile::kLdW, k_padded,
-                          static_cast<const E*>(p.w0) + static_cast<int64_t>(j0) * p.c_in + k0,
-                          p.c_in, 1, j_count, p.c_in - k0, thread);
-      __syncthreads();
-      z.accumulate(weight, Tile::kLdW, input + k0 * Tile::kLdX, Tile::kLdX, k_padded, thread);
+      input.accumulate(z, weights + buffer * Tile::kWeightElements, Tile::kLdW, k0, k_padded,
+                       thread);
+      buffer ^= 1;
     }
-    // The product of the hidden channels before these has read `hidden`: two barriers ago at least.
+    // The product of the hidden channels before these has read `hidden`: a barrier ago at least.
     z.visit(opaque(thread), [&](int row, int column, float first, float second) {
       const bool real = row < j_count;
       const ShiftOffset offset = p.shift_hidden(j0 + row);
@@ -281,45 +461,46 @@ __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2
         store_shared<E>(element, from_float<E>(activate(p.activation, value, p.slope)));
       }
     }
-    const int j_padded = (j_count + First::kStepK - 1) / First::kStepK * First::kStepK;
+    const int j_padded = round_up(j_count, kStepOfK<E>);
 #pragma unroll
     for (int out = 0; out < kOut; ++out) {
-      const int m0 = out * kProductRows;
+#pragma unroll 1
       for (int k0 = 0; k0 < j_padded; k0 += kK) {
+        finish_copies();
+        const int next = j0 + kProductRows;
+        const int k = k0 + kK < j_padded ? k0 + kK : 0, m0 = (out + (k == 0)) * kProductRows;
+        const bool more = m0 < kOut * kProductRows;
+        if (more || next < p.c_hidden)
+          load_piece(buffer ^ 1,
+                     more ? w1_data + static_cast<int64_t>(m0) * p.c_hidden + j0 + k
+                          : w0_data + static_cast<int64_t>(next) * p.c_in,
+                     more ? p.c_hidden : p.c_in, more ? p.c_out - m0 : p.c_hidden - next,
+                     more ? j_count - k : p.c_in);
         const int k_padded = j_padded - k0 < kK ? j_padded - k0 : kK;
-        __syncthreads();
-        load_weights<E, kK>(
-            weight, Tile::kLdW, k_padded,
-            static_cast<const E*>(p.w1) + static_cast<int64_t>(m0) * p.c_hidden + j0 + k0,
-            p.c_hidden, 1, p.c_out - m0, j_count - k0, thread);
-        __syncthreads();
-        y[out].accumulate(weight, Tile::kLdW, hidden + k0 * Tile::kLdHidden, Tile::kLdHidden,
-                          k_padded, thread);
+        y[out].accumulate(weights + buffer * Tile::kWeightElements, Tile::kLdW,
+                          hidden + k0 * Tile::kLdHidden, Tile::kLdHidden, k_padded, opaque(thread));
+        buffer ^= 1;
       }
     }
   }
 
-  float* stage = shared_array<float>(0, kProductRows * Tile::kLdStage);
+  const typename Tile::Stage stage(p.y);
+  const typename Tile::Inner inner{p.size, n, h0, w0};
+  const uint64_t places =
+      run_places<E>(p.y, stage.by_pixel) | (p.residual ? run_places<E>(p.x, stage.by_pixel) : 0);
 #pragma unroll
   for (int out = 0; out < kOut; ++out) {
-    __syncthreads();
-    y[out].visit(thread, [&](int m, int pixel, float first, float second) {
-      store_shared(stage + m * Tile::kLdStage + pixel, Vector<float, 2>{{first, second}});
-    });
-    __syncthreads();
     const int m0 = out * kProductRows;
-    for (int i = walk_pixel(p.y, thread); i < Tile::kPixels; i += kWalkPixels) {
-      const int h = h0 + i / Tile::kColumns, w = w0 + i % Tile::kColumns;
-      if (!p.size.has(h, w)) continue;
-      for (int c = walk_channel(p.y, thread); c < kProductRows && m0 + c < p.c_out;
-           c += kWalkChannels) {
-        float value = load_shared<float>(stage + c * Tile::kLdStage + i);
-        if (p.b1 != nullptr)
-          value += to_float(load_global<E>(static_cast<const E*>(p.b1) + m0 + c));
-        if (p.residual) value += to_float(load_element<E>(p.x, n, m0 + c, h, w));
-        store_element<E>(p.y, n, m0 + c, h, w, from_float<E>(value));
-      }
-    }
+    const int m_count = p.c_out - m0 < kProductRows ? p.c_out - m0 : kProductRows;
+    __syncthreads();
+    stage.put(y[out], p.b1 == nullptr ? nullptr : static_cast<const E*>(p.b1) + m0, m_count,
+              thread);
+    __syncthreads();
+    stage.template visit<E>(places, inner, p.size.width, m_count, thread,
+                            [&](const Pixel& at, int c, int, auto& value) {
+                              if (p.residual) add_run<E>(value, p.x, at, m0 + c);
+                              put_run<E>(value, p.y, at, m0 + c);
+                            });
   }
 }
 

@@ -49,7 +49,8 @@ struct WindowGradientLaunch {
 template <typename E, int kD>
 struct WindowBackwardTile {
   static constexpr int kRows = 16 * kWindowWarps<E, kD>, kThreads = 2 * kRows;
-  static constexpr int kChunk = kD <= 64 ? 32 : 16;  // columns at a time: what registers allow
+  static constexpr int kChunk =
+      sizeof(E) == 2 && kD <= 64 ? 32 : 16;  // columns at a time: what registers allow
   using Rows = RowTile<E, kRows, kD>;
   using Stage = ScoreStage<E, kChunk>;
   static constexpr int kPlacesAt = 4 * Rows::kBytes;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>, 1)
     if (!own || !shared_keys)
       Rows::load(key_buffer, shared_keys ? p.q : p.k, head * d_qk, d_qk, key_places, thread);
     Rows::load(value_rows, p.v, head * d_v, d_v, key_places, thread);
-    __syncthreads();
+    finish_copies();
 
     const int keys = columns_of(plan, slot, tile);
 #pragma unroll 1
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>, 1)
                        load_global<RowStatistics>(g.statistics +
                                                   (of_tile * p.num_heads + head) * kRows + thread));
         }
-        __syncthreads();
+        finish_copies();
         const int count = columns_of(plan, slot, tile);
 #pragma unroll 1
         for (int c = 0; c < count; c += Tile::kChunk) {

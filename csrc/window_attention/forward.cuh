@@ -8,8 +8,9 @@
 // Gimelshein, 2018), 64 keys at a time (32 in float32): no score leaves the registers, except that
 // float32 ones pass through a warp's own shared memory to the second product. Roll, partition,
 // groups, heads and Swin's mask are index arithmetic of the loads. Where the keys are the queries
-// and the window is whole, they are loaded once. All groups run in one launch, those of the largest
-// windows first, so that the long blocks do not come last.
+// and the window is whole, they are loaded once. Channels_last rows are copied asynchronously, by
+// 16 or 8 bytes where they are aligned. All groups run in one launch, those of the largest windows
+// first, so that the long blocks do not come last.
 //
 // Products on tensor cores (16 bit, float32 sums) or by FFMA (float32, no TF32); scores, softmax
 // and log-sum-exp in float32. Applying scores again computes exp(s - lse), without maxima and sums,
@@ -100,8 +101,88 @@ SR_DEVICE int columns_of(const RowPlan& plan, int slot, int tile) {
   return slot >= plan.slots ? 0 : round_up(rest < plan.slot_rows ? rest : plan.slot_rows, 16);
 }
 
+// Softmax of a warp's 16 rows over keys that come tile by tile, and the values that it weighs. With
+// the log-sum-exp of an earlier call in `highest` (reuse) maxima and sums are not made.
+template <typename E, int kD, int kChunk>
+struct OnlineSoftmax {
+  using Scores = WarpScores<E, kChunk>;
+  static constexpr int kRowsOfLane = Scores::kRowsOfLane;
+  WarpWeighted<E, kD> weighted;
+  float highest[kRowsOfLane], sum[kRowsOfLane];
+
+  SR_DEVICE OnlineSoftmax() {
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      highest[i] = kMinusInfinity;
+      sum[i] = 0.0f;
+    }
+  }
+
+  // queries: the warp's rows; keys (so many, a multiple of 16) and values: rows of tiles.
+  SR_DEVICE void add(const E* queries, const E* key_rows, const E* value_rows, int ld, float* stage,
+                     int d_qk, int d_v, int keys, const ScoreTerms<E>& terms,
+                     const RowLabel* labels, const RowLabel* key_labels, bool reuse, int lane) {
+#pragma unroll 1
+    for (int key = 0; key < keys; key += kChunk) {
+      const int columns = keys - key < kChunk ? keys - key : kChunk;
+      Scores scores;
+      scores.add_product(queries, key_rows + key * ld, ld, d_qk, columns, lane);
+      finish_scores(scores, terms, false, labels, key_labels + key, columns, lane);
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        float base = highest[i];
+        if (!reuse) {
+#pragma unroll
+          for (int j = 0; j < Scores::kColumnsOfLane; ++j)
+            if (16 * Scores::group(j) < columns) base = larger(base, scores.at(i, j));
+          base = row_maximum<Scores::kLanesOfRow>(base);
+          // A row that has seen no key yet is not to become NaN.
+          const float factor = base == kMinusInfinity ? 1.0f : exp_of(highest[i] - base);
+          highest[i] = base;
+          if (base == kMinusInfinity) base = 0.0f;
+          sum[i] *= factor;
+#pragma unroll
+          for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c) weighted.at(i, c) *= factor;
+        }
+        float part = 0.0f;
+#pragma unroll
+        for (int j = 0; j < Scores::kColumnsOfLane; ++j) {
+          if (16 * Scores::group(j) >= columns) break;
+          const float e = exp_of(scores.at(i, j) - base);
+          scores.at(i, j) = e;
+          part += e;
+        }
+        if (!reuse) sum[i] += part;
+      }
+      if constexpr (sizeof(E) == 4) {
+        // Chunk by chunk: one long sum would cost the digits that stock's blocks keep.
+        WarpWeighted<E, kD> part;
+        part.add_product(scores, stage, value_rows + key * ld, ld, d_v, columns, lane);
+#pragma unroll
+        for (int i = 0; i < kRowsOfLane; ++i)
+#pragma unroll
+          for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c)
+            weighted.at(i, c) += part.at(i, c);
+      } else {
+        weighted.add_product(scores, stage, value_rows + key * ld, ld, d_v, columns, lane);
+      }
+    }
+  }
+
+  // Divides by the sums; not in reuse.
+  SR_DEVICE void finish() {
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      sum[i] = row_sum<Scores::kLanesOfRow>(sum[i]);
+      const float factor = 1.0f / sum[i];
+#pragma unroll
+      for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c) weighted.at(i, c) *= factor;
+    }
+  }
+};
+
 template <typename E, int kD>
-__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
+__global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>, 1)
     window_attention_kernel(const __grid_constant__ WindowAttentionLaunch launch) {
   using Tile = WindowForwardTile<E, kD>;
   using Rows = typename Tile::Rows;
@@ -135,17 +216,13 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
 
   const int slot = warp * 16 / plan.slot_rows;
   const int first_key = slot * plan.slot_rows;  // 0 where the window is not whole
-  WarpWeighted<E, kD> weighted;
-  float highest[kRowsOfLane], sum[kRowsOfLane];
+  OnlineSoftmax<E, kD, Tile::kChunk> softmax;
+  if (launch.reuse) {
 #pragma unroll
-  for (int i = 0; i < kRowsOfLane; ++i) {
-    highest[i] = kMinusInfinity;
-    sum[i] = 0.0f;
-    if (launch.reuse) {
+    for (int i = 0; i < kRowsOfLane; ++i) {
       const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
-      highest[i] = 0.0f;
-      if (place.n >= 0)
-        highest[i] = load_global<float>(row_pointer<const float>(p.lse, place, head));
+      softmax.highest[i] =
+          place.n < 0 ? 0.0f : load_global<float>(row_pointer<const float>(p.lse, place, head));
     }
   }
 
@@ -163,71 +240,26 @@ __global__ void __launch_bounds__(2 * 16 * kWindowWarps<E, kD>)
     if (!own || !shared_keys)
       Rows::load(key_buffer, shared_keys ? p.q : p.k, head * d_qk, d_qk, key_places, thread);
     Rows::load(value_rows, p.v, head * d_v, d_v, key_places, thread);
-    __syncthreads();
+    finish_copies();
 
     const int keys = columns_of(plan, slot, tile);
-#pragma unroll 1
-    for (int key = 0; key < keys; key += Tile::kChunk) {
-      const int columns = keys - key < Tile::kChunk ? keys - key : Tile::kChunk;
-      const int row = first_key + key;
-      Scores scores;
-      scores.add_product(query_rows + 16 * warp * kLd, key_rows + row * kLd, kLd, d_qk, columns,
-                         lane);
-      finish_scores(scores, terms, false, labels + 16 * warp, key_labels + row, columns, lane);
-#pragma unroll
-      for (int i = 0; i < kRowsOfLane; ++i) {
-        float base = highest[i];
-        if (!launch.reuse) {
-#pragma unroll
-          for (int j = 0; j < Scores::kColumnsOfLane; ++j)
-            if (16 * Scores::group(j) < columns) base = larger(base, scores.at(i, j));
-          base = row_maximum<Scores::kLanesOfRow>(base);
-          // A row that has seen no key yet is not to become NaN.
-          const float factor = base == kMinusInfinity ? 1.0f : exp_of(highest[i] - base);
-          highest[i] = base;
-          if (base == kMinusInfinity) base = 0.0f;
-          sum[i] *= factor;
-#pragma unroll
-          for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c) weighted.at(i, c) *= factor;
-        }
-        float part = 0.0f;
-#pragma unroll
-        for (int j = 0; j < Scores::kColumnsOfLane; ++j) {
-          if (16 * Scores::group(j) >= columns) break;
-          const float e = exp_of(scores.at(i, j) - base);
-          scores.at(i, j) = e;
-          part += e;
-        }
-        if (!launch.reuse) sum[i] += part;
-      }
-      if constexpr (sizeof(E) == 4) {
-        // Chunk by chunk: one long sum would cost the digits that stock's blocks keep.
-        WarpWeighted<E, kD> part;
-        part.add_product(scores, stage, value_rows + row * kLd, kLd, d_v, columns, lane);
-#pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i)
-#pragma unroll
-          for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c)
-            weighted.at(i, c) += part.at(i, c);
-      } else {
-        weighted.add_product(scores, stage, value_rows + row * kLd, kLd, d_v, columns, lane);
-      }
-    }
+    softmax.add(query_rows + 16 * warp * kLd, key_rows + first_key * kLd,
+                value_rows + first_key * kLd, kLd, stage, d_qk, d_v, keys, terms,
+                labels + 16 * warp, key_labels + first_key, launch.reuse, lane);
   }
 
+  if (!launch.reuse) {
+    softmax.finish();
 #pragma unroll
-  for (int i = 0; i < kRowsOfLane; ++i) {
-    if (launch.reuse) continue;
-    sum[i] = row_sum<Scores::kLanesOfRow>(sum[i]);
-    const float factor = 1.0f / sum[i];
-#pragma unroll
-    for (int c = 0; c < WarpWeighted<E, kD>::kColumnsOfLane; ++c) weighted.at(i, c) *= factor;
-    const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
-    if (p.lse.data != nullptr && lane % Scores::kLanesOfRow == 0 && place.n >= 0)
-      store_global<float>(row_pointer<float>(p.lse, place, head), highest[i] + logf(sum[i]));
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      const auto place = load_shared<RowPlace>(places + 16 * warp + Scores::row(lane, i));
+      if (p.lse.data != nullptr && lane % Scores::kLanesOfRow == 0 && place.n >= 0)
+        store_global<float>(row_pointer<float>(p.lse, place, head),
+                            softmax.highest[i] + logf(softmax.sum[i]));
+    }
   }
   __syncthreads();  // the queries may have been other warps' keys
-  store_weighted<E, kD>(weighted, 1.0f, query_rows + 16 * warp * kLd, kLd, d_v, lane);
+  store_weighted<E, kD>(softmax.weighted, 1.0f, query_rows + 16 * warp * kLd, kLd, d_v, lane);
   __syncthreads();
   Rows::store(query_rows, p.out, head * d_v, d_v, places, thread);
 }

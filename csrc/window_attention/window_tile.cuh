@@ -8,14 +8,10 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "common/mma.cuh"
+#include "common/pixel_tile.cuh"
 #include "window_attention/params.h"
 
 namespace sr_kernels {
-
-SR_HOST_DEVICE constexpr int round_up(int x, int multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
 
 // ------------------------------------------------------------------ rows
 
@@ -77,17 +73,9 @@ SR_DEVICE E* row_pointer(const FeatureMap& map, const RowPlace& place, int chann
          place.w * map.stride_w + channel * map.stride_c;
 }
 
-// Whether runs of four channels from `channel` on lie side by side and aligned.
-template <typename E>
-SR_DEVICE bool has_quads(const FeatureMap& map, int channel) {
-  const uint64_t places =
-      reinterpret_cast<uint64_t>(static_cast<const E*>(map.data) + channel) / sizeof(E) |
-      static_cast<uint64_t>(map.stride_n | map.stride_h | map.stride_w);
-  return map.stride_c == 1 && places % 4 == 0;
-}
-
 // Rows of shared memory that hold one head's channels, a block's tokens. The lanes of a warp lie
-// along what is contiguous in the map: tokens, or channels where they are.
+// along what is contiguous in the map: tokens, or runs of channels where they are, which are copied
+// asynchronously: finish_copies() before they are used.
 template <typename E, int kRows, int kD>
 struct RowTile {
   static constexpr int kThreads = 2 * kRows;
@@ -99,6 +87,7 @@ struct RowTile {
 
   static SR_DEVICE void load(E* tile, const FeatureMap& map, int channel, int channels,
                              const RowPlace* places, int thread) {
+    thread = opaque(thread);  // its addresses are made again for each tile, not kept in registers
     const int padded = round_up(channels, kPad);
     const E zero = from_float<E>(0.0f);
     if (map.stride_c != 1) {
@@ -115,29 +104,34 @@ struct RowTile {
       }
       return;
     }
-    const bool quads = has_quads<E>(map, channel);
+    with_access_width<E>(run_places<E>(map, true) | channel, [&](auto constant) {
+      constexpr int kRun = constant, kPiece = kRun > 1 ? kRun : 4;
 #pragma unroll 2
-    for (int i = thread; i < kRows * (kD / 4); i += kThreads) {
-      const int row = i / (kD / 4), c = i % (kD / 4) * 4;
-      if (c >= padded) continue;
-      const RowPlace place = load_shared<RowPlace>(places + row);
-      const E* from = row_pointer<const E>(map, place, channel + c);
-      const int count = place.n < 0 ? 0 : channels - c;
-      Vector<E, 4> quad{{zero, zero, zero, zero}};
-      if (quads && count >= 4) {
-        quad = load_global<Vector<E, 4>>(from);
-      } else {
+      for (int i = thread; i < kRows * (kD / kPiece); i += kThreads) {
+        const int row = i / (kD / kPiece), c = i % (kD / kPiece) * kPiece;
+        if (c >= padded) continue;
+        const RowPlace place = load_shared<RowPlace>(places + row);
+        const int count = place.n < 0 ? 0 : channels - c;
+        E* to = tile + row * kLd + c;
+        const E* from = static_cast<const E*>(map.data);
+        if (count > 0) from = row_pointer<const E>(map, place, channel + c);
+        if (kRun > 1 && (count >= kRun || count <= 0)) {
+          copy_async<kPiece* static_cast<int>(sizeof(E))>(to, from, count > 0);
+          continue;
+        }
+        Vector<E, kPiece> piece;
 #pragma unroll
-        for (int x = 0; x < 4; ++x)
-          if (x < count) quad.element[x] = load_global<E>(from + x);
+        for (int x = 0; x < kPiece; ++x)
+          piece.element[x] = x < count ? load_global<E>(from + x) : zero;
+        store_shared(to, piece);
       }
-      store_shared(tile + row * kLd + c, quad);
-    }
+    });
   }
 
   // The way back: every row that has a pixel.
   static SR_DEVICE void store(const E* tile, const FeatureMap& map, int channel, int channels,
                               const RowPlace* places, int thread) {
+    thread = opaque(thread);
     if (map.stride_c != 1) {
       const int row = thread % kRows;
       const RowPlace place = load_shared<RowPlace>(places + row);
@@ -151,21 +145,23 @@ struct RowTile {
       }
       return;
     }
-    const bool quads = has_quads<E>(map, channel);
-    for (int i = thread; i < kRows * (kD / 4); i += kThreads) {
-      const int row = i / (kD / 4), c = i % (kD / 4) * 4;
-      const RowPlace place = load_shared<RowPlace>(places + row);
-      if (c >= channels || place.n < 0) continue;
-      E* to = row_pointer<E>(map, place, channel + c);
-      const auto quad = load_shared<Vector<E, 4>>(tile + row * kLd + c);
-      if (quads && c + 4 <= channels) {
-        store_global(to, quad);
-      } else {
+    with_access_width<E>(run_places<E>(map, true) | channel, [&](auto constant) {
+      constexpr int kRun = constant, kPiece = kRun > 1 ? kRun : 4;
+      for (int i = thread; i < kRows * (kD / kPiece); i += kThreads) {
+        const int row = i / (kD / kPiece), c = i % (kD / kPiece) * kPiece;
+        const RowPlace place = load_shared<RowPlace>(places + row);
+        if (c >= channels || place.n < 0) continue;
+        E* to = row_pointer<E>(map, place, channel + c);
+        const auto piece = load_shared<Vector<E, kPiece>>(tile + row * kLd + c);
+        if (kRun > 1 && c + kRun <= channels) {
+          store_global(to, piece);
+        } else {
 #pragma unroll
-        for (int x = 0; x < 4; ++x)
-          if (c + x < channels) store_global<E>(to + x, quad.element[x]);
+          for (int x = 0; x < kPiece; ++x)
+            if (c + x < channels) store_global<E>(to + x, piece.element[x]);
+        }
       }
-    }
+    });
   }
 };
 

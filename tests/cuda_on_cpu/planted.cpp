@@ -93,6 +93,14 @@ void unwatched_sum_kernel(const float* in, float* out, float* staged, int n, boo
   out[0] = sum;
 }
 
+// 16 x 16 elements, by one warp.
+template <typename E>
+void copy_matrix(E* to, int ld, const E* from, int lane) {
+  constexpr int kPieces = 16 * static_cast<int>(sizeof(E)) / 16, kWidth = 16 / kPieces;
+  for (int i = lane; i < 16 * kPieces; i += 32)
+    copy_async<16>(to + i / kPieces * ld + i % kPieces * kWidth, from + i * kWidth, true);
+}
+
 // c (16 x 8) = a (16 x 16) b (16 x 8), by one warp. wrong: a fragment index off by one row group.
 template <typename E>
 void product_kernel(const E* a, const E* b, float* c, int form, bool wrong) {
@@ -101,8 +109,8 @@ void product_kernel(const E* a, const E* b, float* c, int form, bool wrong) {
   E* left = shared_array<E>(0, 16 * kStride);
   E* right = shared_array<E>(1024, 16 * kStride);
   if (form == 0) {  // a row by row, b as [k][n]
-    copy_rows_async(left, kStride, a, 16, 16, 16, lane, 32);
-    copy_rows_async(right, kStride, b, 16, 16, 16, lane, 32);
+    copy_matrix(left, kStride, a, lane);
+    copy_matrix(right, kStride, b, lane);
     copy_async_commit();
     copy_async_wait<0>();
   } else {  // both transposed in shared memory

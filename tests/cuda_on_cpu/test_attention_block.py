@@ -31,5 +31,14 @@ def test_layouts_and_biases(layout, bias, dtype):
     check_block(inputs, windows=(2, 3, 6), shifted=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [66, 99])
+def test_wide_blocks(channels, dtype):
+    """More input channels than a piece of the projection; groups beyond the fused kernel's 32."""
+    check_block(
+        block_inputs((1, channels, 4, 8), dtype, logits=0.3), windows=(2, 4, 4), shifted=True
+    )
+
+
 def test_under_the_sanitizers(build):
     run_sanitized(build, "attention_block", __file__, "layouts and dtype1")

@@ -132,9 +132,9 @@ def test_which_blocks_need_a_workspace(on_emulated_kernels, dtype):
 SHARED_BYTES = {
     "conv_kernel<float>": 53248,
     "conv_kernel<__half>": 34816,
-    "block_kernel<float, 1>": 93056,
-    "block_kernel<__half, 1>": 48128,
-    "block_kernel<__half, 3>": 48128,
+    "block_kernel<float, 1>": 95104,
+    "block_kernel<__half, 1>": 49472,
+    "block_kernel<__half, 3>": 49472,
     "weight_gradient_kernel<float>": 36864,
     "weight_gradient_kernel<__half>": 18432,
 }
