@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.functional as F
+from sr_kernels import backends
 from sr_kernels.nn import GMSA, LFE, PixelAttention, ShiftConv2d, set_backend
 
 from .elan import ELAB, ELAN, mirror_pad
@@ -96,7 +97,7 @@ def _constant(tensor: Tensor | None) -> nn.Parameter | None:
 
 def _conv3x3(x: Tensor, weight: Any, bias: Any, backend: str | None, **options: Any) -> Tensor:
     """A convolution of 3x3, stride 1 and padding 1, with what follows it."""
-    if x.device.type != "cpu" or backend == "triton":  # torch's own: the kernel is the CPU's
+    if (backend or backends.current_backend()) == "triton":  # which has no kernel for it
         backend = "reference"
     return F.conv3x3(x, weight, bias, backend=backend, **options)
 

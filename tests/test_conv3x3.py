@@ -9,7 +9,6 @@ from conv3x3_cases import ACTIVATIONS, FLOATS, LAYOUTS, check_conv, conv_inputs
 import sr_kernels
 from sr_kernels.testing import bitwise_equal, make_tensor
 
-
 # ------------------------------------------------------------------------------ the operator
 
 

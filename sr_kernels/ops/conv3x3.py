@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 OptionalTensor = torch.Tensor | None
 
 
-@declare_fake("conv3x3", cpu_only=True)
+@declare_fake("conv3x3", not_in_triton=True)
 def _(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ from sr_kernels.testing import assert_within_tolerance, bitwise_equal, check_ope
 
 # In the interpreter on the CPU; else these are the GPU tests of the backend.
 DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
-DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.cpu_only]
+DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.not_in_triton]
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares with what runs on the CPU")
 make_tensor = partial(testing.make_tensor, device=DEVICE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
