@@ -21,7 +21,6 @@
 #pragma once
 
 #include "common/activation.h"
-#include "common/async_copy.cuh"
 #include "common/pixel_tile.cuh"
 
 namespace sr_kernels {
@@ -226,10 +225,13 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1)
   const auto copy_weights = [&](int step) {
     const int k0 = step / Tile::kParts * Tile::kK, tap = step % Tile::kParts * Tile::kTaps;
     E* buffer = weights + step % Tile::kBuffers * Tile::kBufferElements;
-    for (int t = 0; t < Tile::kTaps; ++t)
-      copy_rows_async(buffer + t * Tile::kK * Tile::kLdW, Tile::kLdW,
-                      packed + (static_cast<int64_t>(tap + t) * p.k_total + k0) * kProductRows,
-                      kProductRows, rows_from(k0), kProductRows, thread, kBlockThreads);
+    constexpr int kRun = 16 / static_cast<int>(sizeof(E)), kRuns = kProductRows / kRun;
+    for (int t = 0; t < Tile::kTaps; ++t) {
+      const E* from = packed + (static_cast<int64_t>(tap + t) * p.k_total + k0) * kProductRows;
+      for (int i = thread; i < rows_from(k0) * kRuns; i += kBlockThreads)
+        copy_async<16>(buffer + (t * Tile::kK + i / kRuns) * Tile::kLdW + i % kRuns * kRun,
+                       from + i * kRun, true);
+    }
   };
 
   Conv3x3Product<E> product;
