@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.functional as F
-from sr_kernels.backends import current_backend
 from sr_kernels.nn import GMSA, LFE, PixelAttention, ShiftConv2d, set_backend
 
 from .elan import ELAB, ELAN, mirror_pad
@@ -95,17 +94,10 @@ def _constant(tensor: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(own, requires_grad=False)
 
 
-def _conv3x3(x: Tensor, weight: Any, bias: Any, backend: str | None, **options: Any) -> Tensor:
-    """A convolution of 3x3, stride 1 and padding 1, with what follows it."""
-    if (backend or current_backend()) == "cuda":  # which has no kernel for it: torch's own
-        backend = "reference"
-    return F.conv3x3(x, weight, bias, backend=backend, **options)
-
-
 def _layer3x3(layer: nn.Module, x: Tensor, backend: str | None, **options: Any) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
     options["negative_slope"] = NEGATIVE_SLOPE
-    return _conv3x3(x, layer.weight, layer.bias, backend, **options)
+    return F.conv3x3(x, layer.weight, layer.bias, backend=backend, **options)
 
 
 # ------------------------------------------------------------------------------------------ ELAN
@@ -241,7 +233,7 @@ class ELANPlan(Plan):
         image = image.contiguous(memory_format=torch.channels_last)
         x = self._body(self._head(image))
         x += self._head(image)
-        x = _conv3x3(x, self.tail_weight, self.tail_bias, self.backend)
+        x = F.conv3x3(x, self.tail_weight, self.tail_bias, backend=self.backend)
         x = nn.functional.pixel_shuffle(x, self.scale)
         return x[:, :, : height * self.scale, : width * self.scale].contiguous()
 

@@ -4,40 +4,10 @@ import itertools
 
 import pytest
 import torch
+from conv3x3_cases import ACTIVATIONS, FLOATS, LAYOUTS, check_conv, conv_inputs
 
 import sr_kernels
-from sr_kernels import reference
-from sr_kernels.testing import bitwise_equal, check_operator, make_tensor
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
-
-
-def conv_inputs(shape, c_out, dtype=torch.float32, layout="contiguous", bias=True, skip=True):
-    n, c_in, h, w = shape
-    return {
-        "x": make_tensor(shape, dtype, layout=layout, seed=0),
-        "weight": make_tensor((c_out, c_in, 3, 3), dtype, seed=1, scale=(9 * c_in) ** -0.5),
-        "bias": make_tensor((c_out,), dtype, seed=2) if bias else None,
-        "skip": make_tensor((n, c_out, h, w), dtype, layout=layout, seed=3) if skip else None,
-    }
-
-
-def check_conv(inputs, **kwargs):
-    options = {}
-    if inputs["x"].dtype == torch.float64:
-        options["atol"] = 1e-13  # stock's error is scaled from float32 there, and may be luck
-    return check_operator(
-        "conv3x3",
-        sr_kernels.conv3x3,
-        reference.conv3x3,
-        inputs,
-        kwargs=kwargs,
-        gradients=None,
-        **options,
-    )
-
+from sr_kernels.testing import bitwise_equal, make_tensor
 
 # ------------------------------------------------------------------------------ the operator
 

@@ -58,6 +58,7 @@ def test_tensor_cores_where_they_are_meant(kernels):
 
 # Kernels that are products of matrices.
 PRODUCTS = {
+    "conv3x3_kernel",
     "conv_kernel",
     "block_kernel",
     "weight_gradient_kernel",

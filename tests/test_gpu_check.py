@@ -56,3 +56,23 @@ def test_nothing_is_tried_without_the_build(tool, capfd):
     outcomes = tool.run_all([build, tests])
     assert [text for _, text, _ in outcomes] == ["failed (status 1)", "not run: the build failed"]
     assert "ran\n" not in capfd.readouterr().out
+
+
+def test_all_steps_together_have_a_limit(tool, capfd):
+    sleeper = tool.Step("tests", (sys.executable, "-c", "import time; time.sleep(60)"), 30)
+    late = tool.Step("benchmarks", (sys.executable, "-c", "print('ran')"), 30)
+    outcomes = tool.run_all([sleeper, late], total=2)
+    assert [text for _, text, _ in outcomes] == [
+        "failed (not done after 2 s)",
+        "not run: no time is left",
+    ]
+    assert "ran\n" not in capfd.readouterr().out
+
+
+def test_the_plan_has_every_step(tool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    planned = {step.name: step for step in tool.steps(built=False)}
+    expected = ["build", "tests", *tool.SANITIZERS, "benchmarks", "triton"]
+    assert list(planned) == expected
+    assert ("SR_KERNELS_CUDA_ARCHS", "9.0a") in planned["build"].environment
+    assert list(tool.SANITIZERS) == ["memcheck", "racecheck", "initcheck", "synccheck"]

@@ -10,8 +10,8 @@ namespace sr_kernels {
 namespace {
 
 constexpr const char* kTooLarge =
-    "the image is too large for a CUDA grid (batch below 65536, H and W below 2^30, channels below "
-    "2^16)";
+    "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^16, in channel "
+    "attention a batch below 65536)";
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -22,12 +22,9 @@ template <typename Params>
 ImageSize size_of(const Params& p) {
   return image_size(p.batch, p.height, p.width);
 }
-bool fits(const ImageSize& size, int64_t channels) {
-  return size.batch < 65536 && size.height < 1 << 30 && size.width < 1 << 30 && channels < 1 << 16;
-}
 template <typename Params>
 bool fits(const Params& p, int64_t channels) {
-  return p.height < 1 << 30 && p.width < 1 << 30 && fits(size_of(p), channels);
+  return p.height < 1 << 30 && p.width < 1 << 30 && channels < 1 << 16;
 }
 
 // A launch of 256 threads a block.

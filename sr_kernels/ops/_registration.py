@@ -25,11 +25,11 @@ import torch
 class Declaration:
     """What one operator gets in every namespace that has it.
 
-    cpu_only: Triton has none (operators that write into memory of the caller's).
+    not_in_triton: only the compiled library has it (operators that write into the caller's memory).
     """
 
     fake: Callable[..., Any]
-    cpu_only: bool = False
+    not_in_triton: bool = False
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
     autocast: bool = False
@@ -93,12 +93,12 @@ def gradient_or_none(gradient: torch.Tensor, needed: bool) -> torch.Tensor | Non
 
 
 def declare_fake(
-    name: str, *, cpu_only: bool = False
+    name: str, *, not_in_triton: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the fake kernel of operator ``name``; its signature is the operator's."""
 
     def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
-        DECLARED[name] = Declaration(fake, cpu_only)
+        DECLARED[name] = Declaration(fake, not_in_triton)
         return fake
 
     return declare
@@ -154,7 +154,7 @@ def register_all(namespace: str) -> None:
     fragment = torch.library.Library(namespace, "FRAGMENT")
     _fragments.append(fragment)
     for name, declared in DECLARED.items():
-        if declared.cpu_only and namespace != "sr_kernels":
+        if declared.not_in_triton and namespace != "sr_kernels":
             continue
         qualified = f"{namespace}::{name}"
         torch.library.register_fake(qualified, declared.fake)

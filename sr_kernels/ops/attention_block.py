@@ -49,8 +49,8 @@ def _(
     return empty_feature_map(x, x.shape[1])
 
 
-@declare_fake("grouped_attention_block_out", cpu_only=True)
-@declare_fake("apply_grouped_attention_block_out", cpu_only=True)
+@declare_fake("grouped_attention_block_out", not_in_triton=True)
+@declare_fake("apply_grouped_attention_block_out", not_in_triton=True)
 def _(*arguments: Any) -> None:
     return None
 

@@ -87,7 +87,7 @@ def _(
     return empty_feature_map(x, w1.shape[0])
 
 
-@declare_fake("shift_conv_block_out", cpu_only=True)
+@declare_fake("shift_conv_block_out", not_in_triton=True)
 def _(*arguments: Any) -> None:
     return None
 

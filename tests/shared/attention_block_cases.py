@@ -1,19 +1,23 @@
 """Inputs and checks of the attention block: for the operators and the emulated CUDA kernels."""
 
 import math
+from functools import partial
 
 import torch
 
 import sr_kernels
-from sr_kernels import reference
-from sr_kernels.testing import check_operator, make_tensor
+from sr_kernels import reference, testing
+from sr_kernels.testing import check_operator
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
 
 
-def block_inputs(shape, dtype=torch.float32, layout="contiguous", logits=1.0, bias=True):
+def block_inputs(
+    shape, dtype=torch.float32, layout="contiguous", logits=1.0, bias=True, device="cpu"
+):
     """Inputs whose largest logits are about ``logits`` times the channels of a group."""
+    make_tensor = partial(testing.make_tensor, device=device)
     c = shape[1]
 
     def weight(rows, seed, scale=1.0):

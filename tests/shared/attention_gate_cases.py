@@ -1,10 +1,12 @@
 """Inputs and checks of the attention gates: for the operators and the emulated CUDA kernels."""
 
+from functools import partial
+
 import torch
 
 import sr_kernels
-from sr_kernels import reference
-from sr_kernels.testing import check_operator, make_tensor
+from sr_kernels import reference, testing
+from sr_kernels.testing import check_operator
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
@@ -33,7 +35,10 @@ CASES = {
 }
 
 
-def make_inputs(case, size, dtype=torch.float32, layout="contiguous", *, kernel=7, hidden=6):
+def make_inputs(
+    case, size, dtype=torch.float32, layout="contiguous", *, kernel=7, hidden=6, device="cpu"
+):
+    make_tensor = partial(testing.make_tensor, device=device)
     n, c, h, w = size
 
     def weight(c_out, c_in, seed, k=1):

@@ -1,5 +1,7 @@
 """Sizes, inputs and checks of window attention: for the operators and the emulated CUDA kernels."""
 
+from functools import partial
+
 import torch
 
 import sr_kernels
@@ -32,13 +34,25 @@ def table_rows(window):
 
 
 def attention_inputs(
-    n, heads, d, d_v, h, w, window, dtype=torch.float32, layout="contiguous", bias=True, scale=1.0
+    n,
+    heads,
+    d,
+    d_v,
+    h,
+    w,
+    window,
+    dtype=torch.float32,
+    layout="contiguous",
+    bias=True,
+    scale=1.0,
+    device="cpu",
 ):
+    make = partial(make_tensor, dtype=dtype, device=device)
     return {
-        "q": make_tensor((n, heads * d, h, w), dtype, layout=layout, seed=0, scale=scale),
-        "k": make_tensor((n, heads * d, h, w), dtype, layout=layout, seed=1, scale=scale),
-        "v": make_tensor((n, heads * d_v, h, w), dtype, layout=layout, seed=2),
-        "bias": make_tensor((table_rows(window), heads), dtype, seed=3) if bias else None,
+        "q": make((n, heads * d, h, w), layout=layout, seed=0, scale=scale),
+        "k": make((n, heads * d, h, w), layout=layout, seed=1, scale=scale),
+        "v": make((n, heads * d_v, h, w), layout=layout, seed=2),
+        "bias": make((table_rows(window), heads), seed=3) if bias else None,
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+import operator_cases
 import pytest
 import torch
+from operator_cases import grouped
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sr_kernels
@@ -14,7 +16,7 @@ from sr_kernels.testing import bitwise_equal, check_operator
 
 # In the interpreter on the CPU; else these are the GPU tests of the backend.
 DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
-DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.cpu_only]
+DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.not_in_triton]
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares with what runs on the CPU")
 make_tensor = partial(testing.make_tensor, device=DEVICE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,179 +30,15 @@ def vector(dtype, count, seed):
     return make_tensor((count,), dtype, seed=seed)
 
 
-def attention(module):
-    """window_attention and one layer that reuses its scores."""
-
-    def run(q, k, v, bias, values, *, backend=None, **options):
-        chosen = {} if backend is None else {"backend": backend}
-        out, scores = module.window_attention(
-            q, k, v, bias=bias, return_scores=True, **options, **chosen
-        )
-        return module.apply_window_scores(scores, out * values, **chosen)
-
-    return run
-
-
-def grouped(module):
-    """grouped_window_attention and `depth` layers that reuse its scores."""
-
-    def run(qv, values, *, depth=1, backend=None, **options):
-        chosen = {} if backend is None else {"backend": backend}
-        out, scores = module.grouped_window_attention(qv, return_scores=True, **options, **chosen)
-        for _ in range(depth):
-            out = module.apply_window_scores(scores, out * values, **chosen)
-        return out
-
-    return run
-
-
-def attention_block(module):
-    """grouped_attention_block and one that reuses its scores."""
-
-    def run(x, w_in, b_in, w_v, b_v, w_out, b_out, *, backend=None, **options):
-        chosen = {} if backend is None else {"backend": backend}
-        y, scores = module.grouped_attention_block(
-            x, w_in, b_in, w_out, b_out, return_scores=True, **options, **chosen
-        )
-        return module.apply_grouped_attention_block(scores, y, w_v, b_v, w_out, b_out, **chosen)
-
-    return run
-
-
-def plain(name):
-    return lambda module: getattr(module, name)
-
-
-class Case:
-    """An operator: how to call it, and inputs for an image of any size, dtype and layout."""
-
-    def __init__(self, function, inputs, *, trains=True, **options):
-        self.function, self.inputs, self.options = function, inputs, options
-        self.trains = trains
-
-    def check(self, n, h, w, dtype=torch.float32, layout="contiguous", **more):
-        options = {**self.options, **more.pop("options", {})}
-        inputs = self.inputs(n, h, w, dtype, layout)
-        if not self.trains:
-            more["gradients"] = None
-        # A few units in the last place of the few numbers of a small gradient, where stock's own
-        # error is a matter of luck: as for the CPU kernels.
-        eps = torch.finfo(dtype).eps
-        more.setdefault("atol", 4 * eps if dtype == torch.float32 else 0.0)
-        more.setdefault("gradient_atol", 80 * eps if dtype == torch.float32 else eps / 2)
-        return check_operator(
-            "triton", self.function(sr_kernels), self.function(reference), inputs,
-            kwargs=options, backend="triton", **more,
-        )  # fmt: skip
-
-
-def conv_inputs(n, h, w, t, layout):
-    return {
-        "x": make_tensor((n, 13, h, w), t, layout=layout),
-        "weight": weight(t, 18, 13, 1),
-        "bias": vector(t, 18, 2),
-        "residual": make_tensor((n, 18, h, w), t, layout=layout, seed=3),
-    }
-
-
-def block_inputs(n, h, w, t, layout):
-    x = make_tensor((n, 13, h, w), t, layout=layout)
-    first = {"x": x, "w0": weight(t, 22, 13, 1), "b0": vector(t, 22, 2)}
-    return {**first, "w1": weight(t, 13, 22, 3), "b1": vector(t, 13, 4)}
-
-
-def attention_inputs(n, h, w, t, layout):
-    maps = {
-        name: make_tensor((n, channels, h, w), t, layout=layout, seed=seed)
-        for seed, (name, channels) in enumerate({"q": 10, "k": 10, "v": 14, "values": 14}.items())
-    }
-    return {**maps, "bias": make_tensor((27, 2), t, seed=5)}
-
-
-def grouped_inputs(n, h, w, t, layout):
-    return {
-        "qv": make_tensor((n, 12, h, w), t, layout=layout, scale=0.5),
-        "values": make_tensor((n, 6, h, w), t, layout=layout, seed=1),
-    }
-
-
-def pixel_inputs(n, h, w, t, layout):
-    x = make_tensor((n, 13, h, w), t, layout=layout)
-    return {"x": x, "weight": weight(t, 13, 13, 1), "bias": vector(t, 13, 2)}
-
-
-def spatial_inputs(n, h, w, t, layout):
-    x = make_tensor((n, 13, h, w), t, layout=layout)
-    return {"x": x, "weight": weight(t, 1, 2, 1, 3), "bias": vector(t, 1, 2)}
-
-
-def chain_inputs(n, h, w, t, layout):
-    x = make_tensor((n, 13, h, w), t, layout=layout)
-    pixel = {"pixel_weight": weight(t, 13, 13, 1), "pixel_bias": vector(t, 13, 2)}
-    spatial = {"spatial_weight": weight(t, 1, 2, 3, 3), "spatial_bias": vector(t, 1, 4)}
-    return {"x": x, **pixel, **spatial}
-
-
-def channel_inputs(n, h, w, t, layout):
-    x = make_tensor((n, 13, h, w), t, layout=layout)
-    down = {"w_down": weight(t, 6, 13, 1), "b_down": vector(t, 6, 2)}
-    return {"x": x, **down, "w_up": weight(t, 13, 6, 3), "b_up": vector(t, 13, 4)}
-
-
-def gated_inputs(n, h, w, t, layout):
-    gate = make_tensor((n, 13, 1, 1), t, seed=5).sigmoid()
-    return {**conv_inputs(n, h, w, t, layout), "gate": gate}
-
-
-def conv3x3_inputs(n, h, w, t, layout):
-    return {
-        "x": make_tensor((n, 7, h, w), t, layout=layout),
-        "weight": make_tensor((18, 7, 3, 3), t, seed=1, scale=1 / 8),
-        "bias": vector(t, 18, 2),
-        "skip": make_tensor((n, 18, h, w), t, layout=layout, seed=3),
-    }
-
-
-def attention_block_inputs(n, h, w, t, layout):
-    inputs = {"x": make_tensor((n, 6, h, w), t, layout=layout, scale=0.5)}
-    for seed, (name, rows) in enumerate({"in": 12, "v": 6, "out": 6}.items()):
-        inputs[f"w_{name}"] = weight(t, rows, 6, 2 * seed + 1)
-        inputs[f"b_{name}"] = vector(t, rows, 2 * seed + 2)
-    return inputs
-
-
-CASES = {
-    "conv": Case(plain("shift_conv2d"), conv_inputs, activation="gelu"),
-    "block": Case(plain("shift_conv_block"), block_inputs),
-    "attention": Case(
-        attention, attention_inputs, window=(2, 5), shift=(1, -2), num_heads=2, mask=True
-    ),
-    "grouped": Case(grouped, grouped_inputs, windows=(2, 4), shifted=True),
-    "pixel": Case(plain("pixel_attention"), pixel_inputs),
-    "spatial": Case(plain("spatial_attention"), spatial_inputs),
-    "pixel_spatial": Case(plain("pixel_spatial_attention"), chain_inputs),
-    "gate_mean": Case(plain("channel_gate"), channel_inputs, statistic="mean"),
-    "gate_contrast": Case(plain("channel_gate"), channel_inputs, statistic="contrast"),
-    "channel_mean": Case(plain("channel_attention"), channel_inputs, statistic="mean"),
-    "channel_contrast": Case(plain("channel_attention"), channel_inputs, statistic="contrast"),
-    "gated_conv": Case(plain("gated_conv1x1"), gated_inputs),
-    "conv3x3": Case(
-        plain("conv3x3"), conv3x3_inputs, trains=False, activation="leaky_relu", negative_slope=-0.3
-    ),
-    "attention_block": Case(
-        attention_block, attention_block_inputs, trains=False, windows=(2, 4), shifted=True
-    ),
-}
+CASES = {name: case.on(DEVICE, "triton") for name, case in operator_cases.CASES.items()}
 ALL = pytest.mark.parametrize("name", CASES)
-TRAINED = pytest.mark.parametrize("name", [name for name in CASES if CASES[name].trains])
+TRAINED = pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].inference])
 WINDOWED = ("attention", "grouped", "attention_block")
 
 
 def size_of(name):
-    """Small: every program of a grid costs the interpreter tens of milliseconds. The windows of
-    the grouped case are 2 and 5."""
-    sizes = {"attention": (1, 4, 10), "grouped": (1, 4, 8), "attention_block": (1, 4, 8)}
-    return sizes.get(name, (2, 5, 7))
+    """Small: every program of a grid costs the interpreter tens of milliseconds."""
+    return CASES[name].size
 
 
 def smallest_of(name):
@@ -259,10 +97,12 @@ def test_against_the_cpu_kernels(name):
     inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
     results = []
     for backend in ("triton", "cpu"):
-        leaves = {k: tensor.detach().requires_grad_(case.trains) for k, tensor in inputs.items()}
+        leaves = {
+            k: tensor.detach().requires_grad_(not case.inference) for k, tensor in inputs.items()
+        }
         out = case.function(sr_kernels)(**leaves, **case.options, backend=backend)
         results.append([out])
-        if case.trains:
+        if not case.inference:
             results[-1] += torch.autograd.grad(out.square().sum(), list(leaves.values()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -275,7 +115,7 @@ def test_without_optional_tensors(name):
     for key in inputs:
         if key.startswith("b") or key.endswith("bias") or key in ("residual", "skip"):
             inputs[key] = None
-    gradients = {} if case.trains else {"gradients": None}
+    gradients = {} if not case.inference else {"gradients": None}
     check_operator(
         name, case.function(sr_kernels), case.function(reference), inputs, kwargs=case.options,
         backend="triton", atol=1e-6, gradient_atol=1e-5, **gradients,
@@ -438,7 +278,7 @@ def test_channels_that_share_the_maximum(name):
 
 @on_cpu
 def test_a_constant_channel_has_no_deviation():
-    inputs = channel_inputs(1, 5, 7, torch.float32, "contiguous")
+    inputs = CASES["channel_contrast"].inputs(1, 5, 7)
     inputs["x"][:, 4] = 0.1
     leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
 
@@ -551,23 +391,26 @@ def test_scores_of_a_block_belong_to_their_backend():
 
 def operator_arguments():
     """Arguments of every forward operator, by its name."""
-    conv = list(conv_inputs(1, 3, 4, torch.float32, "contiguous").values())
-    block = list(block_inputs(1, 3, 4, torch.float32, "channels_last").values())
-    q, k, v, _, bias = attention_inputs(1, 2, 5, torch.float32, "contiguous").values()
-    qv, values = grouped_inputs(1, 4, 4, torch.float32, "channels_last").values()
+
+    def tensors(name, *size, layout="contiguous"):
+        return tuple(CASES[name].inputs(*size, layout=layout).values())
+
+    conv, block = tensors("conv", 1, 3, 4), tensors("block", 1, 3, 4, layout="channels_last")
+    q, k, v, _, bias = tensors("attention", 1, 2, 5)
+    qv, values = tensors("grouped", 1, 4, 4, layout="channels_last")
     window = (2, 5, 1, 1, 2, 0.7, True)
     ops = torch.ops.sr_kernels_triton
     with torch.no_grad():
         sr_kernels.shift_conv2d(*conv[:3], backend="triton")  # registers the operators
         lse = ops.window_attention(q, k, v, bias, *window)[1]
         grouped_lse = ops.grouped_window_attention(qv, [2, 4], True)[1]
-    channel = list(channel_inputs(1, 3, 4, torch.float32, "contiguous").values())
-    conv3x3 = list(conv3x3_inputs(1, 3, 4, torch.float32, "channels_last").values())
-    a, w_in, b_in, w_v, b_v, w_out, b_out = attention_block_inputs(
-        1, 4, 4, torch.float32, "channels_last"
-    ).values()
+    channel = tensors("gate_mean", 1, 3, 4)
+    conv3x3 = tensors("conv3x3", 1, 3, 4, layout="channels_last")
+    a, w_in, b_in, w_out, b_out, w_v, b_v = tensors(
+        "attention_block", 1, 4, 4, layout="channels_last"
+    )
     groups = ([2, 4], True)
-    x, w, b, residual, gate = gated_inputs(1, 3, 4, torch.float32, "contiguous").values()
+    x, w, b, residual, gate = tensors("gated_conv", 1, 3, 4)
     return {
         "shift_conv2d": (*conv, 1, 0.05, 0, 5),
         "shift_conv_block": (*block, 1, 0.05, True, 0, 5),
@@ -575,11 +418,9 @@ def operator_arguments():
         "apply_window_scores": (q, k, lse, v, bias, *window),
         "grouped_window_attention": (qv, [2, 4], True),
         "apply_grouped_window_scores": (qv, grouped_lse, values, [2, 4], True),
-        "pixel_attention": tuple(pixel_inputs(1, 3, 4, torch.float32, "contiguous").values()),
-        "spatial_attention": tuple(spatial_inputs(1, 3, 4, torch.float32, "contiguous").values()),
-        "pixel_spatial_attention": tuple(
-            chain_inputs(1, 3, 4, torch.float32, "contiguous").values()
-        ),
+        "pixel_attention": tensors("pixel", 1, 3, 4),
+        "spatial_attention": tensors("spatial", 1, 3, 4),
+        "pixel_spatial_attention": tensors("pixel_spatial", 1, 3, 4),
         "channel_gate": (*channel, 1),
         "channel_attention": (*channel, 1),
         "gated_conv1x1": (x, gate, w, b, residual),
@@ -630,7 +471,7 @@ class Collect(TorchDispatchMode):
 def test_opcheck_of_the_backward_operators():
     seen = set()
     for name, case in CASES.items():
-        if not case.trains:
+        if case.inference:
             continue
         leaves = case.inputs(*smallest_of(name), torch.float32, "channels_last")
         for leaf in leaves.values():
@@ -667,7 +508,7 @@ def test_compile_fullgraph_and_train(name):
     case = CASES[name]
     leaves = case.inputs(*smallest_of(name), torch.float32, "channels_last")
     for leaf in leaves.values():
-        leaf.requires_grad_(case.trains)
+        leaf.requires_grad_(not case.inference)
 
     def run(**tensors):
         return case.function(sr_kernels)(**tensors, **case.options, backend="triton")
@@ -678,7 +519,7 @@ def test_compile_fullgraph_and_train(name):
     for function in (run, compiled):
         out = function(**leaves)
         results.append([out])
-        if case.trains:
+        if not case.inference:
             results[-1] += torch.autograd.grad(out.square().sum(), list(leaves.values()))
     assert all(map(bitwise_equal, *results))
 
@@ -687,8 +528,7 @@ def test_compile_fullgraph_and_train(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype):
     leaves = {
-        key: tensor.requires_grad_()
-        for key, tensor in grouped_inputs(1, 4, 8, torch.float32, "contiguous").items()
+        key: tensor.requires_grad_() for key, tensor in CASES["grouped"].inputs(1, 4, 8).items()
     }
     with torch.autocast("cpu", dtype):
         ours = grouped(sr_kernels)(**leaves, windows=(2, 4), backend="triton")

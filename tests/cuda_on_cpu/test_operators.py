@@ -1,0 +1,94 @@
+"""What holds for every operator's CUDA kernels, run on the CPU: offsets and batches that pass 2^31
+and a grid's dimensions."""
+
+from contextlib import ExitStack
+
+import attention_gate_cases
+import pytest
+import torch
+from emulated import emulated
+from operator_cases import CASES
+
+import sr_kernels
+from sr_kernels.testing import bitwise_equal, make_tensor
+
+# Who computes what; forwards bring their backwards.
+FAMILIES = {
+    "shift_conv": ("shift_conv2d", "shift_conv_block"),
+    "window_attention": (
+        "window_attention",
+        "apply_window_scores",
+        "grouped_window_attention",
+        "apply_grouped_window_scores",
+    ),
+    "attention_block": ("grouped_attention_block", "apply_grouped_attention_block"),
+    "conv3x3": ("conv3x3",),
+    "attention_gates": (
+        "pixel_attention",
+        "spatial_attention",
+        "pixel_spatial_attention",
+        "channel_gate",
+        "channel_attention",
+        "gated_conv1x1",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_emulated_kernels(kernels):
+    with ExitStack() as stack:
+        for family, forwards in FAMILIES.items():
+            module = kernels(family)
+            names = [n for f in forwards for n in (f, f"{f}_backward") if hasattr(module, n)]
+            assert set(forwards) <= set(names)
+            stack.enter_context(emulated(module, names))
+        yield
+
+
+def far_apart(maps, dim):
+    """The maps in one memory, their ends along `dim` more than 2^31 elements apart: gigabytes of
+    addresses, of which few pages are touched."""
+    steps = min(t.shape[dim] for t in maps.values()) - 1
+    stride = -(-(2**31 + 64) // steps)
+    most = max(t.shape[dim] for t in maps.values()) - 1
+    memory = torch.empty(most * stride + 2**20, dtype=torch.float16)
+    start, found = 0, {}
+    for name, tensor in maps.items():
+        sizes = list(tensor.shape)
+        strides = list(torch.empty([*sizes[:dim], 1, *sizes[dim + 1 :]]).stride())
+        strides[dim] = stride
+        found[name] = memory.as_strided(sizes, strides, start).copy_(tensor)
+        start += 2**16
+    return found
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("name", CASES)
+def test_offsets_beyond_2_to_31(name, dim):
+    case = CASES[name]
+    inputs = case.inputs(2, *case.size[1:], torch.float16)
+    maps = {k: t for k, t in inputs.items() if t.shape[2:] == case.size[1:]}
+    results = []
+    for chosen in (maps, far_apart(maps, dim)):
+        leaves = {**inputs, **chosen}
+        for tensor in leaves.values():
+            tensor.requires_grad_(not case.inference)
+        out = case.run(leaves)
+        results.append([out])
+        if not case.inference:
+            grad = make_tensor(out.shape, torch.float16, seed=9)
+            results[-1] += torch.autograd.grad(out, list(leaves.values()), grad)
+    assert all(map(bitwise_equal, *results))
+
+
+@pytest.mark.parametrize("case", ["pixel", "spatial"])
+def test_gates_of_more_images_than_a_grid_dimension_has(case):
+    inputs = attention_gate_cases.make_inputs(case, (65537, 1, 1, 1), torch.float16, kernel=1)
+    attention_gate_cases.check(case, inputs, gradients=None)
+
+
+def test_statistics_of_more_images_than_that_are_refused():
+    inputs = attention_gate_cases.make_inputs("gate_mean", (65536, 1, 1, 1))
+    with pytest.raises(RuntimeError, match="too large for a CUDA grid"):
+        sr_kernels.channel_gate(**inputs, backend="cpu")
