@@ -322,9 +322,7 @@ def test_offsets_beyond_2_to_31():
 
 
 def test_an_attention_block_without_shift_or_scores():
-    x, w_in, b_in, _, _, w_out, b_out = attention_block_inputs(
-        1, 4, 4, torch.float32, "contiguous"
-    ).values()
+    x, w_in, b_in, w_out, b_out, _, _ = CASES["attention_block"].inputs(1, 4, 4).values()
     inputs = {"x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out}
     check_operator(
         "block", sr_kernels.grouped_attention_block, reference.grouped_attention_block, inputs,
