@@ -233,6 +233,7 @@ class ELANPlan(Plan):
         image = image.contiguous(memory_format=torch.channels_last)
         x = self._body(self._head(image))
         x += self._head(image)
+        assert self.tail_weight is not None
         x = F.conv3x3(x, self.tail_weight, self.tail_bias, backend=self.backend)
         x = nn.functional.pixel_shuffle(x, self.scale)
         return x[:, :, : height * self.scale, : width * self.scale].contiguous()
