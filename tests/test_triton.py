@@ -117,6 +117,13 @@ def test_the_table_holds_every_kernel(codegen):
 @pytest.mark.slow
 def test_every_kernel_compiles_for_amd(codegen):
     """To a code object for gfx942, float16 products on matrix cores; never run on one."""
+    from triton.backends.amd import compiler
+
+    if hasattr(compiler.HIPBackend, "path_to_rocm_lld"):  # later ones bring their linker
+        try:
+            compiler.HIPBackend.path_to_rocm_lld()
+        except Exception as error:
+            pytest.skip(f"this Triton links by an installation of ROCm: {error}")
     for launch in codegen.first_of_each(codegen.all_launches()):
         binary = codegen.compiled(launch, codegen.TARGETS["gfx942"])
         assert binary.asm["hsaco"][:4] == b"\x7fELF", launch.name
