@@ -735,58 +735,71 @@ struct Moments {
   bool constant;   // every pixel equals the channel's first
 };
 
-// Lanes are summed in T (a run is short), their totals in float64. The deviations are taken from
-// the run's own mean, corrected for that mean's rounding: no cancellation, however large the mean.
-template <typename T>
-Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast) {
+// rest <- sum of x - pivot; squares <- sum of (x - pivot)^2 if kSquares; dot <- sum of x * grad if
+// kDot. Lanes are summed in T (a run is short), their totals in float64.
+struct ShiftedSums {
+  double rest, squares, dot;
+};
+template <bool kSquares, bool kDot, typename T>
+ShiftedSums shifted_sums(const T* x, const T* grad, int64_t count, T pivot) {
   constexpr int W = Simd<T>::width;
   const int64_t whole = count / (4 * W) * (4 * W);
-  Moments m{static_cast<double>(count), 0, 0, 0, true};
-  Vec<T> sums[4] = {}, dots[4] = {};  // four, so that none waits for its own last addition
-  if (grad == nullptr) {
-    for (int64_t i = 0; i < whole; i += 4 * W)
+  Vec<T> rests[4] = {}, squares[4] = {}, dots[4] = {};  // four: none waits for its last addition
+  for (int64_t i = 0; i < whole; i += 4 * W)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * W);
-  } else {
-    for (int64_t i = 0; i < whole; i += 4 * W)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const Vec<T> v = load(x + i + j * W);
-        sums[j] += v;
-        dots[j] += v * load(grad + i + j * W);
-      }
-    m.dot = wide_sum<T>((dots[0] + dots[1]) + (dots[2] + dots[3]));
-  }
-  m.sum = wide_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int j = 0; j < 4; ++j) {
+      const Vec<T> v = load(x + i + j * W), d = v - pivot;
+      rests[j] += d;
+      if (kSquares) squares[j] += d * d;
+      if (kDot) dots[j] += v * load(grad + i + j * W);
+    }
+  const auto total = [](const Vec<T>(&v)[4]) { return wide_sum<T>((v[0] + v[1]) + (v[2] + v[3])); };
+  ShiftedSums s{total(rests), total(squares), total(dots)};
   for (int64_t i = whole; i < count; ++i) {
-    m.sum += static_cast<double>(x[i]);
-    if (grad != nullptr) m.dot += static_cast<double>(x[i]) * static_cast<double>(grad[i]);
+    const double v = static_cast<double>(x[i]), d = v - static_cast<double>(pivot);
+    s.rest += d;
+    if (kSquares) s.squares += d * d;
+    if (kDot) s.dot += v * static_cast<double>(grad[i]);
   }
-  if (!contrast) return m;
+  return s;
+}
 
-  const T mean = static_cast<T>(m.sum / m.count);
-  Vec<T> rest0{}, rest1{}, squares0{}, squares1{}, different{};
-  for (int64_t i = 0; i < whole; i += 2 * W) {
-    const Vec<T> v0 = load(x + i), v1 = load(x + i + W);
-    const Vec<T> d0 = v0 - mean, d1 = v1 - mean, zero{}, one = broadcast(T(1));
-    rest0 += d0;
-    rest1 += d1;
-    squares0 += d0 * d0;
-    squares1 += d1 * d1;
-    different += (v0 == first) & (v1 == first) ? zero : one;
+// Four vectors' mean, spread over a run: near enough to the run's own that one pass will do for its
+// deviations. 0 if that is not finite, so that sums are what they are without a pivot.
+template <typename T>
+T sampled_mean(const T* x, int64_t count) {
+  constexpr int W = Simd<T>::width;
+  if (count < 4 * W) return x[0] - x[0] == 0 ? x[0] : T(0);
+  double sum = 0;
+  for (int64_t i = 0; i < 4; ++i) sum += wide_sum<T>(load(x + i * (count - W) / 3));
+  const T mean = static_cast<T>(sum / (4 * W));
+  return mean - mean == 0 ? mean : T(0);
+}
+
+// Deviations are taken from a pivot near the run's mean. Where that was so far off that digits of
+// their squares cancel, they are taken again from the mean itself.
+template <typename T>
+Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast) {
+  const double n = static_cast<double>(count);
+  if (!contrast) {
+    const ShiftedSums s = grad == nullptr ? shifted_sums<false, false>(x, grad, count, T(0))
+                                          : shifted_sums<false, true>(x, grad, count, T(0));
+    return {n, s.rest, 0, s.dot, true};
   }
-  double rest = wide_sum<T>(rest0) + wide_sum<T>(rest1);
-  double squares = wide_sum<T>(squares0) + wide_sum<T>(squares1);
-  m.constant = wide_sum<T>(different) == 0;
-  for (int64_t i = whole; i < count; ++i) {
-    const double d = static_cast<double>(x[i]) - static_cast<double>(mean);
-    rest += d;
-    squares += d * d;
-    m.constant = m.constant && x[i] == first;
+  T pivot = sampled_mean(x, count);
+  ShiftedSums s = grad == nullptr ? shifted_sums<true, false>(x, grad, count, pivot)
+                                  : shifted_sums<true, true>(x, grad, count, pivot);
+  if (std::isfinite(s.rest) && s.rest * s.rest > 0.5 * n * s.squares) {
+    pivot += static_cast<T>(s.rest / n);
+    const ShiftedSums again = shifted_sums<true, false>(x, grad, count, pivot);
+    s.rest = again.rest;
+    s.squares = again.squares;
   }
-  if (std::isfinite(rest)) m.sum = m.count * static_cast<double>(mean) + rest;
-  m.squares = squares - rest * rest / m.count;
-  return m;
+  // A row of equal numbers is itself one further on.
+  const bool constant =
+      x[0] == first && std::memcmp(x, x + 1, static_cast<size_t>(count - 1) * sizeof(T)) == 0;
+  return {n, n * static_cast<double>(pivot) + s.rest, s.squares - s.rest * s.rest / n, s.dot,
+          constant};
 }
 
 // The statistic of one channel of one image.
