@@ -31,6 +31,9 @@ enum Fault : int {
   kLeftOnTheWay = 12,      // and one that is never waited for
   kDivergentShuffle = 13,  // lanes of one warp at different instructions
   kRawPointer = 14,        // shared memory touched round the checks
+  kMisalignedGlobal = 15,  // a vector in global memory at such an address
+  kMisalignedFrom = 16,    // an asynchronous copy from such an address
+  kMisalignedTo = 17,      // and one to such an address
 };
 
 // out[i] = in[n - 1 - i]: through shared memory, so that every thread needs what another one wrote.
@@ -49,6 +52,9 @@ void reverse_kernel(const float* in, float* out, int n, int fault) {
       store_shared<float>(spare + thread, 0.0f);
       staged = spare;
     }
+  } else if (fault == kMisalignedFrom || fault == kMisalignedTo) {
+    const int to = fault == kMisalignedTo ? 2 : 0;
+    copy_async<16>(staged + thread / 4 * 4 + to, in + thread / 4 * 4 + 2 - to, true);
   } else {
     store_shared<float>(staged + thread, load_global<float>(in + from));
   }
@@ -62,6 +68,8 @@ void reverse_kernel(const float* in, float* out, int n, int fault) {
   float value = load_shared<float>(staged + index);
   if (fault == kMisaligned)
     value = load_shared<Vector<float, 2>>(staged + thread / 2 * 2 + 1).element[0];
+  if (fault == kMisalignedGlobal)
+    value = load_global<Vector<float, 2>>(in + thread / 2 * 2 + 1).element[0];
   if (fault == kOverwrite) store_shared<float>(staged + thread, value);
   if (fault == kDivergentShuffle) {
     if (thread % 2 == 0)
