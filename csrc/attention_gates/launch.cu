@@ -4,6 +4,7 @@
 
 #include "attention_gates/backward.cuh"
 #include "attention_gates/forward.cuh"
+#include "common/weight_gradient.cuh"
 #include "common/workspace.h"
 
 namespace sr_kernels {
@@ -15,9 +16,6 @@ constexpr const char* kTooLarge =
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-ImageSize image_size(int64_t batch, int64_t height, int64_t width) {
-  return {batch, static_cast<int>(height), static_cast<int>(width)};
-}
 template <typename Params>
 ImageSize size_of(const Params& p) {
   return image_size(p.batch, p.height, p.width);
@@ -49,35 +47,6 @@ FeatureMap take_map(WorkspacePieces& pieces, ScalarKind kind, const ImageSize& s
   return take_map(pieces, kind, size.batch, channels, size.height, size.width, like.stride_c == 1);
 }
 
-// ------------------------------------------------------------------ sums over pixels
-
-// How many blocks share the pixels of a product's weight gradient: about 512 in all, and at least 4
-// tiles for each.
-int slices_for(int64_t pixels, int64_t m_count, int64_t k_count) {
-  const int64_t most = 512 / (ceil_div(m_count, kProductRows) * ceil_div(k_count, 64));
-  return static_cast<int>(std::max<int64_t>(1, std::min(ceil_div(pixels, 64) / 4, most)));
-}
-// parts: (slices, m_count, k_count) and (slices, m_count).
-template <typename E>
-const char* launch_products(const ImageSize& size, int64_t m_count, int64_t k_count,
-                            const FeatureMap& dz, const FeatureMap& x, int slices,
-                            float* weight_parts, float* bias_parts, void* stream) {
-  const WeightGradientParams p{size,
-                               static_cast<int>(m_count),
-                               static_cast<int>(k_count),
-                               dz,
-                               x,
-                               Shift(),
-                               Activation::kNone,
-                               0.0f,
-                               slices,
-                               weight_parts,
-                               bias_parts};
-  return launch_blocks(weight_gradient_kernel<E>, slices,
-                       ceil_div(m_count, kProductRows) * ceil_div(k_count, 64), 1,
-                       WeightGradientTile<E>::kSharedBytes, stream, p);
-}
-
 // ------------------------------------------------------------------ pixel attention
 
 template <typename E>
@@ -92,16 +61,14 @@ const char* run(const PixelAttentionParams& f, const FeatureMap& grad, const Fea
 
 struct PixelBackward {
   FeatureMap dz;
-  int slices;
-  float *weight_parts, *bias_parts;
+  WeightGradient gradient;
 };
 PixelBackward take(WorkspacePieces& pieces, const PixelAttentionBackwardParams& p) {
   const PixelAttentionParams& f = p.forward;
   PixelBackward b{};
   b.dz = take_map(pieces, f.kind, size_of(f), f.channels, f.x);
-  b.slices = slices_for(size_of(f).pixels(), f.channels, f.channels);
-  if (p.dweight != nullptr) b.weight_parts = pieces.take<float>(b.slices * f.channels * f.channels);
-  if (p.dbias != nullptr) b.bias_parts = pieces.take<float>(b.slices * f.channels);
+  b.gradient = take_weight_gradient(pieces, size_of(f).pixels(), f.channels, f.channels,
+                                    p.dweight != nullptr, p.dbias != nullptr);
   return b;
 }
 template <typename E>
@@ -122,16 +89,8 @@ const char* run(const PixelAttentionBackwardParams& p, WorkspacePieces& pieces, 
         launch_blocks(conv_kernel<E>, ceil_div(c.size.pixels(), ConvTile<E>::kPixels),
                       ceil_div(f.channels, kProductRows), 1, ConvTile<E>::kSharedBytes, stream, c));
   }
-  if (p.dweight == nullptr && p.dbias == nullptr) return nullptr;
-  SR_KERNELS_RETURN_IF_ERROR(launch_products<E>(size_of(f), f.channels, f.channels, b.dz, f.x,
-                                                b.slices, b.weight_parts, b.bias_parts, stream));
-  const auto reduce = [&](const float* parts, int64_t count, void* out) {
-    return out == nullptr ? nullptr
-                          : launch_threads(reduce_kernel<E>, count, stream, parts, b.slices, count,
-                                           static_cast<E*>(out));
-  };
-  SR_KERNELS_RETURN_IF_ERROR(reduce(b.weight_parts, f.channels * f.channels, p.dweight));
-  return reduce(b.bias_parts, f.channels, p.dbias);
+  return launch_weight_gradient<E>(b.gradient, size_of(f), b.dz, f.x, Shift(), Activation::kNone,
+                                   0.0f, p.dweight, p.dbias, stream);
 }
 
 // ------------------------------------------------------------------ spatial attention
@@ -316,7 +275,7 @@ GatedReduceParams take(WorkspacePieces& pieces, const GatedConvBackwardParams& g
   p.batch = f.batch;
   p.m_count = f.c_out;
   p.k_count = f.c_in;
-  p.slices = slices_for(f.height * f.width, f.c_out, f.c_in);
+  p.slices = weight_gradient_slices(f.height * f.width, f.c_out, f.c_in);
   p.gate = f.gate;
   p.weight = f.weight;
   p.dweight = g.dweight;
@@ -344,10 +303,13 @@ const char* run(const GatedConvBackwardParams& g, WorkspacePieces& pieces, void*
   };
   for (int64_t n = 0; n < f.batch; ++n) {
     const int64_t part = n * p.slices;
-    SR_KERNELS_RETURN_IF_ERROR(launch_products<E>(
-        image_size(1, f.height, f.width), f.c_out, f.c_in, image(g.grad, n), image(f.x, n),
-        p.slices, p.products == nullptr ? nullptr : p.products + part * f.c_out * f.c_in,
-        p.bias_parts == nullptr ? nullptr : p.bias_parts + part * f.c_out, stream));
+    const WeightGradient sums{
+        f.c_out, f.c_in, p.slices,
+        p.products == nullptr ? nullptr : p.products + part * f.c_out * f.c_in,
+        p.bias_parts == nullptr ? nullptr : p.bias_parts + part * f.c_out};
+    SR_KERNELS_RETURN_IF_ERROR(
+        launch_weight_gradient_parts<E>(sums, image_size(1, f.height, f.width), image(g.grad, n),
+                                        image(f.x, n), Shift(), Activation::kNone, 0.0f, stream));
   }
   return launch_threads(gated_reduce_kernel<E>, f.c_out * f.c_in + f.batch * f.c_in + f.c_out,
                         stream, p);

@@ -1,6 +1,7 @@
 #include "shift_conv/launch.h"
 
 #include "common/launch.cuh"
+#include "common/weight_gradient.cuh"
 #include "common/workspace.h"
 #include "shift_conv/backward.cuh"
 #include "shift_conv/forward.cuh"
@@ -13,10 +14,6 @@ constexpr const char* kTooLarge =
 
 bool fits_a_grid(int64_t height, int64_t width, int64_t channels) {
   return height < 1 << 30 && width < 1 << 30 && channels < 1 << 20;
-}
-
-ImageSize image_size(int64_t batch, int64_t height, int64_t width) {
-  return {batch, static_cast<int>(height), static_cast<int>(width)};
 }
 
 Shift shift_of(ShiftPattern pattern, int64_t channels, int groups) {
@@ -37,65 +34,6 @@ const char* launch_conv(const ConvParams& p, void* stream) {
   return launch_kernel(conv_kernel<E>,
                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)),
                        kBlockThreads, Tile::kSharedBytes, stream, p);
-}
-
-// ------------------------------------------------------------------ weight gradients
-
-int64_t chunks(int64_t m_count, int64_t k_count) {
-  return (m_count + kProductRows - 1) / kProductRows * ((k_count + 63) / 64);
-}
-// How many blocks share the pixels: about 512 blocks in all, and at least 4 tiles for each.
-int slices_for(const ImageSize& size, int64_t m_count, int64_t k_count) {
-  const int64_t tiles = (size.pixels() + 63) / 64, most = 512 / chunks(m_count, k_count);
-  const int64_t slices = tiles / 4 < most ? tiles / 4 : most;
-  return static_cast<int>(slices < 1 ? 1 : slices);
-}
-
-// dW = dz act(S(x))^T and db = sum dz, into tensors of x's type; nullptr: not wanted.
-struct WeightGradient {
-  ImageSize size;
-  int64_t m_count, k_count;
-  int slices;
-  float *weight_parts, *bias_parts;
-};
-WeightGradient take_weight_gradient(WorkspacePieces& pieces, const ImageSize& size, int64_t m_count,
-                                    int64_t k_count, bool weight, bool bias) {
-  WeightGradient g{size, m_count, k_count, slices_for(size, m_count, k_count), nullptr, nullptr};
-  if (weight) g.weight_parts = pieces.take<float>(g.slices * m_count * k_count);
-  if (bias) g.bias_parts = pieces.take<float>(g.slices * m_count);
-  return g;
-}
-template <typename E>
-const char* launch_weight_gradient(const WeightGradient& g, const FeatureMap& dz,
-                                   const FeatureMap& x, const Shift& shift, Activation activation,
-                                   float slope, void* dweight, void* dbias, void* stream) {
-  if (dweight == nullptr && dbias == nullptr) return nullptr;
-  const WeightGradientParams p{g.size,
-                               static_cast<int>(g.m_count),
-                               static_cast<int>(g.k_count),
-                               dz,
-                               x,
-                               shift,
-                               activation,
-                               slope,
-                               g.slices,
-                               g.weight_parts,
-                               g.bias_parts};
-  const int64_t grid_y = chunks(g.m_count, g.k_count);
-  if (grid_y > kMaxGridYZ) return kTooLarge;
-  SR_KERNELS_RETURN_IF_ERROR(
-      launch_kernel(weight_gradient_kernel<E>,
-                    dim3(static_cast<unsigned>(g.slices), static_cast<unsigned>(grid_y)),
-                    kBlockThreads, WeightGradientTile<E>::kSharedBytes, stream, p));
-  const auto reduce = [&](const float* parts, int64_t count, void* out) {
-    const int64_t blocks = (count + kBlockThreads - 1) / kBlockThreads;
-    return launch_kernel(reduce_kernel<E>, dim3(static_cast<unsigned>(blocks)), kBlockThreads, 0,
-                         stream, parts, g.slices, count, static_cast<E*>(out));
-  };
-  if (dweight != nullptr)
-    SR_KERNELS_RETURN_IF_ERROR(reduce(g.weight_parts, g.m_count * g.k_count, dweight));
-  if (dbias != nullptr) SR_KERNELS_RETURN_IF_ERROR(reduce(g.bias_parts, g.m_count, dbias));
-  return nullptr;
 }
 
 // ------------------------------------------------------------------ shift_conv2d
@@ -151,7 +89,7 @@ ConvBackward take(WorkspacePieces& pieces, const ShiftConvBackwardParams& p) {
   ConvBackward b{p.grad, {}};
   if (f.activation != Activation::kNone)
     b.dz = take_map(pieces, f.kind, f.batch, f.c_out, f.height, f.width, f.x.stride_c == 1);
-  b.gradient = take_weight_gradient(pieces, image_size(f.batch, f.height, f.width), f.c_out, f.c_in,
+  b.gradient = take_weight_gradient(pieces, f.batch * f.height * f.width, f.c_out, f.c_in,
                                     p.dweight != nullptr, p.dbias != nullptr);
   return b;
 }
@@ -171,8 +109,8 @@ const char* run(const ShiftConvBackwardParams& p, void* workspace, void* stream)
   if (p.dx.data != nullptr)
     SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(
         transposed_conv(size, b.dz, f.weight, f.c_out, f.c_in, shift, p.dx), stream));
-  return launch_weight_gradient<E>(b.gradient, b.dz, f.x, shift, Activation::kNone, 0.0f, p.dweight,
-                                   p.dbias, stream);
+  return launch_weight_gradient<E>(b.gradient, size, b.dz, f.x, shift, Activation::kNone, 0.0f,
+                                   p.dweight, p.dbias, stream);
 }
 
 // ------------------------------------------------------------------ shift_conv_block
@@ -272,16 +210,16 @@ struct BlockBackward {
 };
 BlockBackward take(WorkspacePieces& pieces, const ShiftConvBlockBackwardParams& p) {
   const ShiftConvBlockParams& f = p.forward;
-  const ImageSize size = image_size(f.batch, f.height, f.width);
+  const int64_t pixels = f.batch * f.height * f.width;
   BlockBackward b{};
   b.need_dz = p.dx.data != nullptr || p.dw0 != nullptr || p.db0 != nullptr;
   b.need_z = p.dw1 != nullptr || (b.need_dz && f.activation != Activation::kNone);
   if (b.need_z) b.z = take_hidden(pieces, f);
   if (b.need_dz) b.dz = take_hidden(pieces, f);
   b.first =
-      take_weight_gradient(pieces, size, f.c_hidden, f.c_in, p.dw0 != nullptr, p.db0 != nullptr);
+      take_weight_gradient(pieces, pixels, f.c_hidden, f.c_in, p.dw0 != nullptr, p.db0 != nullptr);
   b.second =
-      take_weight_gradient(pieces, size, f.c_out, f.c_hidden, p.dw1 != nullptr, p.db1 != nullptr);
+      take_weight_gradient(pieces, pixels, f.c_out, f.c_hidden, p.dw1 != nullptr, p.db1 != nullptr);
   return b;
 }
 // z = W0 S(x) + b0 is computed again; dz = S^T(W1^T G) act'(z), dx = S^T(W0^T dz) + G.
@@ -308,9 +246,9 @@ const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* st
     SR_KERNELS_RETURN_IF_ERROR(launch_conv<E>(c, stream));
   }
   SR_KERNELS_RETURN_IF_ERROR(launch_weight_gradient<E>(
-      b.first, b.dz, f.x, shift_in, Activation::kNone, 0.0f, p.dw0, p.db0, stream));
-  return launch_weight_gradient<E>(b.second, p.grad, b.z, shift_hidden, f.activation, slope, p.dw1,
-                                   p.db1, stream);
+      b.first, size, b.dz, f.x, shift_in, Activation::kNone, 0.0f, p.dw0, p.db0, stream));
+  return launch_weight_gradient<E>(b.second, size, p.grad, b.z, shift_hidden, f.activation, slope,
+                                   p.dw1, p.db1, stream);
 }
 
 }  // namespace
