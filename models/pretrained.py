@@ -13,7 +13,7 @@ __all__ = ["PRETRAINED", "load_pretrained"]
 _FOLDER = Path(__file__).parent / "weights"
 
 # A name is that of its file; weights/README.md has a card for each.
-_NAMES = ("mafdn_x4",)
+_NAMES = ("elan_light_x4", "mafdn_x4")
 
 PRETRAINED: dict[str, Path] = {name: _FOLDER / f"{name}.safetensors" for name in _NAMES}
 """Name -> file of weights; ``weights/README.md`` says how each was made and what it measures."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sr_kernels.models import PRETRAINED, load_checkpoint, load_pretrained
+from sr_kernels.models import PRETRAINED, load_checkpoint, load_pretrained, plan
 from sr_kernels.models.evaluate import Pair, psnr_y, to_tensor, upscale
 
 OFFICIAL = "elan_light_x4_official_keys.pth"
@@ -56,6 +56,13 @@ def test_shipped_mafdn(set5: dict[str, Pair]) -> None:
         ours = model(x)
         model.backend = "reference"
         assert (ours - model(x)).abs().max() * 255 < 2e-3
+
+
+def test_shipped_elan_light(set5: dict[str, Pair]) -> None:
+    model = load_pretrained("elan_light_x4")
+    assert (model.scale, model.rgb_range) == (4, 1.0)
+    assert mean_psnr(model, set5) == pytest.approx(31.283, abs=2e-3)
+    assert mean_psnr(plan(model), set5) == pytest.approx(31.283, abs=2e-3)
 
 
 def test_every_shipped_file_is_there() -> None:
