@@ -64,7 +64,7 @@ def _theirs(name: str, white: float, multiple: int) -> Network:
 
 
 NETWORKS: dict[str, Network] = {
-    "elan_light_x4": Network(lambda: models.elan_light(4)),
+    "elan_light_x4": Network(lambda: models.elan_light(4), pretrained="elan_light_x4"),
     "elan_x4": Network(lambda: models.elan(4)),
     "mafdn_x4": Network(lambda: models.mafdn(4).fold(), pretrained="mafdn_x4"),
     "elan_light_foreign_x4": _theirs("ELAN", 255.0, 16),

@@ -15,9 +15,9 @@ SUMMARY = "measure operators and networks against stock PyTorch and other runtim
 DESCRIPTION = """\
 Measure operators and networks against stock PyTorch, torch.compile, library kernels, ONNX Runtime
 and OpenVINO. A provider is verified against the definition in float64 before it gets a time; all
-are timed in turn, on a CPU each in a process of its own; a case's rows are in OUT/results.csv
-before the next case begins, so an interrupted run loses nothing that was measured. Run it on an
-idle machine.
+are timed in turn, on a CPU each in a process of its own; rows are in OUT/results.csv as soon as a
+case's half of the samples is done, so an interrupted run loses no row already measured. Run it on
+an idle machine.
 
 Needs the extra packages of sr_kernels[bench].
 """
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="only these: eager, compile, sdpa, flex, conv2d, conv2d_depthwise, onnxruntime, "
-        "openvino, cpu, cuda, triton; the form NAME_channels_last is meant too",
+        "openvino, cpu, cpu_plan, cuda, triton, patched; the form NAME_channels_last is meant too",
     )
     what.add_argument(
         "--quick",
