@@ -275,13 +275,19 @@ def main(argv: list[str] | None = None) -> int:
     for option in ("restarts", "threads"):
         if getattr(args, option) < 1:
             parser.error(f"--{option} is {getattr(args, option)}; expected at least 1")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds is {args.seconds}; expected a positive number")
 
     from sr_kernels.benchmarks import cases
+    from sr_kernels.benchmarks.networks import NETWORKS
 
     try:
         chosen = cases.select(ops=args.op, sizes=args.size, channels=args.channels, modes=args.mode)
     except (ValueError, cases.MissingExtra) as error:
         parser.error(str(error))
+    theirs = sorted({c.op for c in chosen if c.op in NETWORKS and NETWORKS[c.op].theirs})
+    if theirs:
+        parser.error(f"--op is {', '.join(theirs)}; a checkout alone has these")
     folder = Path(tempfile.mkdtemp(prefix="sr_kernels-compare-"))
     failed = False
     try:

@@ -132,3 +132,17 @@ def test_a_build_that_fails_is_named(capsys):
 def test_an_unknown_commit_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"git rev-parse .*nonesuch"):
         compare.build("nonesuch", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "imdn_x4"], "--op is imdn_x4"),
+        (["--seconds", "nan"], "--seconds is nan; expected a positive number"),
+        (["--seconds", "-1"], "--seconds is -1.0; expected a positive number"),
+    ],
+)
+def test_what_it_refuses_before_it_builds(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["HEAD", "HEAD", *arguments])
+    assert message in capsys.readouterr().err
