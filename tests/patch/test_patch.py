@@ -252,11 +252,32 @@ def test_include_and_exclude(net: nn.Module) -> None:
     assert chosen(include=[]) == []
 
 
+def test_nothing_that_holds_an_excluded_part_is_replaced_as_one(net: nn.Module) -> None:
+    report = patch(net, exclude=["GMSA"])
+    assert [e.path for e in report.replaced] == [
+        *(f"block.modules_lfe.lfe_{i}" for i in (0, 1)),
+        "gate",
+    ]
+    reasons = {e.path: e.reason for e in report.entries}
+    assert reasons["block"] == "holds block.modules_gmsa.gmsa_0, which is in exclude"
+    assert reasons["block.modules_gmsa.gmsa_0"] == "in exclude"
+    blocks = [f"IMDB{i}.cca" for i in (1, 2)]
+    network = tp.IMDN(16, 2, 2)
+    assert not {"", "IMDB1", "IMDB2", *blocks} & {*patched_names(network, exclude=["CCALayer"])}
+    names = patched_names(tp.IMDN(16, 2, 2), exclude=["IMDB1.cca"])
+    assert "IMDB2" in names
+    assert not {"", "IMDB1", "IMDB1.cca", "IMDB2.cca"} & {*names}
+    assert patched_names(tp.IMDN(16, 2, 2), exclude=[nn.Conv2d]) == []
+    assert patched_names(tp.IMDN(16, 2, 2), exclude=["gate"]) == [""]
+
+
 def test_bad_arguments(net: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         patch(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="include must hold"):
         patch(net, include=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"include must hold paths, .* got int"):
+        patch(net, include=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="verify must be a tensor"):
         patch(net, verify=[1])  # type: ignore[arg-type]
 
@@ -435,6 +456,17 @@ def test_copies_with_attributes(kind: str) -> None:
         close(output(twin, z), y)
         known = kind not in ("opaque", "bound method")
         assert swap.unchanged(twin, replacement_of(twin)) is known
+
+
+def test_verify_refuses_what_it_cannot_compare() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return types.SimpleNamespace(sample=super().forward(x))
+
+    model = Wrapped(tp.CALayer(8, 4))
+    with pytest.raises(PatchError, match=r"verify: .* got SimpleNamespace"):
+        patch(model, verify=torch.rand(1, 8, 4, 4))
+    assert type(model[0]) is tp.CALayer
 
 
 # ------------------------------------------------------------------------ what works as before
