@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +128,8 @@ def patch(
         strict: refuse if a module that resembles a known family had to be left alone, or if nothing
             was replaced.
         include: only these modules: paths (``*`` and ``?`` match), class names, or classes.
-        exclude: none of these.
+        exclude: none of these, and nothing as a whole that one of these is a part of: its other
+            parts are replaced one by one.
 
     Returns:
         What became of each module. Its ``restore()`` takes everything back.
@@ -179,15 +180,15 @@ def _selection(
 ) -> Callable[[str, nn.Module], bool] | None:
     if chosen is None:
         return None
-    if isinstance(chosen, (str, type)):
-        chosen = [chosen]
-    for item in chosen:
+    one = isinstance(chosen, (str, type)) or not isinstance(chosen, Iterable)
+    items: tuple[Any, ...] = (chosen,) if one else tuple(chosen)
+    for item in items:
         if not isinstance(item, (str, type)):
             raise TypeError(
                 f"{name} must hold paths, class names or classes, got {type(item).__name__}"
             )
-    names = [item for item in chosen if isinstance(item, str)]
-    classes = tuple(item for item in chosen if isinstance(item, type))
+    names = [item for item in items if isinstance(item, str)]
+    classes = tuple(item for item in items if isinstance(item, type))
 
     def selects(path: str, module: nn.Module) -> bool:
         return isinstance(module, classes) or any(
@@ -224,12 +225,26 @@ def _patch_inside(
         elif unwanted is not None and unwanted(path, module):
             entry = PatchEntry(path, cls.__name__, None, "in exclude")
             inside = ""
+        elif (kept := _first_inside(path, module, unwanted)) is not None:
+            # It would be replaced as one. Its other parts are looked at one by one.
+            entry = PatchEntry(path, cls.__name__, None, f"holds {kept}, which is in exclude")
+            inside = ""
         else:
             entry = _patch_one(path, module, report, verdicts)
             inside = inside if entry.replaced_by is not None else ""
         if inside:
             whole.append((f"{path}." if path else "", inside))
         report.entries.append(entry)
+
+
+def _first_inside(
+    path: str, module: nn.Module, selects: Callable[[str, nn.Module], bool] | None
+) -> str | None:
+    """Path of the first part of ``module`` that is selected."""
+    if selects is None:
+        return None
+    parts = module.named_modules(prefix=path, remove_duplicate=False)
+    return next((name for name, part in parts if selects(name, part)), None)
 
 
 def _patch_one(
@@ -373,7 +388,13 @@ def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
     leaves, _ = torch.utils._pytree.tree_flatten(result)
-    return [t.detach().clone() for t in leaves if isinstance(t, Tensor)]
+    tensors = [t.detach().clone() for t in leaves if isinstance(t, Tensor)]
+    if not tensors:
+        raise PatchError(
+            "verify: the network must return a tensor, or tuples, lists and dicts that hold one, "
+            f"got {type(result).__name__}. The network is as it was"
+        )
+    return tensors
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -11,7 +11,9 @@ forward.
 
 from __future__ import annotations
 
+import argparse
 import copyreg
+import enum
 import functools
 import hashlib
 import inspect
@@ -19,9 +21,19 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    NoneType,
+    SimpleNamespace,
+    WrapperDescriptorType,
+)
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -199,20 +211,88 @@ def swap(module: nn.Module, to: type[nn.Module]) -> None:
 
 # Of a module's __dict__: not its configuration.
 _STATE = frozenset(vars(nn.Module())) | {"_is_replica", "_former_parameters"}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), range),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+# Known by identity, which copies and pickles keep.
+_FIXED = (type, FunctionType, MethodDescriptorType, WrapperDescriptorType, ModuleType, np.ufunc)
+_ARRAY_BYTES = 4096  # numpy counts no writes: larger arrays are not read at every call
 
 
-def _mark(value: Any) -> Any:
-    """A configured value in a form that can be compared, hashed, copied and pickled."""
-    if type(value) in _PLAIN or isinstance(value, (type, FunctionType)):
+class _Same:
+    """The mark of an object that says nothing of its value: equal to that of the same object only.
+
+    Holds it weakly where that is possible. A copy or pickle of it is equal to nothing else.
+    """
+
+    __slots__ = ("__weakref__", "_get", "_hash")
+
+    def __init__(self, value: Any) -> None:
+        self._hash = id(value)
+        try:
+            self._get: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._get = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same):
+            return False
+        value = self._get()
+        return self is other or (value is not None and value is other._get())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Same, (object(),)
+
+
+def _mark(value: Any, holder: nn.Module | None = None) -> Any:
+    """A configured value in a form that can be compared, hashed, copied and pickled: its contents
+    if its type is known, else which object it is. ``holder``: the module that it belongs to."""
+    if type(value) in _PLAIN or isinstance(value, _FIXED):
         return value
+    if value is holder:
+        return _mark
+    mark = functools.partial(_mark, holder=holder)
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return _tensor_mark(value)
+    if isinstance(value, enum.Enum):
+        return kind, mark(value.value)
     if isinstance(value, (tuple, list)):
-        if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+        if kind is tuple and all(type(item) in _PLAIN for item in value):
             return value
-        return (type(value), *map(_mark, value))
+        return kind, *map(mark, value)
     if isinstance(value, dict):
-        return (type(value), *((_mark(k), _mark(v)) for k, v in value.items()))
-    return type(value)
+        return kind, *((mark(k), mark(v)) for k, v in value.items())
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(map(mark, value))
+    if isinstance(value, slice):
+        return kind, mark(value.start), mark(value.stop), mark(value.step)
+    if isinstance(value, functools.partial):
+        return kind, mark(value.func), mark(value.args), mark(value.keywords)
+    if isinstance(value, MethodType):
+        return "method", mark(value.__func__), mark(value.__self__)
+    if isinstance(value, BuiltinFunctionType):
+        if isinstance(value.__self__, (type, ModuleType, NoneType)):
+            return value  # such as torch.tanh; [].append is of an object
+        return "builtin", value.__name__, mark(value.__self__)
+    if isinstance(value, (np.generic, np.ndarray)):
+        if value.dtype.hasobject or value.nbytes > _ARRAY_BYTES:
+            return _Same(value)
+        return kind, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, (SimpleNamespace, argparse.Namespace)):
+        return kind, *((k, mark(v)) for k, v in vars(value).items())
+    return _Same(value)
+
+
+def _tensor_mark(tensor: Tensor) -> Any:
+    readable = type(tensor) in PLAIN_TENSORS and tensor.layout == torch.strided
+    if not readable or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+        return _Same(tensor)
+    return Tensor, tensor.dtype, _digest(tensor)
 
 
 def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -220,9 +300,7 @@ def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, 
     parts = []
     for part in _parts(module):
         marks = tuple(
-            (name, _mark(value))
-            for name, value in vars(part).items()
-            if name not in _STATE and not isinstance(value, Tensor)
+            (name, _mark(value, part)) for name, value in vars(part).items() if name not in _STATE
         )
         parts.append((original_class(part), marks))
     return (tuple(parts), tuple(_digest(tensor) for tensor in constants))
@@ -247,7 +325,7 @@ def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor
         own = vars(part)
         for name, mark in marks:
             value = own.get(name, _parts)  # a value that nothing has
-            if value is not mark and _mark(value) != mark:
+            if value is not mark and _mark(value, part) != mark:
                 return False
     return next(expected, None) is None and all(
         _digest(tensor) == digest for tensor, digest in zip(constants, wanted[1], strict=True)

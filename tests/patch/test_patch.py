@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import enum
+import functools
 import io
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import third_party as tp
 import torch
@@ -29,6 +33,7 @@ from sr_kernels.patching import (
     patch,
     patched,
     register,
+    swap,
 )
 from sr_kernels.patching import recogniser as recogniser_module
 from sr_kernels.patching.swap import PatchedType, replacement_of
@@ -247,11 +252,32 @@ def test_include_and_exclude(net: nn.Module) -> None:
     assert chosen(include=[]) == []
 
 
+def test_nothing_that_holds_an_excluded_part_is_replaced_as_one(net: nn.Module) -> None:
+    report = patch(net, exclude=["GMSA"])
+    assert [e.path for e in report.replaced] == [
+        *(f"block.modules_lfe.lfe_{i}" for i in (0, 1)),
+        "gate",
+    ]
+    reasons = {e.path: e.reason for e in report.entries}
+    assert reasons["block"] == "holds block.modules_gmsa.gmsa_0, which is in exclude"
+    assert reasons["block.modules_gmsa.gmsa_0"] == "in exclude"
+    blocks = [f"IMDB{i}.cca" for i in (1, 2)]
+    network = tp.IMDN(16, 2, 2)
+    assert not {"", "IMDB1", "IMDB2", *blocks} & {*patched_names(network, exclude=["CCALayer"])}
+    names = patched_names(tp.IMDN(16, 2, 2), exclude=["IMDB1.cca"])
+    assert "IMDB2" in names
+    assert not {"", "IMDB1", "IMDB1.cca", "IMDB2.cca"} & {*names}
+    assert patched_names(tp.IMDN(16, 2, 2), exclude=[nn.Conv2d]) == []
+    assert patched_names(tp.IMDN(16, 2, 2), exclude=["gate"]) == [""]
+
+
 def test_bad_arguments(net: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         patch(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="include must hold"):
         patch(net, include=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"include must hold paths, .* got int"):
+        patch(net, include=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="verify must be a tensor"):
         patch(net, verify=[1])  # type: ignore[arg-type]
 
@@ -318,6 +344,129 @@ def test_verify_refuses_what_it_cannot_run(net: nn.Module) -> None:
     with pytest.raises(RuntimeError):
         patch(net, verify=torch.rand(1, 5, 8, 8))
     assert classes(net) == plain
+
+
+# --------------------------------------------------------------------- attributes of the module
+
+
+class Configured(tp.CALayer):
+    """A look-alike: channel attention only if ``v`` is one of those that change nothing."""
+
+    def __init__(self, v: Any) -> None:
+        super().__init__(8, 4)
+        self.v = v
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v
+        if isinstance(v, Scale):
+            v = v.value
+        elif isinstance(v, (types.SimpleNamespace, Opaque)):
+            v = v.scale
+        elif isinstance(v, np.ndarray):
+            v = float(v[0])
+        y = super().forward(x)
+        return v(y) if callable(v) else y * v
+
+
+class Scale(enum.Enum):
+    ONE = 1
+    TWO = 2
+
+
+class Opaque:
+    def __init__(self, scale: int) -> None:
+        self.scale = scale
+
+    def times(self, y: Tensor) -> Tensor:
+        return y * self.scale
+
+
+def power(exponent: int, y: Tensor) -> Tensor:
+    return y**exponent
+
+
+# Right, then wrong: what changes nothing, and what does.
+SETTINGS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "tensor": lambda: (torch.tensor(1.0), torch.tensor(2.0)),
+    "list of tensors": lambda: (MultipliesBy([torch.ones(2)]), MultipliesBy([torch.zeros(2)])),
+    "enum": lambda: (Scale.ONE, Scale.TWO),
+    "namespace": lambda: (types.SimpleNamespace(scale=1), types.SimpleNamespace(scale=2)),
+    "numpy scalar": lambda: (np.float32(1), np.float32(2)),
+    "numpy array": lambda: (np.ones(1), np.full(1, 2.0)),
+    "builtin": lambda: (torch.clone, torch.tanh),
+    "bound method": lambda: (Opaque(1).times, Opaque(2).times),
+    "partial": lambda: (functools.partial(power, 1), functools.partial(power, 2)),
+    "opaque": lambda: (Opaque(1), Opaque(2)),
+}
+
+
+class MultipliesBy(list):  # type: ignore[type-arg]
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * self[0][0]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_twins_that_differ_in_an_attribute_are_told_apart(kind: str) -> None:
+    right, wrong = SETTINGS[kind]()
+    z = torch.rand(1, 8, 5, 5)
+    for place, order in ("0", (right, wrong)), ("1", (wrong, right)):
+        gates = nn.Sequential(*map(Configured, order)).eval()
+        y = output(gates, z)
+        assert [e.path for e in patch(gates).replaced] == [place]
+        close(output(gates, z), y)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_an_attribute_that_changes_is_noticed(kind: str) -> None:
+    right, wrong = SETTINGS[kind]()
+    z = torch.rand(1, 8, 5, 5)
+    gate, own = Configured(right).eval(), Configured(wrong).eval()
+    own.load_state_dict(gate.state_dict())
+    assert patch(gate).replaced
+    assert swap.unchanged(gate, replacement_of(gate))
+    gate.v = wrong
+    assert torch.equal(output(gate, z), output(own, z))
+    gate.v = right
+    assert swap.unchanged(gate, replacement_of(gate))
+
+
+def test_an_attribute_that_is_written_to_is_noticed() -> None:
+    z = torch.rand(1, 8, 5, 5)
+    for value, write in (
+        (torch.tensor(1.0), lambda v: v.fill_(2)),
+        (types.SimpleNamespace(scale=1), lambda v: setattr(v, "scale", 2)),
+        (np.ones(1), lambda v: v.fill(2)),
+    ):
+        gate = Configured(value).eval()
+        y = output(gate, z)
+        assert patch(gate).replaced
+        write(value)
+        close(output(gate, z), 2 * y)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_copies_with_attributes(kind: str) -> None:
+    """A copy, or what a pickle holds, is served as well, unless an attribute says nothing of its
+    value: then it runs its own forward."""
+    gate = Configured(SETTINGS[kind]()[0]).eval()
+    z = torch.rand(1, 8, 5, 5)
+    y = output(gate, z)
+    assert patch(gate).replaced
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        close(output(twin, z), y)
+        known = kind not in ("opaque", "bound method")
+        assert swap.unchanged(twin, replacement_of(twin)) is known
+
+
+def test_verify_refuses_what_it_cannot_compare() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return types.SimpleNamespace(sample=super().forward(x))
+
+    model = Wrapped(tp.CALayer(8, 4))
+    with pytest.raises(PatchError, match=r"verify: .* got SimpleNamespace"):
+        patch(model, verify=torch.rand(1, 8, 4, 4))
+    assert type(model[0]) is tp.CALayer
 
 
 # ------------------------------------------------------------------------ what works as before
