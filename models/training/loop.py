@@ -387,8 +387,6 @@ class Trainer:
                 ]
                 psnr, ssim = (sum(column) / len(scores) for column in zip(*scores, strict=True))
             better = self.held_out and (self.best is None or psnr > self.best)
-            if better:
-                self.best = psnr
             shown = f", {psnr:.3f} dB, SSIM {ssim:.4f}" if self.held_out else ""
             self._note(
                 f"step {self.step}, {self.seconds / 60:.1f} min: loss {self.loss:.5f}{shown}"
@@ -403,7 +401,9 @@ class Trainer:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, self.step)
             if better:
-                self._save(self.best_path)
+                before, self.best = self.best, psnr  # the checkpoint holds its own
+                if not self._save(self.best_path):
+                    self.best = before  # or a later, worse one than this would never be kept
         self._save(self.last, final=final)
 
     def state(self) -> dict[str, Any]:
@@ -426,11 +426,11 @@ class Trainer:
             "best": self.best,
         }
 
-    def _save(self, path: Path, final: bool = False) -> None:
-        """Whole or not at all. A disk that is full for a while does not end a run: only the last
-        checkpoint must be written."""
+    def _save(self, path: Path, final: bool = False) -> bool:
+        """Whole or not at all; says which. A disk that is full for a while does not end a run: only
+        the last checkpoint must be written."""
         if self.ranks.rank:
-            return
+            return False
         content = io.BytesIO()  # torch.save hides the reason why a file cannot be written
         torch.save(self.state(), content)
         try:
@@ -442,9 +442,10 @@ class Trainer:
             if final:
                 raise TrainingError(message) from error
             self._note(f"{message}; the run goes on and tries again")
-            return
+            return False
         if path == self.last:
             self.saved = self.step
+        return True
 
     def _write_log(self, row: list[Any]) -> None:
         try:

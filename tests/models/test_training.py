@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import math
 import os
@@ -502,6 +503,30 @@ def test_best_is_kept_and_the_log_has_rows(
         ("4", 22),
         ("6", 21),
     ]
+
+
+def test_best_that_could_not_be_written_is_not_the_best(
+    make: Callable[..., Config], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when best.pt is due for the first time: a later one, though worse, is kept."""
+    scores = iter([(22.0, 0.6), (21.0, 0.5), (20.0, 0.4)])
+    monkeypatch.setattr(loop, "score", lambda *_: next(scores))
+    true, tried = loop.whole_or_nothing, []
+
+    def full_at_first(path: Path) -> Any:
+        if path.name == "best.pt":
+            tried.append(path)
+            if len(tried) == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return true(path)
+
+    monkeypatch.setattr(loop, "whole_or_nothing", full_at_first)
+    it = make(steps=6, validate=str(images), validate_every=2, validate_count=1)
+    trainer = Trainer(it, CPU, note=quiet)
+    trainer.run()
+    best = torch.load(trainer.best_path, weights_only=True)
+    assert (best["step"], best["best"]) == (4, 21.0)
+    assert torch.load(trainer.last, weights_only=True)["best"] == 21.0
 
 
 def test_tensorboard_where_it_is_installed(
