@@ -758,6 +758,24 @@ def test_export_of_a_bare_checkpoint(tmp_path: Path) -> None:
         export_weights(tmp_path / "last.pt", tmp_path / "w2.safetensors")
 
 
+def test_windows_survive_training_and_export(make: Callable[..., Config], tmp_path: Path) -> None:
+    trainer = Trainer(make(steps=1), CPU, note=quiet)
+    trainer.run()
+    weights = tmp_path / "w.safetensors"
+    export_weights(trainer.last, weights, half=False)
+    x = torch.rand(1, 3, 11, 13)
+    for path in (trainer.last, weights):
+        model = load_checkpoint(path)
+        assert model.window_sizes == (2, 4, 8)
+        assert torch.equal(model(x), trainer.average(x))
+    assert load_checkpoint(weights, window_sizes=(4, 8, 16)).window_sizes == (4, 8, 16)
+    state = torch.load(trainer.last, weights_only=True)
+    state["config"]["options"]["window_sizes"] = [0, 4, 8]
+    torch.save(state, trainer.last)
+    with pytest.raises(CheckpointError, match=r"last\.pt: its window_sizes are \[0, 4, 8\]; expec"):
+        load_checkpoint(trainer.last)
+
+
 @pytest.mark.parametrize(
     ("more", "status", "words"),
     [
