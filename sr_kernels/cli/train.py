@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from sr_kernels.cli import console, network
@@ -85,27 +86,37 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure(str(error)) from error
 
     first = int(os.environ.get("RANK", "0")) == 0
-    bar = console.Progress("training") if first else None
+    bar = console.Progress("training", trainer.progress()) if first else None
 
     def watch(status: Any) -> None:
         if bar is not None:
             bar.label = f"step {status.step}  loss {status.loss:.5f}  lr {status.rate:.1e}"
-            bar(min(int(1000 * status.progress), 1000), 1000)
+            bar(min(status.progress, 1), 1)
 
     try:
         trainer.run(watch)
     except TrainingError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        console.note(
-            f"stopped after step {trainer.step}; the same command with --resume goes on there"
-        )
+        if first:
+            console.note(_stopped(trainer.step, trainer.saved, trainer.last))
         return 130
     finally:
         trainer.close()
     if first:
         console.say(f"done: {trainer.last}")
     return 0
+
+
+def _stopped(step: int, saved: int | None, last: Path) -> str:
+    if saved is None:
+        return f"stopped after step {step}; no checkpoint had been written"
+    if saved == step:
+        return f"stopped after step {step}; the same command with --resume goes on there"
+    return (
+        f"stopped after step {step}, which is not saved; {last} has step {saved}, and the same "
+        "command with --resume goes on there"
+    )
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
