@@ -18,7 +18,8 @@ name of a configuration that comes with the package: elan_light_x2, _x3, _x4 and
 have the papers' recipes, the same with _short are for an hour or two on a CPU. Any key can be set
 on the command line, the common ones with options of their own.
 
-OUT gets last.pt (to go on from), best.pt (the best validation) and log.csv. Ctrl-C ends the run
+OUT gets last.pt (to go on from), log.csv and, with --validate, best.pt (the best validation).
+Ctrl-C ends the run
 after the step in hand, with last.pt written; the same command with --resume goes on exactly there.
 """
 EPILOG = """\
@@ -28,7 +29,7 @@ examples:
   sr-kernels train mafdn_x4 --data DIV2K/HR --out run/ --set init_from=mafdn_x4 --steps 20000
   sr-kernels train mafdn_x4 --print > mine.yaml           a configuration to edit
   torchrun --nproc-per-node 4 -m sr_kernels train elan_light_x4 --data DIV2K/HR --out run/
-  sr-kernels export-weights run/best.pt weights.safetensors
+  sr-kernels export-weights run/last.pt weights.safetensors
 
 docs/training.md explains every key.
 """

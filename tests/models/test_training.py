@@ -161,6 +161,7 @@ def test_six_networks_have_a_recipe_and_a_short_one() -> None:
         ("lr_data: low", "lr_data is ['low'], but data is not set"),
         ("model: mafdn\ntail_init: 0.3", "tail_init 0.3; mafdn"),
         ("base: mafdn", "base is 'mafdn'; accepted: elan_light_x2"),
+        ("base: [x]", "base is ['x']; accepted: elan_light_x2"),
         ("- 3", "holds a list"),
         ("a: [", "is not YAML"),
     ],
@@ -195,6 +196,9 @@ def test_base_file_and_overrides(tmp_path: Path) -> None:
         ({"precision": "float16"}, "precision is 'float16'; on cpu accepted: float32, bfloat16"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"options": {"chanels": 3}}, "options is {'chanels': 3}: .*chanels"),
+        ({"options": {"c_elan": -1}}, "c_elan is -1; expected at least 1"),
+        ({"options": {"window_sizes": [0, 4, 8]}}, r"window_sizes is \[0, 4, 8\]; expected sides"),
+        ({"options": {"rgb_range": 0}}, "rgb_range is 0; expected a number > 0"),
     ],
 )
 def test_what_a_run_needs(keys: dict[str, Any], words: str, make: Callable[..., Config]) -> None:
