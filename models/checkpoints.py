@@ -17,6 +17,7 @@ ever executed: ``torch.load(weights_only=True)`` refuses pickles that would run 
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -54,7 +55,7 @@ def load_checkpoint(
     backend: str | None = None,
     *,
     map_location: str | torch.device = "cpu",
-    window_sizes: Sequence[int] = (4, 8, 16),
+    window_sizes: Sequence[int] | None = None,
 ) -> ELAN | MAFDN:
     """Build the network that the weights are for and load them, strictly.
 
@@ -65,7 +66,8 @@ def load_checkpoint(
         path: file of weights, see the head of this module for what is understood.
         backend: see :mod:`sr_kernels.backends`.
         map_location: device of the result.
-        window_sizes: ELAN's windows, which no checkpoint records.
+        window_sizes: ELAN's windows. None: those that the file records (this package's training
+            checkpoints and exported weights do, no others), else the paper's (4, 8, 16).
 
     Returns:
         The network in eval mode, MAFDN with its DO-Convs folded. ``scale`` and ``rgb_range`` say
@@ -83,7 +85,7 @@ def load_checkpoint(
 
 
 def from_content(
-    content: Any, source: Source, *, window_sizes: Sequence[int] = (4, 8, 16)
+    content: Any, source: Source, *, window_sizes: Sequence[int] | None = None
 ) -> ELAN | MAFDN:
     """The network for what :func:`read` gives, in eval mode: the second half of loading.
 
@@ -95,6 +97,8 @@ def from_content(
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
     """
+    if window_sizes is None:
+        window_sizes = _recorded_windows(content, source) or (4, 8, 16)
     try:
         state = _plain_names(checked_state(content, source), source)
         if _asks_for_much(state):
@@ -110,6 +114,20 @@ def from_content(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{source}: the weights' shapes fit no network: {reason}") from error
     return model.eval()
+
+
+def _recorded_windows(content: Any, source: Source) -> list[int] | None:
+    """What the configuration in a training checkpoint says of ELAN's windows."""
+    for key in ("config", "options", "window_sizes"):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    if content is None:
+        return None
+    sizes = list(content) if isinstance(content, (list, tuple)) else []
+    if not sizes or not all(type(size) is int and 1 <= size <= 256 for size in sizes):
+        raise CheckpointError(
+            f"{source}: its window_sizes are {content!r}; expected a list of whole numbers 1..256"
+        )
+    return sizes
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -173,11 +191,16 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            windows = (file.metadata() or {}).get("window_sizes")
+        tensors = load_file(path)
+        if windows is None:
+            return tensors
+        return {"state_dict": tensors, "config": {"options": {"window_sizes": json.loads(windows)}}}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
 

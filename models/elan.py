@@ -144,6 +144,12 @@ class ELAN(nn.Module, HubMixin):
             raise ValueError(
                 f"m_elan is {m_elan}; expected a multiple of 1 + n_share = {1 + n_share}"
             )
+        if min(window_sizes, default=0) < 1:
+            raise ValueError(f"window_sizes is {list(window_sizes)}; expected sides >= 1")
+        if c_elan < 1:
+            raise ValueError(f"c_elan is {c_elan}; expected at least 1")
+        if not 0 < rgb_range < math.inf:
+            raise ValueError(f"rgb_range is {rgb_range}; expected a number > 0")
         if norm and colors != 3:
             raise ValueError(f"colors is {colors}; the mean colour (norm=True) needs 3")
         self.config: dict[str, Any] = {

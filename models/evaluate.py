@@ -78,8 +78,13 @@ def read_image(path: Path) -> Pixels:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are {image.mode}; expected 8 bits per channel")
+            # Pillow opens deep colour as 8-bit "RGB" and only its decoder's name tells.
+            coding = image.tile[0][3] if image.tile else ""
+            deep = next((word for word in str(coding).split("'") if ";16" in word), None)
+            if deep or image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"its pixels are {deep or image.mode}; expected 8 bits per channel"
+                )
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # what a damaged file makes a decoder raise is arbitrary
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
@@ -142,17 +147,18 @@ def read_pairs(high: Path, low: Path | None, scale: int) -> list[tuple[str, Pair
     """(name, pair) of each image in folder ``high``, its LR image from folder ``low`` if given.
 
     Raises:
-        FileNotFoundError, UnreadableImage, ValueError: as the functions above; smaller than a pixel
-            outside the border is a ValueError, too.
+        FileNotFoundError, UnreadableImage, ValueError: as the functions above; an image too small
+            to be measured is a ValueError, too.
     """
     pairs = []
     lows = None if low is None else by_stem([low])
     for path in image_files([high]):
         target = read_image(path)
-        if min(target.shape[:2]) <= 2 * scale:
+        if min(_cropped(target, scale).shape[:2]) < 2 * scale + 11:
+            least = -(-(2 * scale + 11) // scale) * scale
             raise ValueError(
-                f"{path} is {target.shape[1]}x{target.shape[0]} pixels; expected more than "
-                f"{2 * scale}, the border that is left out at x{scale}"
+                f"{path} is {target.shape[1]}x{target.shape[0]} pixels; expected at least "
+                f"{least}x{least}: SSIM's window of 11 inside a border of {scale} at x{scale}"
             )
         if lows is None:
             pair = make_pair(target, scale)

@@ -217,7 +217,7 @@ class Config:
         """
         try:
             return NETWORKS[self.model](self.scale, **self.options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = str(error).replace("__init__()", self.model)
             raise ConfigError(f"options is {self.options!r}: {reason}") from error
 
@@ -265,7 +265,7 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     _check_names(content, name)
     if base is None:
         return content
-    if base not in CONFIGS:
+    if not isinstance(base, str) or base not in CONFIGS:
         raise ConfigError(f"{name}: base is {base!r}; accepted: {', '.join(CONFIGS)}")
     return {**_read(base, (*seen, name)), **content}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from os import PathLike
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from sr_kernels._files import whole_or_nothing
 
 from ..checkpoints import load_checkpoint
+from ..elan import ELAN
 
 __all__ = ["export_weights"]
 
@@ -46,6 +48,8 @@ def export_weights(
         "scale": str(model.scale),
         "rgb_range": str(model.rgb_range),
     }
+    if isinstance(model, ELAN):  # which no shape tells
+        metadata["window_sizes"] = json.dumps(model.window_sizes)
     with whole_or_nothing(Path(weights)) as file:
         file.write(to_bytes(tensors, metadata))
     return sum(value.numel() for value in tensors.values())

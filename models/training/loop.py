@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -85,11 +86,12 @@ def reconstruction_loss(output: Tensor, target: Tensor, white: float, frequency:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM are remembered until the step in hand is done. One more than two seconds
-    after the first (torchrun repeats it at once) ends the process where it is."""
+    """Ctrl-C and SIGTERM are remembered until the step in hand is done, and the first is
+    acknowledged. One more than two seconds after it (torchrun repeats it at once) ends the process
+    where it is."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, speaks: bool) -> None:
+        self.received, self._speaks = 0, speaks
         self._when = 0.0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -97,6 +99,8 @@ class _Signals:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self._when = number, time.monotonic()
+            if self._speaks:  # print() must not be called while another print() is at work
+                os.write(2, b"\nsr-kernels: ending after this step; again: stop at once\n")
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -145,10 +149,18 @@ class Trainer:
         self.log = self.out / "log.csv"
         if resume and not self.last.is_file():
             raise TrainingError(f"there is nothing to resume: {self.last} does not exist")
-        if not resume and self.last.exists():
-            raise TrainingError(
-                f"{self.last} exists: go on from it with --resume, or give another --out"
-            )
+        _check_folder(self.out)
+        if not resume:
+            if self.last.exists():
+                raise TrainingError(
+                    f"{self.last} exists: go on from it with --resume, or give another --out"
+                )
+            for path in (self.best_path, self.log):
+                if path.exists():
+                    raise TrainingError(
+                        f"{path} exists, which this run would overwrite: move it away, or give "
+                        "another --out"
+                    )
         self.ranks = Ranks.join(device)
         self.device = self.ranks.device
         if self.ranks.rank:
@@ -156,6 +168,7 @@ class Trainer:
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.best: float | None = None
         self.saved: int | None = None
+        self._logged: int | None = None  # step of the last row
         self.skipped, self._bad = 0, 0
         self._build(resume)
 
@@ -252,7 +265,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state.get("scaler"):  # empty where the run was not in float16
+                self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise TrainingError(f"{self.last} does not fit this network: {reason}") from error
@@ -269,11 +283,14 @@ class Trainer:
         """Train to the end of the schedule; ``watch`` is called after each step.
 
         Raises:
-            KeyboardInterrupt, SystemExit: a signal came; the state is in ``OUT/last.pt``.
+            KeyboardInterrupt, SystemExit: a signal came; the state is in ``OUT/last.pt``, unless
+                ``saved`` is not ``step``: a second one did not wait for the end of the step.
             TrainingError: the loss or the gradients are not finite, or the last checkpoint cannot
                 be written.
         """
-        signals = _Signals()
+        if self.progress() >= 1 and self.step == self.saved == self._logged:
+            self._note(f"the run is finished, after {self.step} steps: nothing is left to do")
+        signals = _Signals(self.ranks.rank == 0)
         with signals.handled(), self._prefetching() as draw:
             begin = next_save = time.monotonic()
             begin -= self.seconds
@@ -298,8 +315,10 @@ class Trainer:
                 elif begin + self.seconds - next_save >= 60 * self.config.save_minutes:
                     self._save(self.last)
                     next_save = begin + self.seconds
-            if self.step % self.config.validate_every or self.saved != self.step:
+            if self._logged != self.step:
                 self._validate(learning_rate(self.config, 1.0), final=True)
+            elif self.saved != self.step:
+                self._save(self.last, final=True)
             self.ranks.total([0.0])  # the others wait for the last checkpoint
 
     def progress(self) -> float:
@@ -345,9 +364,11 @@ class Trainer:
         value = self.ranks.total([loss.item()])[0] / self.ranks.size
         if not math.isfinite(value):
             self._stop(f"the loss is {value}")
-        if self.scaler.is_enabled() or math.isfinite(norm.item()):
+        finite = math.isfinite(norm.item())
+        if finite:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()  # after a step that was left out, a smaller factor of the loss
+        if finite:
             self._bad = 0
         else:
             self.skipped, self._bad = self.skipped + 1, self._bad + 1
@@ -387,8 +408,6 @@ class Trainer:
                 ]
                 psnr, ssim = (sum(column) / len(scores) for column in zip(*scores, strict=True))
             better = self.held_out and (self.best is None or psnr > self.best)
-            if better:
-                self.best = psnr
             shown = f", {psnr:.3f} dB, SSIM {ssim:.4f}" if self.held_out else ""
             self._note(
                 f"step {self.step}, {self.seconds / 60:.1f} min: loss {self.loss:.5f}{shown}"
@@ -403,7 +422,9 @@ class Trainer:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, self.step)
             if better:
-                self._save(self.best_path)
+                before, self.best = self.best, psnr  # the checkpoint holds its own
+                if not self._save(self.best_path):
+                    self.best = before  # or a later, worse one than this would never be kept
         self._save(self.last, final=final)
 
     def state(self) -> dict[str, Any]:
@@ -426,11 +447,11 @@ class Trainer:
             "best": self.best,
         }
 
-    def _save(self, path: Path, final: bool = False) -> None:
-        """Whole or not at all. A disk that is full for a while does not end a run: only the last
-        checkpoint must be written."""
+    def _save(self, path: Path, final: bool = False) -> bool:
+        """Whole or not at all; says which. A disk that is full for a while does not end a run: only
+        the last checkpoint must be written."""
         if self.ranks.rank:
-            return
+            return False
         content = io.BytesIO()  # torch.save hides the reason why a file cannot be written
         torch.save(self.state(), content)
         try:
@@ -442,15 +463,17 @@ class Trainer:
             if final:
                 raise TrainingError(message) from error
             self._note(f"{message}; the run goes on and tries again")
-            return
+            return False
         if path == self.last:
             self.saved = self.step
+        return True
 
     def _write_log(self, row: list[Any]) -> None:
         try:
             new = not self.log.exists()
             with self.log.open("a", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, row] if new else [row])
+            self._logged = self.step
         except OSError as error:
             self._note(f"{self.log} cannot be written: {error.strerror or error}")
 
@@ -458,8 +481,19 @@ class Trainer:
         """Rows of steps that are done again go."""
         if self.ranks.rank or not self.log.exists():
             return
-        lines = self.log.read_text().splitlines()
-        kept = [line for line in lines[1:] if int(line.split(",")[0] or 0) <= self.step]
+        try:
+            header, *lines = self.log.read_text().splitlines() or [""]
+            steps = [int(line.split(",")[0]) for line in lines if line]
+            if header and header != ",".join(COLUMNS):
+                raise ValueError(f"its first line is {header!r}; expected {','.join(COLUMNS)}")
+        except ValueError as error:
+            raise TrainingError(
+                f"{self.log} is not the log of such a run ({error}); move it away"
+            ) from error
+        kept = [
+            line for line, step in zip(filter(None, lines), steps, strict=True) if step <= self.step
+        ]
+        self._logged = max((step for step in steps if step <= self.step), default=None)
         with whole_or_nothing(self.log) as file:
             file.write(("\n".join([",".join(COLUMNS), *kept]) + "\n").encode())
 
@@ -467,6 +501,12 @@ class Trainer:
         if self._board is not None:
             self._board.close()
         self.ranks.leave()
+
+
+def _check_folder(out: Path) -> None:
+    present = next((path for path in (out, *out.parents) if path.exists()), None)
+    if present is not None and not present.is_dir():
+        raise TrainingError(f"out is {str(out)!r}, but {present} is a file; expected a folder")
 
 
 def _check(config: Config, device: torch.device) -> None:

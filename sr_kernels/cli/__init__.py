@@ -2,7 +2,8 @@
 env`; also `python -m sr_kernels`.
 
 Exit status: 0 done; 1 something failed, and stderr says what; 2 the command itself is wrong;
-130 interrupted with Ctrl-C. A failure is one sentence; `--debug` adds the traceback.
+130 interrupted with Ctrl-C; 143 ended by SIGTERM. A failure is one sentence; `--debug` adds the
+traceback.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: that of the process); returns the exit status."""
-    debug = False
+    debug, command = False, None
     previous_warning = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 2
-        debug = arguments.debug
+        debug, command = arguments.debug, arguments.command
         with signals.handled():
             status = arguments.run(arguments)
             signals.check()
@@ -100,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError as error:
-        return _report(
-            Failure("memory ran out; close other programs or use a smaller --tile"),
-            1,
-            debug,
-            cause=error,
-        )
+        smaller = {
+            "upscale": " or use a smaller --tile",
+            "train": " or a smaller --batch or --patch",
+        }
+        hint = f"memory ran out; close other programs{smaller.get(str(command), '')}"
+        return _report(Failure(hint), 1, debug, cause=error)
     except Exception as error:
         kind = type(error).__name__
         message = Failure(f"{kind}: {error}\n(this was not foreseen; --debug shows where)")

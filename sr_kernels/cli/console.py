@@ -34,7 +34,7 @@ def clear_bar() -> None:
 
 class Progress:
     """Progress of one picture, and of the picture among many, or of a training run. `label` may be
-    changed on the way.
+    changed on the way; `begun` is the share that was done before.
 
     On a terminal a bar appears once the work has lasted for half a second. Elsewhere (a log file)
     a line is written every 30 seconds.
@@ -44,13 +44,13 @@ class Progress:
     BAR_EVERY = 0.1
     LINE_EVERY = 30.0
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, begun: float = 0.0) -> None:
+        self.label, self._begun = label, begun
         self._terminal = sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + (self.BAR_AFTER if self._terminal else self.LINE_EVERY)
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: float, total: float) -> None:
         global _bar_shown
         now = time.monotonic()
         if now < self._next:
@@ -58,7 +58,8 @@ class Progress:
         self._next = now + (self.BAR_EVERY if self._terminal else self.LINE_EVERY)
         share = done / total
         elapsed = now - self._start
-        left = elapsed / share - elapsed if share > 0 else 0.0
+        ours = share - self._begun
+        left = elapsed * (1 - share) / ours if ours > 0 else 0.0
         if not self._terminal:
             print(
                 f"sr-kernels: {self.label}: {share:.0%}, about {_duration(left)} left",

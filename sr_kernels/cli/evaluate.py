@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sr_kernels.models.evaluate import read_pairs, score
 
+    if arguments.csv is not None and (arguments.csv.is_dir() or not arguments.csv.parent.is_dir()):
+        raise Failure(
+            f"--csv {arguments.csv} cannot be written: expected a file in a folder that is there"
+        )
+
     scale, enlarge = _enlarger(arguments)
     try:
         pairs = read_pairs(arguments.data, arguments.lr, scale)

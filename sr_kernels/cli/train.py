@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from sr_kernels.cli import console, network
@@ -17,7 +18,8 @@ name of a configuration that comes with the package: elan_light_x2, _x3, _x4 and
 have the papers' recipes, the same with _short are for an hour or two on a CPU. Any key can be set
 on the command line, the common ones with options of their own.
 
-OUT gets last.pt (to go on from), best.pt (the best validation) and log.csv. Ctrl-C ends the run
+OUT gets last.pt (to go on from), log.csv and, with --validate, best.pt (the best validation).
+Ctrl-C ends the run
 after the step in hand, with last.pt written; the same command with --resume goes on exactly there.
 """
 EPILOG = """\
@@ -27,7 +29,7 @@ examples:
   sr-kernels train mafdn_x4 --data DIV2K/HR --out run/ --set init_from=mafdn_x4 --steps 20000
   sr-kernels train mafdn_x4 --print > mine.yaml           a configuration to edit
   torchrun --nproc-per-node 4 -m sr_kernels train elan_light_x4 --data DIV2K/HR --out run/
-  sr-kernels export-weights run/best.pt weights.safetensors
+  sr-kernels export-weights run/last.pt weights.safetensors
 
 docs/training.md explains every key.
 """
@@ -85,27 +87,37 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure(str(error)) from error
 
     first = int(os.environ.get("RANK", "0")) == 0
-    bar = console.Progress("training") if first else None
+    bar = console.Progress("training", trainer.progress()) if first else None
 
     def watch(status: Any) -> None:
         if bar is not None:
             bar.label = f"step {status.step}  loss {status.loss:.5f}  lr {status.rate:.1e}"
-            bar(min(int(1000 * status.progress), 1000), 1000)
+            bar(min(status.progress, 1), 1)
 
     try:
         trainer.run(watch)
     except TrainingError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        console.note(
-            f"stopped after step {trainer.step}; the same command with --resume goes on there"
-        )
+        if first:
+            console.note(_stopped(trainer.step, trainer.saved, trainer.last))
         return 130
     finally:
         trainer.close()
     if first:
         console.say(f"done: {trainer.last}")
     return 0
+
+
+def _stopped(step: int, saved: int | None, last: Path) -> str:
+    if saved is None:
+        return f"stopped after step {step}; no checkpoint had been written"
+    if saved == step:
+        return f"stopped after step {step}; the same command with --resume goes on there"
+    return (
+        f"stopped after step {step}, which is not saved; {last} has step {saved}, and the same "
+        "command with --resume goes on there"
+    )
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,7 @@ def test_shipped_weights_by_name(
         (["--weights", "absent.pth"], 1, "absent.pth"),
         (["--weights", "mafdn_x4", "--scale", "2"], 2, "x4"),
         (["--bicubic", "--weights", "mafdn_x4"], 2, "not allowed"),
+        (["--bicubic", "--scale", "2", "--csv", "absent/a.csv"], 1, "--csv absent/a.csv cannot"),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -221,5 +224,22 @@ def test_images_that_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="expected 8 bits"):
         read_pairs(hr, None, 4)
     save(path, picture(8, 40))
-    with pytest.raises(ValueError, match="40x8 pixels; expected more than 8"):
+    with pytest.raises(ValueError, match=r"a\.png is 40x8 pixels; expected at least 20x20"):
+        read_pairs(hr, None, 4)
+    save(path, picture(19, 40))
+    with pytest.raises(ValueError, match=r"a\.png is 40x19 pixels; expected at least 20x20"):
+        read_pairs(hr, None, 4)
+    save(path, picture(20, 20))
+    assert score(*[read_pairs(hr, None, 4)[0][1][1]] * 2, 4)[1] == pytest.approx(1)
+    header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)  # 16-bit RGB
+    rows = zlib.compress(bytes(20 * (1 + 20 * 6)))
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
+            for k, d in chunks
+        )
+    )
+    with pytest.raises(UnreadableImage, match="RGB;16B; expected 8 bits"):
         read_pairs(hr, None, 4)

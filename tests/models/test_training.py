@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import math
 import os
@@ -160,6 +161,7 @@ def test_six_networks_have_a_recipe_and_a_short_one() -> None:
         ("lr_data: low", "lr_data is ['low'], but data is not set"),
         ("model: mafdn\ntail_init: 0.3", "tail_init 0.3; mafdn"),
         ("base: mafdn", "base is 'mafdn'; accepted: elan_light_x2"),
+        ("base: [x]", "base is ['x']; accepted: elan_light_x2"),
         ("- 3", "holds a list"),
         ("a: [", "is not YAML"),
     ],
@@ -194,6 +196,9 @@ def test_base_file_and_overrides(tmp_path: Path) -> None:
         ({"precision": "float16"}, "precision is 'float16'; on cpu accepted: float32, bfloat16"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"options": {"chanels": 3}}, "options is {'chanels': 3}: .*chanels"),
+        ({"options": {"c_elan": -1}}, "c_elan is -1; expected at least 1"),
+        ({"options": {"window_sizes": [0, 4, 8]}}, r"window_sizes is \[0, 4, 8\]; expected sides"),
+        ({"options": {"rgb_range": 0}}, "rgb_range is 0; expected a number > 0"),
     ],
 )
 def test_what_a_run_needs(keys: dict[str, Any], words: str, make: Callable[..., Config]) -> None:
@@ -504,6 +509,30 @@ def test_best_is_kept_and_the_log_has_rows(
     ]
 
 
+def test_best_that_could_not_be_written_is_not_the_best(
+    make: Callable[..., Config], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when best.pt is due for the first time: a later, worse one is kept."""
+    scores = iter([(22.0, 0.6), (21.0, 0.5), (20.0, 0.4)])
+    monkeypatch.setattr(loop, "score", lambda *_: next(scores))
+    true, tried = loop.whole_or_nothing, []
+
+    def full_at_first(path: Path) -> Any:
+        if path.name == "best.pt":
+            tried.append(path)
+            if len(tried) == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return true(path)
+
+    monkeypatch.setattr(loop, "whole_or_nothing", full_at_first)
+    it = make(steps=6, validate=str(images), validate_every=2, validate_count=1)
+    trainer = Trainer(it, CPU, note=quiet)
+    trainer.run()
+    best = torch.load(trainer.best_path, weights_only=True)
+    assert (best["step"], best["best"]) == (4, 21.0)
+    assert torch.load(trainer.last, weights_only=True)["best"] == 21.0
+
+
 def test_tensorboard_where_it_is_installed(
     make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,6 +634,77 @@ def test_our_operators_learn_as_stock_ones_do(
     assert stock[-1] < 0.5 * stock[0]
     np.testing.assert_allclose(ours[:10], stock[:10], rtol=1e-4)
     np.testing.assert_allclose(ours, stock, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "log.csv"])
+def test_a_fresh_run_overwrites_nothing(name: str, make: Callable[..., Config]) -> None:
+    out = Path(str(make().out))
+    out.mkdir()
+    (out / name).write_text("step,mine\n99,1\n")
+    with pytest.raises(TrainingError, match=rf"{name} exists, which this run would overwrite"):
+        Trainer(make(), CPU, note=quiet)
+    assert (out / name).read_text() == "step,mine\n99,1\n"
+
+
+@pytest.mark.parametrize("text", ["step,mine\n1,2\n", "name,mine\nbaby,2\n"])
+def test_a_log_of_something_else_is_kept(text: str, make: Callable[..., Config]) -> None:
+    trainer = Trainer(make(steps=1), CPU, note=quiet)
+    trainer.run()
+    trainer.log.write_text(text)
+    with pytest.raises(TrainingError, match=r"log\.csv is not the log of such a run"):
+        Trainer(make(), CPU, resume=True, note=quiet)
+    assert trainer.log.read_text() == text
+
+
+def test_out_is_a_file(make: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        with pytest.raises(TrainingError, match=r"file is a file; expected a folder"):
+            Trainer(make(out=str(tmp_path / out)), CPU, note=quiet)
+
+
+def test_a_finished_run_has_nothing_to_resume(make: Callable[..., Config]) -> None:
+    trainer = Trainer(make(steps=3), CPU, note=quiet)
+    trainer.run()
+    before = trainer.log.read_text(), trainer.last.read_bytes()
+    notes: list[str] = []
+    Trainer(make(steps=3), CPU, resume=True, note=notes.append).run()
+    assert "the run is finished, after 3 steps: nothing is left to do" in notes
+    assert (trainer.log.read_text(), trainer.last.read_bytes()) == before
+
+
+def test_steps_that_the_scaler_leaves_out_count(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda call, x: x + (0 * x).sqrt())
+    trainer = Trainer(make(), CPU, note=quiet)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        trainer.run()
+    assert trainer.skipped == 10
+    assert trainer.scaler.get_scale() == 2.0 ** (16 - 10)
+
+
+def test_float16_goes_on_from_float32(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(make(steps=1), CPU, note=quiet).run()
+    monkeypatch.setattr(loop, "_check", lambda *_: None)  # which wants a GPU for it
+    it = Trainer(make(precision="float16"), CPU, resume=True, note=quiet)
+    assert it.step == 1
+    assert it.scaler.is_enabled()
+
+
+def test_time_left_after_resuming(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the run in 60 s, with half of it done before: the last 40 % take 240 s."""
+    now = [100.0]
+    monkeypatch.setattr(cli.console.time, "monotonic", lambda: now[0])
+    bar = cli.console.Progress("training", 0.5)
+    now[0] += 60
+    bar(0.6, 1)
+    assert "60%, about 4:00 min left" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ the first weights
@@ -719,6 +819,36 @@ def test_train_interrupt_resume_export_evaluate(
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_second_interruption_says_what_was_saved(
+    images: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice Ctrl-C within step 3, the second 3 s later: nothing is saved, and that is said."""
+    train_step, true, later = Trainer._train_step, time.monotonic, [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: true() + later[0])
+
+    def interrupted(self: Trainer, *arguments: Any) -> None:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            later[0] += 3
+            os.kill(os.getpid(), signal.SIGINT)
+        train_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    line = command(images, tmp_path / "run", "--steps", "8")
+    assert cli.main(line) == 130
+    said = capfd.readouterr().err
+    assert "ending after this step; again: stop at once" in said
+    assert "stopped after step 2; no checkpoint had been written" in said
+    assert not (tmp_path / "run" / "last.pt").exists()
+    line = command(images, tmp_path / "other", "--steps", "8", "--set", "validate_every=1")
+    assert cli.main([*line, "--set", "save_minutes=60"]) == 130
+    assert "--resume goes on there" in capfd.readouterr().err
+    assert torch.load(tmp_path / "other" / "last.pt", weights_only=True)["step"] == 2
+
+
 def test_export_of_a_bare_checkpoint(tmp_path: Path) -> None:
     """One with model, ema, optimizer, step, seconds and scale alone."""
     a, b = elan_light(2, **TINY_ELAN), elan_light(2, **TINY_ELAN)
@@ -731,6 +861,24 @@ def test_export_of_a_bare_checkpoint(tmp_path: Path) -> None:
     torch.save(b.state_dict(), tmp_path / "last.pt")
     with pytest.raises(ValueError, match=r"head\.0\.bias does not fit into half precision"):
         export_weights(tmp_path / "last.pt", tmp_path / "w2.safetensors")
+
+
+def test_windows_survive_training_and_export(make: Callable[..., Config], tmp_path: Path) -> None:
+    trainer = Trainer(make(steps=1), CPU, note=quiet)
+    trainer.run()
+    weights = tmp_path / "w.safetensors"
+    export_weights(trainer.last, weights, half=False)
+    x = torch.rand(1, 3, 11, 13)
+    for path in (trainer.last, weights):
+        model = load_checkpoint(path)
+        assert model.window_sizes == (2, 4, 8)
+        assert torch.equal(model(x), trainer.average(x))
+    assert load_checkpoint(weights, window_sizes=(4, 8, 16)).window_sizes == (4, 8, 16)
+    state = torch.load(trainer.last, weights_only=True)
+    state["config"]["options"]["window_sizes"] = [0, 4, 8]
+    torch.save(state, trainer.last)
+    with pytest.raises(CheckpointError, match=r"last\.pt: its window_sizes are \[0, 4, 8\]; expec"):
+        load_checkpoint(trainer.last)
 
 
 @pytest.mark.parametrize(
