@@ -394,6 +394,37 @@ def test_tune_skips_what_does_not_fit_and_refuses_what_is_wrong(configs):
         tuning.tune([problem], device, lambda run: 1.0)
 
 
+def test_tune_where_a_default_does_not_fit(configs):
+    """From the smallest tiles; what does not fit with these either does not stop the others."""
+    from sr_kernels.triton import tuning
+
+    class TooLarge(Exception):
+        pass
+
+    def too_large(config):
+        if config["BLOCK_P"] > 32:
+            raise TooLarge
+        return 1.0
+
+    def never():
+        configs.configuration("block", torch.empty(1, 60, 2, 2), c=60)
+        raise TooLarge
+
+    device = configs.Device("Fake", (9, 0), 1000)
+    problem, used = problem_of(configs, tuning, too_large)
+    said = []
+    tuned = tuning.tune(
+        [tuning.Problem("huge", never), problem],
+        device,
+        lambda run: 1 / used[-1]["BLOCK_P"],
+        unfit=(TooLarge,),
+        say=said.append,
+    )
+    key = configs.make_key("conv", "float16", {"c_in": 60, "c_out": 60})
+    assert {k: config["BLOCK_P"] for k, config in tuned.entries.items()} == {key: 32}
+    assert said[0] == "huge: does not fit this device, even with the smallest tiles"
+
+
 @interpreted
 def test_the_problems_of_tuning_ask_for_every_kernel(configs, codegen, monkeypatch):
     """Run with their kernels noted instead of started, at a small size, on the CPU."""
@@ -414,6 +445,64 @@ def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune"]) == 1
     assert "tune measures kernels on a GPU, and torch finds none here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tune(configs, tmp_path, monkeypatch):
+    """`sr-kernels tune` on a GPU that is not here: its exit status, and how often it measured."""
+    from sr_kernels.cli import main
+    from sr_kernels.triton import tuning
+
+    device = configs.Device("GPU A", (9, 0), 1000)
+    measured = []
+
+    def measure(index, dtypes, say):
+        measured.append(dtypes)
+        tuned = configs.TunedFile(device, triton="3.6.0")
+        for dtype in dtypes:
+            key = configs.make_key("conv", str(dtype).removeprefix("torch."), {"c_in": 60})
+            tuned.entries[key] = {**configs.DEFAULTS["conv"], "BLOCK_P": 16 * 2 ** len(measured)}
+        return tuned
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    monkeypatch.setattr(configs.Device, "of", lambda index: device)
+    monkeypatch.setattr(tuning, "tune_gpu", measure)
+
+    def run(*arguments):
+        return main(["tune", "--output", str(tmp_path / "new"), *arguments]), len(measured)
+
+    return run
+
+
+def test_tune_writes_its_file_and_keeps_what_was_there(configs, tune, tmp_path, capsys):
+    path = tmp_path / "new" / "GPU_A.json"
+    assert tune("--dtype", "float16", "float32") == (0, 1)
+    assert f"wrote {path}" in capsys.readouterr().out
+    assert tune("--dtype", "float16") == (0, 2)
+    found = configs.TunedFile.read(path).entries
+    assert {key[1]: config["BLOCK_P"] for key, config in found.items()} == {
+        "float16": 64,
+        "float32": 32,
+    }
+
+
+def test_tune_reads_the_file_before_it_measures(tune, tmp_path, capsys):
+    path = tmp_path / "new" / "GPU_A.json"
+    path.parent.mkdir()
+    path.write_text('{"device": "GPU A"}')
+    assert tune() == (1, 0)
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{path}: not a file of tuned configurations" in message
+    assert "--output" in message
+    assert path.read_text() == '{"device": "GPU A"}'
+
+
+def test_tune_into_what_is_no_folder(tune, tmp_path, capsys):
+    (tmp_path / "new").write_text("")
+    assert tune() == (1, 0)
+    assert f"cannot write to {tmp_path / 'new'}" in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------ installation
