@@ -196,6 +196,36 @@ def test_gpu_tensors_get_triton_before_the_reference(monkeypatch):
         assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
 
 
+@pytest.mark.parametrize(
+    ("named", "found"), [(None, "neither gcc nor clang"), ("no-cc", "CC=no-cc")]
+)
+def test_gpu_tensors_without_a_c_compiler(monkeypatch, tmp_path, named, found):
+    """Triton's first launch would raise: `auto` falls back and says why."""
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    monkeypatch.setattr(_library, "why_no_launch", _library.why_no_launch.__wrapped__)
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.delenv("CC", raising=False)
+    if named is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", named)
+    message = r"Triton needs a C compiler \(CC, gcc or clang\) at the first launch, and "
+    with pytest.warns(sr_kernels.FallbackWarning, match=message + found):
+        assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
+    with pytest.raises(RuntimeError, match=message):
+        backends.choose("shift_conv2d", (GpuTensor(),), "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = {name: rest for name, *rest in backends.report()}
+    assert not rows["triton"][0]
+    assert found in rows["triton"][1]
+
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert backends.choose("shift_conv2d", (GpuTensor(),)) == "triton"
+
+
 def test_gpu_tensors_get_torchs_own_conv3x3(monkeypatch, recwarn):
     """No kernel of ours has been measured against it. By name the Triton kernel runs."""
     monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
@@ -256,6 +286,22 @@ def test_the_nearest_device_with_one_warning(configs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert configs.tuned_for(here) is found
+
+
+def test_no_file_of_another_vendor(configs, tmp_path, monkeypatch, recwarn):
+    """gfx90a and sm_90 both call themselves 9.0."""
+    tuned = tuned_file(configs, "GPU A", (9, 0), 1000, 128)
+    tuned.write(tmp_path / configs.file_name("GPU A"))
+    assert configs.tuned_for(configs.Device("Other", (9, 0), 1000, "amd")) is None
+    assert not recwarn.list
+
+    class Properties:
+        name, major, minor, shared_memory_per_block_optin = "Other", 9, 0, 1000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    for hip, vendor in ((None, "nvidia"), ("6.4", "amd")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert configs.Device.of.__wrapped__(0).vendor == vendor
 
 
 def test_a_wrong_file_is_not_used_and_named(configs, tmp_path):
