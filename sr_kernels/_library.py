@@ -11,6 +11,9 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,3 +121,19 @@ def triton() -> TritonResult:
     except Exception as error:
         return TritonResult(version, f"the Triton kernels do not load: {error}")
     return TritonResult(version, None, kernels.INTERPRET)
+
+
+@functools.cache
+def why_no_launch() -> str:
+    """Why Triton cannot start a kernel on a GPU, or nothing.
+
+    It compiles a small module in C for that, with the compiler that CC names, or gcc or clang.
+    """
+    if (knobs := sys.modules.get("triton.knobs")) is not None and knobs.build.impl is not None:
+        return ""  # the user's own way to compile it
+    named = os.environ.get("CC")
+    names = ("gcc", "clang") if named is None else (named,)
+    if any(shutil.which(name) for name in names):
+        return ""
+    found = "neither gcc nor clang is on PATH" if named is None else f"CC={named} is not there"
+    return f"Triton needs a C compiler (CC, gcc or clang) at the first launch, and {found}"

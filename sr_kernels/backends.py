@@ -135,7 +135,7 @@ def _why_no_triton(device: str) -> str:
             "the tensors are on cpu, and Triton's kernels run there only in Triton's interpreter: "
             "start Python with TRITON_INTERPRET=1"
         )
-    return ""
+    return "" if device == "cpu" else _library.why_no_launch()
 
 
 # Traced code takes the answer as a constant: an import cannot be traced. What
@@ -206,7 +206,8 @@ def _triton_report() -> tuple[bool, str]:
     if triton.interpreted:
         return True, f"Triton {triton.version}, interpreted (TRITON_INTERPRET): by name, and slow"
     if torch.cuda.is_available():
-        return True, f"Triton {triton.version}"
+        reason = _library.why_no_launch()
+        return not reason, f"Triton {triton.version}" + (f": {reason}" if reason else "")
     return False, (
         f"Triton {triton.version} is installed, but torch sees no GPU (TRITON_INTERPRET=1 runs the "
         "kernels in Triton's interpreter)"

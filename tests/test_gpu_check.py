@@ -72,7 +72,16 @@ def test_all_steps_together_have_a_limit(tool, capfd):
 def test_the_plan_has_every_step(tool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     planned = {step.name: step for step in tool.steps(built=False)}
-    expected = ["build", "tests", *tool.SANITIZERS, "benchmarks", "triton"]
+    expected = ["build", "tests", *tool.SANITIZERS, "network", "benchmarks", "triton"]
     assert list(planned) == expected
     assert ("SR_KERNELS_CUDA_ARCHS", "9.0a") in planned["build"].environment
     assert list(tool.SANITIZERS) == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    # After the build, every step can have all of its time.
+    assert sum(step.limit for step in tool.steps(built=True)) <= tool.TOTAL
+    assert planned["network"].command[-6:-2] == ("--op", "elan_light_x4", "--size", "180x320")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        tool.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    [triton] = [step for step in tool.steps(built=True) if step.name == "triton"]
+    assert triton.missing == "triton is not installed"

@@ -196,6 +196,36 @@ def test_gpu_tensors_get_triton_before_the_reference(monkeypatch):
         assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
 
 
+@pytest.mark.parametrize(
+    ("named", "found"), [(None, "neither gcc nor clang"), ("no-cc", "CC=no-cc")]
+)
+def test_gpu_tensors_without_a_c_compiler(monkeypatch, tmp_path, named, found):
+    """Triton's first launch would raise: `auto` falls back and says why."""
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    monkeypatch.setattr(_library, "why_no_launch", _library.why_no_launch.__wrapped__)
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.delenv("CC", raising=False)
+    if named is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", named)
+    message = r"Triton needs a C compiler \(CC, gcc or clang\) at the first launch, and "
+    with pytest.warns(sr_kernels.FallbackWarning, match=message + found):
+        assert backends.choose("shift_conv2d", (GpuTensor(),)) == "reference"
+    with pytest.raises(RuntimeError, match=message):
+        backends.choose("shift_conv2d", (GpuTensor(),), "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = {name: rest for name, *rest in backends.report()}
+    assert not rows["triton"][0]
+    assert found in rows["triton"][1]
+
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert backends.choose("shift_conv2d", (GpuTensor(),)) == "triton"
+
+
 def test_gpu_tensors_get_torchs_own_conv3x3(monkeypatch, recwarn):
     """No kernel of ours has been measured against it. By name the Triton kernel runs."""
     monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
@@ -256,6 +286,22 @@ def test_the_nearest_device_with_one_warning(configs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert configs.tuned_for(here) is found
+
+
+def test_no_file_of_another_vendor(configs, tmp_path, monkeypatch, recwarn):
+    """gfx90a and sm_90 both call themselves 9.0."""
+    tuned = tuned_file(configs, "GPU A", (9, 0), 1000, 128)
+    tuned.write(tmp_path / configs.file_name("GPU A"))
+    assert configs.tuned_for(configs.Device("Other", (9, 0), 1000, "amd")) is None
+    assert not recwarn.list
+
+    class Properties:
+        name, major, minor, shared_memory_per_block_optin = "Other", 9, 0, 1000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    for hip, vendor in ((None, "nvidia"), ("6.4", "amd")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert configs.Device.of.__wrapped__(0).vendor == vendor
 
 
 def test_a_wrong_file_is_not_used_and_named(configs, tmp_path):
@@ -394,6 +440,37 @@ def test_tune_skips_what_does_not_fit_and_refuses_what_is_wrong(configs):
         tuning.tune([problem], device, lambda run: 1.0)
 
 
+def test_tune_where_a_default_does_not_fit(configs):
+    """From the smallest tiles; what does not fit with these either does not stop the others."""
+    from sr_kernels.triton import tuning
+
+    class TooLarge(Exception):
+        pass
+
+    def too_large(config):
+        if config["BLOCK_P"] > 32:
+            raise TooLarge
+        return 1.0
+
+    def never():
+        configs.configuration("block", torch.empty(1, 60, 2, 2), c=60)
+        raise TooLarge
+
+    device = configs.Device("Fake", (9, 0), 1000)
+    problem, used = problem_of(configs, tuning, too_large)
+    said = []
+    tuned = tuning.tune(
+        [tuning.Problem("huge", never), problem],
+        device,
+        lambda run: 1 / used[-1]["BLOCK_P"],
+        unfit=(TooLarge,),
+        say=said.append,
+    )
+    key = configs.make_key("conv", "float16", {"c_in": 60, "c_out": 60})
+    assert {k: config["BLOCK_P"] for k, config in tuned.entries.items()} == {key: 32}
+    assert said[0] == "huge: does not fit this device, even with the smallest tiles"
+
+
 @interpreted
 def test_the_problems_of_tuning_ask_for_every_kernel(configs, codegen, monkeypatch):
     """Run with their kernels noted instead of started, at a small size, on the CPU."""
@@ -414,6 +491,64 @@ def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune"]) == 1
     assert "tune measures kernels on a GPU, and torch finds none here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tune(configs, tmp_path, monkeypatch):
+    """`sr-kernels tune` on a GPU that is not here: its exit status, and how often it measured."""
+    from sr_kernels.cli import main
+    from sr_kernels.triton import tuning
+
+    device = configs.Device("GPU A", (9, 0), 1000)
+    measured = []
+
+    def measure(index, dtypes, say):
+        measured.append(dtypes)
+        tuned = configs.TunedFile(device, triton="3.6.0")
+        for dtype in dtypes:
+            key = configs.make_key("conv", str(dtype).removeprefix("torch."), {"c_in": 60})
+            tuned.entries[key] = {**configs.DEFAULTS["conv"], "BLOCK_P": 16 * 2 ** len(measured)}
+        return tuned
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(_library, "triton", lambda: _library.TritonResult("3.6.0", None))
+    monkeypatch.setattr(configs.Device, "of", lambda index: device)
+    monkeypatch.setattr(tuning, "tune_gpu", measure)
+
+    def run(*arguments):
+        return main(["tune", "--output", str(tmp_path / "new"), *arguments]), len(measured)
+
+    return run
+
+
+def test_tune_writes_its_file_and_keeps_what_was_there(configs, tune, tmp_path, capsys):
+    path = tmp_path / "new" / "GPU_A.json"
+    assert tune("--dtype", "float16", "float32") == (0, 1)
+    assert f"wrote {path}" in capsys.readouterr().out
+    assert tune("--dtype", "float16") == (0, 2)
+    found = configs.TunedFile.read(path).entries
+    assert {key[1]: config["BLOCK_P"] for key, config in found.items()} == {
+        "float16": 64,
+        "float32": 32,
+    }
+
+
+def test_tune_reads_the_file_before_it_measures(tune, tmp_path, capsys):
+    path = tmp_path / "new" / "GPU_A.json"
+    path.parent.mkdir()
+    path.write_text('{"device": "GPU A"}')
+    assert tune() == (1, 0)
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{path}: not a file of tuned configurations" in message
+    assert "--output" in message
+    assert path.read_text() == '{"device": "GPU A"}'
+
+
+def test_tune_into_what_is_no_folder(tune, tmp_path, capsys):
+    (tmp_path / "new").write_text("")
+    assert tune() == (1, 0)
+    assert f"cannot write to {tmp_path / 'new'}" in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------ installation

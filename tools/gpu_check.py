@@ -4,11 +4,11 @@
     python tools/gpu_check.py --built     # with the libraries that are in sr_kernels/ already
 
 Steps: build; `pytest -m gpu`; compute-sanitizer (memcheck, racecheck, initcheck, synccheck) on tiny
-shapes of every operator; `sr-kernels bench --device cuda --quick`; the Triton kernels' tests. Each
-has a limit of its own, and all together have ten minutes: what no time is left for is named. One
-that fails does not stop those behind it, except for the build. What became of them goes to
-benchmarks/results/gpu_check.txt, with device, versions, date and commit; timings go to the table
-that is there. Needs no network: what is missing is named.
+shapes of every operator; `sr-kernels bench --device cuda`: first ELAN-light x4, then --quick; the
+Triton kernels' tests. Each has a limit of its own, and all together have ten minutes: what no
+time is left for is named. One that fails does not stop those behind it, except for the build. What
+became of them goes to benchmarks/results/gpu_check.txt, with device, versions, date and commit;
+timings go to the table that is there. Needs no network: what is missing is named.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def steps(built: bool) -> list[Step]:
         environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         found.append(Step(tool, command, 40, no_sanitizer, environment))
     bench = (python, "-m", "sr_kernels", "bench", "--device", "cuda", "--quick")
-    found.append(Step("benchmarks", (*bench, "--dtype", "float32", "float16", "bfloat16"), 140))
-    found.append(Step("triton", (*tests, "tests/triton_operators"), 120))
+    network = ("--op", "elan_light_x4", "--size", "180x320", "--dtype", "float16")
+    found.append(Step("network", (*bench, *network), 90))
+    found.append(Step("benchmarks", (*bench, "--dtype", "float32", "float16", "bfloat16"), 100))
+    no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
+    found.append(Step("triton", (*tests, "tests/triton_operators"), 90, no_triton))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -55,12 +56,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
     from sr_kernels.triton import _configs, tuning
 
+    # What can fail on the way to the file fails before the measuring, not after it.
+    folder = arguments.output or _configs.cache_folder()
+    path = folder / _configs.file_name(_configs.Device.of(arguments.device).name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot write to {folder}: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise Failure(f"cannot write to {folder}")
+    before = {}
+    if path.exists():  # what was tuned before for other dtypes or sizes stays
+        try:
+            before = _configs.TunedFile.read(path).entries
+        except ValueError as error:
+            raise Failure(f"{error}. Move it away, or name another folder: --output") from error
     dtypes = [_DTYPES[name] for name in arguments.dtype]
     tuned = tuning.tune_gpu(arguments.device, dtypes, say=console.say)
-    folder = arguments.output or _configs.cache_folder()
-    path = folder / _configs.file_name(tuned.device.name)
-    if path.exists():  # what was tuned before for other dtypes or sizes stays
-        tuned.entries = {**_configs.TunedFile.read(path).entries, **tuned.entries}
+    tuned.entries = {**before, **tuned.entries}
     tuned.write(path)
     console.say(f"wrote {path}")
     return 0

@@ -2,7 +2,8 @@
 
 A file holds what `sr-kernels tune` measured on one device::
 
-    {"device": "NVIDIA ...", "capability": [9, 0], "shared_memory": 232448, "triton": "3.6.0",
+    {"device": "NVIDIA ...", "vendor": "nvidia", "capability": [9, 0], "shared_memory": 232448,
+     "triton": "3.6.0",
      "entries": [{"kernel": "conv", "dtype": "float16", "sizes": {"c_in": 60, "c_out": 60},
                   "config": {"BLOCK_P": 64, ..., "num_warps": 4, "num_stages": 2}}, ...]}
 
@@ -10,8 +11,7 @@ Looked for in ``SR_KERNELS_TRITON_CONFIGS``, in the user's cache folder and in t
 hold channel counts and windows, never the size of the image: an operator must not be tuned, or
 change its rounding, with every new picture. Without an entry for exactly these sizes, the nearest
 entry of the same kernel and dtype is taken; without a file for this device, that of the nearest
-device that has no more shared memory, with one warning; without any, `DEFAULTS`.
-
+device of the same vendor that has no more shared memory, with one warning; without any, `DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -66,18 +66,21 @@ class TuningWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Device:
-    """What decides which configurations suit: name, compute capability, shared memory a block."""
+    """What decides which configurations suit: name, compute capability, shared memory a block, and
+    the vendor, nvidia or amd: the capabilities of one say nothing about the other's."""
 
     name: str
     capability: tuple[int, int]
     shared_memory: int
+    vendor: str = "nvidia"
 
     @staticmethod
     @functools.cache
     def of(index: int) -> Device:
         properties = torch.cuda.get_device_properties(index)
         shared = getattr(properties, "shared_memory_per_block_optin", 0)
-        return Device(properties.name, (properties.major, properties.minor), int(shared))
+        vendor = "nvidia" if torch.version.hip is None else "amd"
+        return Device(properties.name, (properties.major, properties.minor), int(shared), vendor)
 
 
 @dataclass
@@ -97,6 +100,7 @@ class TunedFile:
                 str(data["device"]),
                 (int(data["capability"][0]), int(data["capability"][1])),
                 int(data["shared_memory"]),
+                str(data["vendor"]),
             )
             tuned = TunedFile(device, triton=str(data["triton"]))
             for entry in data["entries"]:
@@ -114,6 +118,7 @@ class TunedFile:
         ]
         data = {
             "device": self.device.name,
+            "vendor": self.device.vendor,
             "capability": list(self.device.capability),
             "shared_memory": self.device.shared_memory,
             "triton": self.triton,
@@ -181,7 +186,12 @@ def tuned_for(device: Device) -> TunedFile | None:
     if device.name in found:
         return found[device.name]
     # A tile that needs more shared memory than there is would not start.
-    fitting = [t for t in found.values() if t.device.shared_memory <= device.shared_memory]
+    fitting = [
+        tuned
+        for tuned in found.values()
+        if tuned.device.vendor == device.vendor
+        and tuned.device.shared_memory <= device.shared_memory
+    ]
     if not fitting:
         return None
 

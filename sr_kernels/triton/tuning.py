@@ -3,8 +3,9 @@
 A *problem* is an operator on tensors. Running it shows which configurations it asks for
 (`_configs.recorded`); for each key, one entry after another of the configuration is varied and the
 fastest kept, until a round changes nothing. A configuration that the device cannot start is
-skipped; one whose result differs from the default's is an error. The timer is an argument, so that
-the search itself is tested without a device.
+skipped (where that is the default, the search begins at the smallest tiles); one whose result
+differs from the first one's is an error. The timer is an argument, so that the search itself is
+tested without a device.
 """
 
 from __future__ import annotations
@@ -70,24 +71,51 @@ def tune(
     timer: time of one call of the function it is given, in any unit.
     unfit: what is raised for a configuration that the device cannot run.
 
-    Raises RuntimeError for a configuration that gives another result than the default.
+    Raises RuntimeError for a configuration that gives another result than the first.
     """
     tuned = TunedFile(device, triton=triton.__version__)
     for problem in problems:
-        with forced(tuned.entries), recorded() as keys:
-            expected = problem.run()
+        found = _first_run(problem, tuned.entries, unfit)
+        if found is None:
+            say(f"{problem.name}: does not fit this device, even with the smallest tiles")
+            continue
+        expected, keys, smallest = found
         for key in keys:
             if key in tuned.entries:
                 continue
-            best, time = _search(problem, key, expected, tuned.entries, timer, unfit)
+            start = smallest.get(key, DEFAULTS[key[0]])
+            others = {**smallest, **tuned.entries}
+            best, time = _search(problem, key, start, expected, others, timer, unfit)
             tuned.entries[key] = best
             say(f"{problem.name}: {key[0]} {key[1]} {dict(key[2])}: {time:.4g} with {best}")
     return tuned
 
 
+def _first_run(
+    problem: Problem, entries: dict[Key, Config], unfit: tuple[type[Exception], ...]
+) -> tuple[Sequence[Tensor], list[Key], dict[Key, Config]] | None:
+    """The problem's result, the keys it asks for, and the smallest tiles for those of them whose
+    default the device cannot run; None if it cannot run these either."""
+    smallest: dict[Key, Config] = {}
+    while True:
+        with forced({**smallest, **entries}), recorded() as keys:
+            try:
+                return problem.run(), keys, smallest
+            except unfit:
+                # The kernel that did not start is the one that asked last.
+                if not keys or keys[-1] in smallest or keys[-1] in entries:
+                    return None
+        key = keys[-1]
+        smallest[key] = {
+            name: value if name == "num_warps" else min(value, *CHOICES[name])
+            for name, value in DEFAULTS[key[0]].items()
+        }
+
+
 def _search(
     problem: Problem,
     key: Key,
+    start: Config,
     expected: Sequence[Tensor],
     others: dict[Key, Config],
     timer: Callable[[Callable[[], Any]], float],
@@ -102,7 +130,7 @@ def _search(
             _require_equal(problem, config, result, expected)
             return timer(problem.run)
 
-    best = dict(DEFAULTS[key[0]])
+    best = dict(start)
     time = measure(best)
     for _ in range(ROUNDS):
         before = best
@@ -124,7 +152,7 @@ def _require_equal(
         difference = torch.linalg.vector_norm(ours.float() - theirs.float())
         if not difference <= tolerance * torch.linalg.vector_norm(theirs.float()) + 1e-6:
             raise RuntimeError(
-                f"{problem.name} gives another result with {config} than with the default "
+                f"{problem.name} gives another result with {config} than with the first "
                 "configuration: a defect of the kernel or of Triton; please report it"
             )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
+from precision import exact_float32
+
+__all__ = ["exact_float32"]
 
 DEVICE = BACKEND = "cuda"
 
@@ -18,12 +18,3 @@ def device() -> str:
 @pytest.fixture(scope="session")
 def backend() -> str:
     return BACKEND
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """Stock is the measure: its float32 must not be TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -11,6 +11,9 @@ import os
 from typing import Any
 
 import torch
+from precision import exact_float32
+
+__all__ = ["exact_float32"]
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     if not torch.cuda.is_available():

@@ -90,22 +90,30 @@ def test_every_single_gradient(name):
     case.check(*smallest_of(name), gradients=[(one,) for one in names])
 
 
-@on_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @ALL
-def test_against_the_cpu_kernels(name):
-    case = CASES[name]
-    inputs = case.inputs(*size_of(name), torch.float32, "contiguous")
-    results = []
-    for backend in ("triton", "cpu"):
-        leaves = {
-            k: tensor.detach().requires_grad_(not case.inference) for k, tensor in inputs.items()
-        }
-        out = case.function(sr_kernels)(**leaves, **case.options, backend=backend)
-        results.append([out])
-        if not case.inference:
-            results[-1] += torch.autograd.grad(out.square().sum(), list(leaves.values()))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+def test_beside_the_compiled_kernels(name, dtype):
+    """The same inputs: both within the tolerance rule, and no further apart than its bounds add up
+    to. In the interpreter beside the CPU kernels, on a GPU beside the CUDA kernels."""
+    theirs = DEVICE
+    inputs = CASES[name].inputs(*smallest_of(name), dtype)
+    ok, reason = sr_kernels.backends.can_run(theirs, name, tuple(inputs.values()))
+    if not ok:
+        pytest.skip(reason)
+    results, bounds = [], []
+    for backend in ("triton", theirs):
+        case = CASES[name].on(DEVICE, backend)
+        comparisons = case.check_inputs(inputs)
+        leaves = {k: t.detach().requires_grad_(not case.inference) for k, t in inputs.items()}
+        out = case.run(leaves)
+        results.append([out.detach()])
+        if not case.inference:  # the gradients that the check looked at
+            grad = make_tensor(out.shape, torch.bfloat16, seed=1).to(dtype)
+            results[-1] += torch.autograd.grad(out, list(leaves.values()), grad)
+        bounds.append([c.bound for c in comparisons[-len(results[-1]) :]])
+    for ours, other, *bound in zip(*results, *bounds, strict=True):
+        difference = (ours.double() - other.double()).abs().max()
+        assert difference <= sum(bound), f"{float(difference):.3g} apart, allowed {sum(bound):.3g}"
 
 
 @ALL
