@@ -154,11 +154,12 @@ def read_pairs(high: Path, low: Path | None, scale: int) -> list[tuple[str, Pair
     lows = None if low is None else by_stem([low])
     for path in image_files([high]):
         target = read_image(path)
-        if min(_cropped(target, scale).shape[:2]) < 2 * scale + 11:
-            least = -(-(2 * scale + 11) // scale) * scale
+        if min(_cropped(target, scale).shape[:2]) < smallest_side(scale):
+            least = -(-smallest_side(scale) // scale) * scale
             raise ValueError(
                 f"{path} is {target.shape[1]}x{target.shape[0]} pixels; expected at least "
-                f"{least}x{least}: SSIM's window of 11 inside a border of {scale} at x{scale}"
+                f"{least}x{least}: SSIM's window of {SSIM_WINDOW} inside a border of {scale} at "
+                f"x{scale}"
             )
         if lows is None:
             pair = make_pair(target, scale)
@@ -176,6 +177,13 @@ def to_tensor(images: list[Pixels], rgb_range: float = 1.0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- metrics
+
+SSIM_WINDOW = 11
+
+
+def smallest_side(scale: int) -> int:
+    """What an image needs for one window of SSIM inside a border of ``scale`` pixels."""
+    return SSIM_WINDOW + 2 * scale
 
 
 def luma(image: Pixels) -> NDArray[np.float64]:
@@ -213,7 +221,7 @@ def ssim_y(output: Pixels, target: Pixels, crop: int) -> float:
         ValueError: the image is smaller than a window.
     """
     x, y = _inner(output, crop), _inner(target, crop)
-    if min(x.shape) < 11:
+    if min(x.shape) < SSIM_WINDOW:
         raise ValueError(f"image is {x.shape[1]}x{x.shape[0]} inside; SSIM needs at least 11x11")
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mx, my = _gaussian(x), _gaussian(y)

@@ -19,6 +19,7 @@ from ..evaluate import (
     make_pair,
     match_pair,
     read_image,
+    smallest_side,
 )
 
 __all__ = ["Crops", "load_pairs", "load_validation", "to_device"]
@@ -100,10 +101,10 @@ def load_validation(
                 _centre(low, side and side // scale),
                 _centre(high, side and side // scale * scale),
             )
-        if min(pair[1].shape[:2]) - 2 * scale < 11:
+        if min(pair[1].shape[:2]) < smallest_side(scale):
             raise ValueError(
                 f"{path}: {pair[1].shape[1]}x{pair[1].shape[0]} pixels are too few to validate "
-                f"with; expected at least {11 + 2 * scale}"
+                f"with; expected at least {smallest_side(scale)}"
             )
         pairs.append(pair)
     return pairs
