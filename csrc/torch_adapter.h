@@ -12,6 +12,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -166,15 +168,26 @@ inline Tensor output_or_new(const std::optional<Tensor>& out, const Tensor& like
 // What a backward operator returns for a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}); }
 
-// Torch's thread pool as the kernels see it; one work item is the unit of distribution. The first
-// exception of any thread is thrown again here: torch's C interface would lose its message.
+// Torch's thread pool as the kernels see it; one work item is the unit of distribution. Threads take
+// runs of items until none is left, a half of a fair share of the rest at a time: whoever is held up
+// by other programs takes less, and the last runs are short. No result depends on who computed what.
+// The first exception of any thread is thrown again here: torch's C interface would lose its message.
 inline void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads <= 1) return body(0, count, context);
+  std::atomic<int64_t> next{0};
   std::exception_ptr first;
   std::mutex mutex;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     try {
-      body(begin, end, context);
+      for (int64_t begin = next.load(); begin < count;) {
+        const int64_t end = begin + std::max<int64_t>(1, (count - begin) / (2 * threads));
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        body(begin, end, context);
+        begin = next.load();
+      }
     } catch (...) {
+      next = count;
       const std::lock_guard<std::mutex> lock(mutex);
       if (!first) first = std::current_exception();
     }
