@@ -229,6 +229,17 @@ def resident() -> int:
     return _status("VmRSS")
 
 
+def private() -> int:
+    """Bytes in memory that are this process's alone; what a fork shares with its parent is not."""
+    gc.collect()
+    return sum(
+        int(size) * 1024
+        for size in re.findall(
+            r"^Private_\w+:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE
+        )
+    )
+
+
 def reset_peak() -> None:
     """Starts the peak of this process anew, from what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -23,7 +23,18 @@ MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 # Told apart without colour: shade, marker and dash differ. Shades are of one hue.
 _SHADES = ("#111111", "#888888", "#cccccc", "#444444", "#aaaaaa", "#666666", "#e0e0e0")
 _SIGNS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-_DASHES = ("-", "--", ":", "-.")
+_DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (8, 2)),
+    (0, (1, 4)),
+    (0, (8, 2, 1, 2, 1, 2)),
+    (0, (3, 5)),
+    (0, (12, 2, 2, 2)),
+    (0, (2, 1, 2, 4)),
+)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

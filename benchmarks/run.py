@@ -38,7 +38,7 @@ NETWORK_ORACLE_PIXELS = {**ORACLE_PIXELS, "forward": 400 * 640}
 # Each case is sampled twice, and between its two halves every other case of its group once: what a
 # machine does differently from minute to minute is then in the spread. Of a group everything stays
 # in memory meanwhile, so it ends early when that becomes this share of the machine's.
-GROUP, GROUP_MEMORY = 9, 0.25
+GROUP, GROUP_MEMORY = 20, 0.4
 # Two providers of a case prepare at once, up to this many pixels.
 CROWD_PIXELS = 400 * 640
 # Before each sample: torch's threads spin for some milliseconds after a call, other runtimes' for
@@ -160,7 +160,7 @@ def _room(group: Sequence[tuple[int, Measurement]]) -> bool:
     if group and not group[0][1].apart:  # on a GPU: its memory is for one
         return False
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sum(measurement.resident for _, measurement in group) < GROUP_MEMORY * installed
+    return sum(measurement.private for _, measurement in group) < GROUP_MEMORY * installed
 
 
 def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
@@ -182,12 +182,12 @@ class Measurement:
     """One case: every provider made ready and verified once, then sampled as often as one likes.
 
     run: what identifies the run, in every row of it.  apart: whether providers have processes of
-    their own.  resident: bytes that these keep in memory.
+    their own.  private: bytes that these alone keep in memory.
     """
 
     def __init__(self, case: Case, settings: Settings, folder: Path, *, run: str = "") -> None:
         self.case = case
-        self.resident = 0
+        self.private = 0
         self.apart = settings.apart and case.device == "cpu"
         self._settings, self._folder = settings, folder
         self._rows: dict[str, Row] = {}
@@ -306,7 +306,7 @@ class Measurement:
             row = replace(row, reason="in channels_last")
         self._rows[provider.name] = row
         self._stations[provider.name] = station
-        self.resident += ready.resident
+        self.private += ready.private
 
     def _faster_format(self) -> str:
         """Which of stock's two formats torch.compile gets: a short race."""

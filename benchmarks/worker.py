@@ -51,12 +51,12 @@ class Failed(RuntimeError):
 @dataclass(frozen=True)
 class Ready:
     """results: for verification, on the CPU.  memory: bytes at the peak of one call over those
-    before it, None where not measured.  resident: bytes that the process keeps.  note: what the
-    table should say of it."""
+    before it, None where not measured.  private: bytes that the process alone keeps.  note: what
+    the table should say of it."""
 
     results: dict[str, Tensor]
     memory: int | None = None
-    resident: int = 0
+    private: int = 0
     note: str = ""
 
 
@@ -145,10 +145,10 @@ class Apart:
 
     def ready(self, patience: float = PATIENCE) -> Ready:
         """Waits for the provider; raises Unavailable and Failed."""
-        memory, resident, note, self.cpu_seconds = self._answer(patience)
+        memory, private, note, self.cpu_seconds = self._answer(patience)
         results = torch.load(self._file, weights_only=True)
         self._file.unlink()
-        return Ready(results, memory, resident, note)
+        return Ready(results, memory, private, note)
 
     def samplers(self) -> tuple[dict[str, Sampler], dict[str, str]]:
         return {"warm": self._sample}, {}
@@ -227,7 +227,7 @@ def _serve(
         gc.collect()
         gc.freeze()
         gc.disable()
-        pipe.send(("ready", grown, measure.resident(), note, time.process_time()))
+        pipe.send(("ready", grown, measure.private(), note, time.process_time()))
         while True:
             seconds = sampler(*pipe.recv())
             pipe.send(("seconds", seconds, time.process_time()))

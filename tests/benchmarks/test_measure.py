@@ -1,6 +1,8 @@
 """Clock, order of samples, memory, and the ceilings."""
 
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -73,6 +75,27 @@ def test_peak_memory_is_measured_anew():
     assert 60 * megabyte < measure.peak() - before < 90 * megabyte
     measure.reset_peak()
     assert measure.peak() - before < 20 * megabyte
+
+
+def test_private_memory_leaves_out_what_is_shared(tmp_path):
+    megabyte = 1 << 20
+    file = tmp_path / "shared"
+    file.write_bytes(bytes(64 * megabyte))
+    hold = (
+        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+        "sum(m[::4096]); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, str(file)], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        before, resident = measure.private(), measure.resident()
+        shared = torch.from_file(str(file), shared=True, size=64 * megabyte, dtype=torch.uint8)
+        own = torch.ones(32 * megabyte, dtype=torch.uint8)
+        assert shared.sum() == 0
+        assert own.sum() == own.numel()
+        assert measure.resident() - resident > 90 * megabyte
+        assert 30 * megabyte < measure.private() - before < 50 * megabyte
+        other.communicate()
 
 
 def test_other_load_does_not_count_ourselves():

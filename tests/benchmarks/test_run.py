@@ -404,7 +404,7 @@ def test_a_group_ends_where_memory_does(toy_settings, tmp_path, monkeypatch):
     )
     assert run._room([(0, apart)])
     assert not run._room([(0, here)])
-    apart.resident = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    apart.private = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert not run._room([(0, apart)])
 
 
