@@ -336,10 +336,11 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(child)
 
 
-def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor, ...]) -> bool:
-    """``fingerprint(module, constants) == wanted``, but for attributes and tensors that are new:
-    quickly, since every call of a patched module asks."""
-    expected = iter(wanted[0])
+def _matches(module: nn.Module, replacement: Replacement) -> bool:
+    """Whether ``module`` has the fingerprint of ``replacement``, but for attributes and tensors
+    that are new: quickly, since every call of a patched module asks."""
+    parts, digests = replacement.fingerprint
+    expected = iter(parts)
     for part in _parts(module):
         cls, marks, fixed = next(expected, (None, (), ()))
         if type(part) is not cls and original_class(part) is not cls:
@@ -352,9 +353,10 @@ def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor
         for name, mark in fixed:
             if _fixed_mark(part._buffers.get(name, part._parameters.get(name))) != mark:
                 return False
-    return next(expected, None) is None and all(
-        _digest(tensor) == digest for tensor, digest in zip(constants, wanted[1], strict=True)
-    )
+    if next(expected, None) is not None:
+        return False
+    constants = replacement.recogniser.constants(module, replacement.options)
+    return all(_digest(t) == digest for t, digest in zip(constants, digests, strict=True))
 
 
 def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -383,8 +385,7 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    constants = replacement.recogniser.constants(module, replacement.options)
-    return _matches(module, replacement.fingerprint, constants)
+    return _matches(module, replacement)
 
 
 # ------------------------------------------------------------------------ tensors that are fixed
