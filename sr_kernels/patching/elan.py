@@ -539,8 +539,8 @@ class ElanBlock(Recogniser):
 
 
 class ElanBody(Recogniser):
-    """A Sequential of ELABs, all of them replaced: for inference on a CPU they run in the memory of
-    one. In any other call they run one by one, as in every Sequential."""
+    """A Sequential of ELABs, all of them replaced: for inference they run in the memory of one. In
+    any other call they run one by one, as in every Sequential."""
 
     name = "elan_body"
     replacement = "shift_conv_block + grouped_attention_block, in the memory of one block"
@@ -560,7 +560,7 @@ class ElanBody(Recogniser):
         return tuple(t for block, elab in blocks for t in ElanBlock().constants(block, elab))
 
     def forward(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> Any:
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not _in_place(args[0]):
+        if len(args) != 1:
             return NotImplemented
         blocks = []
         for block, elab in zip(module.children(), options, strict=True):

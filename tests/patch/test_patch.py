@@ -684,12 +684,13 @@ def test_optimizer_and_training(net: nn.Module) -> None:
         torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
 
 
-def test_training_under_autocast(net: nn.Module) -> None:
+def test_training_under_autocast(net: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sr_kernels.patching")
     net.train()
     theirs = copy.deepcopy(net)
-    patch(net)
+    assert [e.path for e in patch(net).replaced] == ["block", "gate"]
     sample = torch.rand(2, 3, 16, 16)
-    gradients = []
+    results = []
     for model in (net, theirs):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -700,28 +701,32 @@ def test_training_under_autocast(net: nn.Module) -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        steps = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        gradients.append((y.dtype, torch.cat([step.flatten() for step in steps])))
-    (kind, ours), (expected, stock) = gradients
-    assert kind == expected
-    assert stock.abs().max() > 0
-    assert nn.functional.cosine_similarity(ours, stock, 0) > 0.99
+        steps = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+        names = [name for name, _ in model.named_parameters()]
+        results.append((y.detach(), dict(zip(names, steps, strict=True))))
+    assert "its own forward" not in caplog.text
+    (y, ours), (expected, stock) = results
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    largest = max(float(step.abs().max()) for step in stock.values())
+    for name, step in stock.items():
+        if step.abs().max() > 1e-3 * largest:  # the others are rounding errors of bfloat16
+            alike = nn.functional.cosine_similarity(ours[name].flatten(), step.flatten(), 0)
+            assert alike > 0.9, name
 
 
 def test_averaged_weights(net: nn.Module, x: Tensor) -> None:
-    """torch's own moving average of a network that is patched and trained."""
+    """torch's own moving average of a network that is patched, and whose weights move."""
     patch(net)
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
     )
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for _ in range(2):
-        net.train()(x).square().mean().backward()
-        optimizer.step()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         average.update_parameters(net)
-    average.eval()
-    net.eval()
     assert classes(average.module) == classes(net)
     close(output(average, x), output(plain_of(average.module), x))
     assert not torch.allclose(output(average, x), output(net, x))
