@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -33,6 +34,7 @@ from sr_kernels.patching import (
     core,
     patch,
     patched,
+    recognisers,
     register,
     swap,
 )
@@ -1095,12 +1097,17 @@ def test_a_module_that_notes_what_it_saw_is_left_alone() -> None:
     assert "stores something" in reason(Counting(32, 4))
 
 
-def test_onnx_exports_the_own_forward(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "channels"), [("net", 3), ("body", 15)])
+def test_onnx_exports_the_own_forward(
+    name: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     onnx = pytest.importorskip("onnx")
-    patch(net)
+    network = request.getfixturevalue(name)
+    assert patch(network).replaced
     file = tmp_path / "net.onnx"
+    given = (torch.rand(1, channels, 16, 24),)
     with torch.no_grad():
-        torch.onnx.export(net, (x,), str(file), dynamo=False, opset_version=18)
+        torch.onnx.export(network, given, str(file), dynamo=False, opset_version=18)
     assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
 
 
@@ -1271,6 +1278,17 @@ def test_the_page_on_writing_a_recogniser(capsys: pytest.CaptureFixture[str]) ->
         exec(block, scope)
     shown = page.split("    2 modules replaced")[1].split("\n\n")[0]
     assert textwrap.dedent("    2 modules replaced" + shown) in capsys.readouterr().out
+
+
+def test_the_table_of_what_is_recognised_names_every_operator() -> None:
+    page = (HERE.parents[1] / "docs" / "patching.md").read_text()
+    table = page.split("## What is recognised")[1].split("\n\n")[1]
+    named = {word for row in table.splitlines() for word in re.findall(r"`(\w+)`", row)}
+    for recogniser in recognisers():
+        promised = set(re.findall(r"\w+", recogniser.replacement)) | {*recogniser.operators}
+        operators = {word for word in promised if hasattr(torch.ops.sr_kernels, word)}
+        # The reuse of scores goes by the name of what made them.
+        assert {name.removeprefix("apply_") for name in operators} - named <= {"window_scores"}
 
 
 def test_recognisers_are_checked() -> None:
