@@ -23,6 +23,7 @@ Selection = str | type[nn.Module]
 
 # Largest difference that `verify` accepts, relative to the largest output.
 VERIFY_TOLERANCE = 1e-3
+_UNKNOWN = "of no known family"
 
 
 class PatchError(RuntimeError):
@@ -206,8 +207,10 @@ def _patch_inside(
     report: PatchReport,
 ) -> None:
     verdicts: dict[Any, str | None] = {}
+    first = [r for r in recognisers() if not r.of_parts]
     whole: list[tuple[str, str]] = []  # (path prefix, why what is inside stays)
-    for path, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for path, module in modules:
         why = next((why for prefix, why in whole if path.startswith(prefix)), None)
         cls = swap.original_class(module)
         if why is not None:
@@ -230,11 +233,15 @@ def _patch_inside(
             entry = PatchEntry(path, cls.__name__, None, f"holds {kept}, which is in exclude")
             inside = ""
         else:
-            entry = _patch_one(path, module, report, verdicts)
+            entry = _patch_one(path, module, report, first, verdicts)
             inside = inside if entry.replaced_by is not None else ""
         if inside:
             whole.append((f"{path}." if path else "", inside))
         report.entries.append(entry)
+    last = [r for r in recognisers() if r.of_parts]
+    for number, (path, module) in enumerate(modules):
+        if report.entries[number].reason == _UNKNOWN:
+            report.entries[number] = _patch_one(path, module, report, last, verdicts)
 
 
 def _first_inside(
@@ -248,7 +255,11 @@ def _first_inside(
 
 
 def _patch_one(
-    path: str, module: nn.Module, report: PatchReport, verdicts: dict[Any, str | None]
+    path: str,
+    module: nn.Module,
+    report: PatchReport,
+    families: Sequence[Recogniser],
+    verdicts: dict[Any, str | None],
 ) -> PatchEntry:
     name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
@@ -256,7 +267,7 @@ def _patch_one(
     if isinstance(module, torch.fx.GraphModule):
         return PatchEntry(path, name, None, "is a traced torch.fx graph")
     reasons: list[tuple[str, str]] = []
-    for recogniser in recognisers():
+    for recogniser in families:
         try:
             candidates = list(recogniser.options(module))
             if not candidates:
@@ -281,7 +292,7 @@ def _patch_one(
     if reasons:
         resembles = next((family for family, _ in reasons if family), "")
         return PatchEntry(path, name, None, "; ".join(r for _, r in reasons), resembles)
-    return PatchEntry(path, name, None, "of no known family")
+    return PatchEntry(path, name, None, _UNKNOWN)
 
 
 def _recognise(
@@ -298,7 +309,8 @@ def _recognise(
         key = (type(module), recogniser.name, options, marks, shapes)
         if key not in verdicts:
             try:
-                probe(module, recogniser, options)
+                if not recogniser.of_parts:
+                    probe(module, recogniser, options)
                 verdicts[key] = None
             except NotRecognised as reason:
                 verdicts[key] = str(reason)

@@ -35,7 +35,7 @@ from .recogniser import (
     runs,
     state_names,
 )
-from .swap import original_class
+from .swap import original_class, replacement_of
 
 # ---------------------------------------------------------------------------- shift convolutions
 
@@ -473,6 +473,10 @@ class _Elab(NamedTuple):
     gmsas: tuple[_Gmsa, ...]
 
 
+# Of a block: LFE, its weights, GMSA, its module.
+_Pairs = list[tuple[_Lfe, Any, _Gmsa, Any]]
+
+
 class ElanBlock(Recogniser):
     """ELAN's ELAB: pairs of LFE and GMSA, all residual, with one set of scores."""
 
@@ -522,26 +526,49 @@ class ElanBlock(Recogniser):
     def forward(self, module: nn.Module, options: _Elab, *args: Any) -> Any:
         if len(args) != 1:
             return NotImplemented
-        x = args[0]
-        pairs = [
-            (lfe, _lfe_weights(module, lfe), gmsa, part_at(module, gmsa.inner))
-            for lfe, gmsa in zip(options.lfes, options.gmsas, strict=True)
-        ]
-        weights = [w for _, ws, _, _ in pairs for w in ws]
-        if not runs(self.operators, x, *weights) or not is_map(x, weights[0].shape[1]):
+        x, pairs = args[0], _pairs(module, options)
+        if not _takes(x, options, pairs):
             return NotImplemented
-        if not divides(x, options.gmsas[0].windows):
-            return NotImplemented
-        learns = needs_gradient(module, x) or not all(
-            fixed_norm(attention.project_inp[1]) for *_, attention in pairs
-        )
-        if not learns:
-            return _infer(x, pairs)
+        if not _learns(module, x, pairs):
+            return _infer(x, [pairs])
         scores: WindowScores | None = None
         for lfe, lfe_weights, gmsa, attention in pairs:
             x = _lfe_run(x, lfe, lfe_weights, residual=True)
             x, scores = _attend_and_learn(x, gmsa, attention, scores)
         return x
+
+
+class ElanBody(Recogniser):
+    """A Sequential of ELABs, all of them replaced: for inference they run in the memory of one. In
+    any other call they run one by one, as in every Sequential."""
+
+    name = "elan_body"
+    replacement = "shift_conv_block + grouped_attention_block, in the memory of one block"
+    operators = ElanBlock.operators
+    plain = True
+    of_parts = True
+
+    def options(self, module: nn.Module) -> Iterable[tuple[_Elab, ...]]:
+        found = [replacement_of(block) for block in module.children()]
+        if not calls(module, nn.Sequential) or len(found) < 2 or len(found) != len(module._modules):
+            return []
+        elabs = [f.options for f in found if f is not None and isinstance(f.recogniser, ElanBlock)]
+        return [tuple(elabs)] if len(elabs) == len(found) else []
+
+    def constants(self, module: nn.Module, options: tuple[_Elab, ...]) -> tuple[Tensor, ...]:
+        blocks = zip(module.children(), options, strict=True)
+        return tuple(t for block, elab in blocks for t in ElanBlock().constants(block, elab))
+
+    def forward(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> Any:
+        if len(args) != 1:
+            return NotImplemented
+        blocks = []
+        for block, elab in zip(module.children(), options, strict=True):
+            pairs = _pairs(block, elab)
+            if not _takes(args[0], elab, pairs) or _learns(block, args[0], pairs):
+                return NotImplemented
+            blocks.append(pairs)
+        return _infer(args[0], blocks)
 
 
 def _moved(lfe: _Lfe, by: tuple[str, ...]) -> _Lfe:
@@ -552,39 +579,76 @@ def _moved(lfe: _Lfe, by: tuple[str, ...]) -> _Lfe:
     )
 
 
-def _infer(x: Tensor, pairs: Sequence[tuple[_Lfe, Any, _Gmsa, Any]]) -> Tensor:
-    """The pairs without gradients: two operators each, BatchNorm folded into the projection.
+def _pairs(module: nn.Module, options: _Elab) -> _Pairs:
+    return [
+        (lfe, _lfe_weights(module, lfe), gmsa, part_at(module, gmsa.inner))
+        for lfe, gmsa in zip(options.lfes, options.gmsas, strict=True)
+    ]
+
+
+def _takes(x: Any, options: _Elab, pairs: _Pairs) -> bool:
+    """Whether the operators can run a block on x."""
+    weights = [w for _, ws, _, _ in pairs for w in ws]
+    return (
+        runs(ElanBlock.operators, x, *weights)
+        and is_map(x, weights[0].shape[1])
+        and divides(x, options.gmsas[0].windows)
+    )
+
+
+def _learns(module: nn.Module, x: Tensor, pairs: _Pairs) -> bool:
+    """Whether a block is to be run layer by layer: for gradients, or for a norm in training."""
+    return needs_gradient(module, x) or not all(
+        fixed_norm(attention.project_inp[1]) for *_, attention in pairs
+    )
+
+
+def _in_place(x: Tensor) -> bool:
+    """Whether operators are to write into given memory: not on a GPU, whose allocator keeps what is
+    freed; not under autocast, whose operators choose their dtype; not in a graph, which is best
+    without writes."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _infer(x: Tensor, blocks: Sequence[_Pairs]) -> Tensor:
+    """Blocks one behind the other without gradients: two operators for each pair, BatchNorm folded
+    into the projection.
 
     Between the first and the last operator maps are channels_last, which the attention is faster
-    in; those two read and write the memory format of x, so that nothing is converted.
+    in; those two read and write the memory format of x, so that nothing is converted. There are
+    three maps for all blocks: what an LFE writes, what an attention writes, and the queries that an
+    ELAB shares. The result lies where the attentions wrote, which the last of them no longer reads.
     """
-    # Operators choose the dtype under autocast, and a graph is best without writes.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        inside, attended, last = None, None, None
-    else:
+    inside = attended = queries = last = None
+    if _in_place(x):
         inside = torch.empty_like(x, memory_format=torch.channels_last)
-        attended = torch.empty_like(inside) if len(pairs) > 1 else None
-        last = torch.empty_like(x, memory_format=memory_format_of(x))
-    scores: WindowScores | None = None
-    for number, (lfe, lfe_weights, gmsa, attention) in enumerate(pairs, 1):
-        x = _lfe_run(x, lfe, lfe_weights, residual=True, out=inside)
-        out = last if number == len(pairs) else attended
-        weights = (
-            *folded(*attention.project_inp),
-            attention.project_out.weight,
-            attention.project_out.bias,
-        )
-        settings: Any = {"windows": gmsa.windows, "shifted": gmsa.shifted}
-        if scores is not None:
-            x = F.apply_grouped_attention_block(scores, x, *weights, out=out)
-        elif len(pairs) > 1:
-            kept = None if out is None else (out, x.new_empty(x.shape))
-            x, scores = F.grouped_attention_block(
-                x, *weights, **settings, return_scores=True, out=kept
+        last = attended = torch.empty_like(x, memory_format=memory_format_of(x))
+        if last.is_contiguous():
+            n, c, h, w = x.shape
+            attended = last.view(n, h, w, c).permute(0, 3, 1, 2)
+        if any(len(pairs) > 1 for pairs in blocks):
+            queries = x.new_empty(x.shape)
+    for position, pairs in enumerate(blocks, 1):
+        scores: WindowScores | None = None
+        for number, (lfe, lfe_weights, gmsa, attention) in enumerate(pairs, 1):
+            x = _lfe_run(x, lfe, lfe_weights, residual=True, out=inside)
+            out = last if (position, number) == (len(blocks), len(pairs)) else attended
+            weights = (
+                *folded(*attention.project_inp),
+                attention.project_out.weight,
+                attention.project_out.bias,
             )
-        else:
-            x = F.grouped_attention_block(x, *weights, **settings, out=out)
+            settings: Any = {"windows": gmsa.windows, "shifted": gmsa.shifted}
+            if scores is not None:
+                x = F.apply_grouped_attention_block(scores, x, *weights, out=out)
+            elif len(pairs) > 1:
+                kept = None if out is None or queries is None else (out, queries)
+                x, scores = F.grouped_attention_block(
+                    x, *weights, **settings, return_scores=True, out=kept
+                )
+            else:
+                x = F.grouped_attention_block(x, *weights, **settings, out=out)
     return x
 
 
@@ -698,6 +762,7 @@ for _recogniser in (
     LocalFeatureExtraction(),
     GroupedAttention(),
     ElanBlock(),
+    ElanBody(),
     StripedAttention(),
 ):
     register(_recogniser)

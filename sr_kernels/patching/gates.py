@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sr_kernels import functional as F
 
 from .convolution import convolve
+from .elan import fixed_norm, folded
 from .recogniser import (
     NotRecognised,
     Recogniser,
@@ -157,22 +158,37 @@ class PixelAttention(Recogniser):
 # ----------------------------------------------------------------------------- spatial attention
 
 
-class SpatialAttention(Recogniser):
-    """CBAM's spatial gate: ``x * sigmoid(conv([max, mean]))``, or with the mean first.
+class _Spatial(NamedTuple):
+    """norm: the way to the BatchNorm behind the convolution, if there is one."""
 
-    options: the way to the convolution, and whether the mean comes first.
-    """
+    convolution: tuple[str, ...]
+    norm: tuple[str, ...] | None
+    mean_first: bool
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+class SpatialAttention(Recogniser):
+    """CBAM's spatial gate: ``x * sigmoid(conv([max, mean]))``, or with the mean first; with
+    BatchNorm behind the convolution, as the authors have it, in eval mode."""
 
     name = "spatial_attention"
     replacement = "spatial_attention"
     operators = ("spatial_attention",)
 
-    def options(self, module: nn.Module) -> Iterable[tuple[tuple[str, ...], bool]]:
+    def options(self, module: nn.Module) -> Iterable[_Spatial]:
         if owns_tensors(module) or calls(module, nn.Sequential):
             return []
-        inside = leaves(module)
-        convolutions = [(p, layer) for p, layer in inside if isinstance(layer, nn.Conv2d)]
-        if len(convolutions) != 1:
+        inside: list[tuple[tuple[str, ...], Any]] = []
+        for path, layer in leaves(module):
+            block = leaves(layer, path)
+            opened = any(isinstance(part, _NORMS) for _, part in block)  # a convolution with norm
+            inside += block if opened else [(path, layer)]
+        weighted = [(path, layer) for path, layer in inside if state_names(layer)]
+        convolutions = [(path, layer) for path, layer in weighted if isinstance(layer, nn.Conv2d)]
+        norms = [(path, layer) for path, layer in weighted if isinstance(layer, _NORMS)]
+        if len(convolutions) != 1 or len(weighted) != 1 + len(norms):
             return []
         path, convolution = convolutions[0]
         if (convolution.in_channels, convolution.out_channels) != (2, 1):
@@ -181,25 +197,39 @@ class SpatialAttention(Recogniser):
             convolution, convolution.kernel_size[0]
         ):
             raise NotRecognised("its convolution is not plain, odd and square with zero padding")
+        if len(norms) > 1 or any(
+            not calls(norm, nn.BatchNorm2d) or norm.num_features != 1 for _, norm in norms
+        ):
+            raise NotRecognised(
+                "it normalises other than with one BatchNorm2d behind its convolution: "
+                + ", ".join(type(norm).__name__ for _, norm in norms)
+            )
         for _, other in inside:
-            if other is not convolution and not calls(other, nn.Sigmoid):
+            known = state_names(other) or calls(other, nn.Sigmoid) or calls(other, nn.Identity)
+            # A layer of someone's own, such as CBAM's pooling over channels, is tried out.
+            if not known and original_class(other).__module__.startswith("torch."):
                 raise NotRecognised(
-                    f"{type(other).__name__} in it is neither convolution nor Sigmoid"
+                    f"{type(other).__name__} in it is none of convolution, BatchNorm, Sigmoid"
                 )
-        return [(path, False), (path, True)]
+        norm_path = norms[0][0] if norms else None
+        return [_Spatial(path, norm_path, mean_first) for mean_first in (False, True)]
 
-    def examples(self, module: nn.Module, options: Any) -> list[tuple[Any, ...]]:
+    def examples(self, module: nn.Module, options: _Spatial) -> list[tuple[Any, ...]]:
         return maps(6, 9, 11)
 
-    def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
+    def forward(self, module: nn.Module, options: _Spatial, *args: Any) -> Any:
         if len(args) != 1:
             return NotImplemented
-        path, mean_first = options
-        x, convolution = args[0], part_at(module, path)
+        x, convolution = args[0], part_at(module, options.convolution)
         if not runs(self.operators, x, convolution.weight) or not (x.dim() == 4 and x.numel() > 0):
             return NotImplemented
-        weight = convolution.weight.flip(1) if mean_first else convolution.weight
-        return F.spatial_attention(x, weight, convolution.bias)
+        weight, bias = convolution.weight, convolution.bias
+        if options.norm is not None:
+            norm = part_at(module, options.norm)
+            if not fixed_norm(norm):
+                return NotImplemented
+            weight, bias = folded(convolution, norm)
+        return F.spatial_attention(x, weight.flip(1) if options.mean_first else weight, bias)
 
 
 # ------------------------------------------------------------------------------ blocks with gates

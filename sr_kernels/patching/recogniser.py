@@ -22,8 +22,8 @@ class NotRecognised(Exception):
 class Recogniser:
     """One family of modules, and what replaces their forward.
 
-    Derive from it, fill in the methods and :func:`register` an instance; docs/patching.md has an
-    example. A recogniser keeps no state. Whatever it claims is verified: a module is replaced only
+    Derive from it, fill in the methods and :func:`register` an instance; docs/recognisers.md shows
+    how. A recogniser keeps no state. Whatever it claims is verified: a module is replaced only
     if ``forward`` gives what the module's own forward gives, on ``examples``, with other weights,
     in float64, in eval and in training mode, gradients included.
 
@@ -33,12 +33,15 @@ class Recogniser:
         operators: names of the operators that ``forward`` calls.
         plain: of a layer that stock runs well too. One that is left alone is neither listed in the
             report's table nor minded by ``strict``.
+        of_parts: of a container that is recognised by what its parts were replaced by. It is asked
+            when all parts have been looked at, and is not tried out: they were. They stay replaced.
     """
 
     name: str = ""
     replacement: str = ""
     operators: tuple[str, ...] = ()
     plain: bool = False
+    of_parts: bool = False
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         """What ``module`` may be, most likely first; the first that passes the probe is taken.

@@ -211,6 +211,8 @@ def swap(module: nn.Module, to: type[nn.Module]) -> None:
 
 # Of a module's __dict__: not its configuration.
 _STATE = frozenset(vars(nn.Module())) | {"_is_replica", "_former_parameters"}
+# Buffers of a norm: the probe tries others, and training writes them.
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), range),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -295,14 +297,34 @@ def _tensor_mark(tensor: Tensor) -> Any:
     return Tensor, tensor.dtype, _digest(tensor)
 
 
+def _fixed(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the module itself that are configuration too, since the probe leaves their values
+    as they are: buffers but for the statistics of a norm, parameters that are no floats."""
+    norm = isinstance(part, nn.modules.batchnorm._NormBase)
+    for name, buffer in part._buffers.items():
+        if buffer is not None and not (norm and name in _STATISTICS):
+            yield name, buffer
+    for name, parameter in part._parameters.items():
+        if parameter is not None and not parameter.is_floating_point():
+            yield name, parameter
+
+
+def _fixed_mark(tensor: Any) -> Any:
+    """Of a tensor's values in whichever dtype, which `to` may change."""
+    mark = _mark(tensor)
+    return mark[2] if isinstance(mark, tuple) else mark
+
+
 def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The classes and the configuration of a module and all inside it, and the fixed tensors."""
+    """The classes, the configuration and the fixed tensors of a module and all inside it, and
+    ``constants``."""
     parts = []
     for part in _parts(module):
         marks = tuple(
             (name, _mark(value, part)) for name, value in vars(part).items() if name not in _STATE
         )
-        parts.append((original_class(part), marks))
+        fixed = tuple((name, _fixed_mark(tensor)) for name, tensor in _fixed(part))
+        parts.append((original_class(part), marks, fixed))
     return (tuple(parts), tuple(_digest(tensor) for tensor in constants))
 
 
@@ -314,12 +336,13 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(child)
 
 
-def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor, ...]) -> bool:
-    """``fingerprint(module, constants) == wanted``, but for attributes that are new: quickly, since
-    every call of a patched module asks."""
-    expected = iter(wanted[0])
+def _matches(module: nn.Module, replacement: Replacement) -> bool:
+    """Whether ``module`` has the fingerprint of ``replacement``, but for attributes and tensors
+    that are new: quickly, since every call of a patched module asks."""
+    parts, digests = replacement.fingerprint
+    expected = iter(parts)
     for part in _parts(module):
-        cls, marks = next(expected, (None, ()))
+        cls, marks, fixed = next(expected, (None, (), ()))
         if type(part) is not cls and original_class(part) is not cls:
             return False
         own = vars(part)
@@ -327,9 +350,13 @@ def _matches(module: nn.Module, wanted: tuple[Any, ...], constants: tuple[Tensor
             value = own.get(name, _parts)  # a value that nothing has
             if value is not mark and _mark(value, part) != mark:
                 return False
-    return next(expected, None) is None and all(
-        _digest(tensor) == digest for tensor, digest in zip(constants, wanted[1], strict=True)
-    )
+        for name, mark in fixed:
+            if _fixed_mark(part._buffers.get(name, part._parameters.get(name))) != mark:
+                return False
+    if next(expected, None) is not None:
+        return False
+    constants = replacement.recogniser.constants(module, replacement.options)
+    return all(_digest(t) == digest for t, digest in zip(constants, digests, strict=True))
 
 
 def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -358,8 +385,7 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    constants = replacement.recogniser.constants(module, replacement.options)
-    return _matches(module, replacement.fingerprint, constants)
+    return _matches(module, replacement)
 
 
 # ------------------------------------------------------------------------ tensors that are fixed

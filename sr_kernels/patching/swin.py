@@ -183,11 +183,6 @@ def _is_index(index: Any, window: tuple[int, int]) -> bool:
     )
 
 
-def _attention_constants(attention: Any) -> tuple[Tensor, ...]:
-    index = getattr(attention, "relative_position_index", None)
-    return () if index is None else (index,)
-
-
 def _attend(
     image: Tensor, attention: Any, found: _Attention, shift: int, residual: Tensor | None
 ) -> Tensor:
@@ -263,9 +258,6 @@ class WindowAttention(Recogniser):
             return []
         _no_dropout(module)
         return [found]
-
-    def constants(self, module: nn.Module, options: _Attention) -> tuple[Tensor, ...]:
-        return _attention_constants(module)
 
     def examples(self, module: nn.Module, options: _Attention) -> list[tuple[Any, ...]]:
         part: Any = module
@@ -355,12 +347,6 @@ class SwinBlock(Recogniser):
         if hybrid and not isinstance(getattr(part, "conv_scale", None), (int, float)):
             raise NotRecognised("its convolution branch has no constant conv_scale")
         return [_Block(attention, shift, mlp, drops, hybrid) for mlp in _mlps(part.mlp)]
-
-    def constants(self, module: nn.Module, options: _Block) -> tuple[Tensor, ...]:
-        part: Any = module
-        mask = module._buffers.get("attn_mask")
-        own = () if mask is None else (mask,)
-        return (*_attention_constants(part.attn), *own)
 
     def examples(self, module: nn.Module, options: _Block) -> list[tuple[Any, ...]]:
         part: Any = module

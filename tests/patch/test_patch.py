@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ import pytest
 import third_party as tp
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sr_kernels.nn
 from sr_kernels import _library, backends
@@ -32,6 +34,7 @@ from sr_kernels.patching import (
     core,
     patch,
     patched,
+    recognisers,
     register,
     swap,
 )
@@ -458,6 +461,85 @@ def test_copies_with_attributes(kind: str) -> None:
         assert swap.unchanged(twin, replacement_of(twin)) is known
 
 
+class Steered(nn.Module):
+    """A look-alike of channel attention: ``factor`` is a buffer, or an integer parameter."""
+
+    def __init__(self, factor: Tensor, parameter: bool = False) -> None:
+        super().__init__()
+        self.gate = tp.CALayer(8, 4)
+        if parameter:
+            self.factor = nn.Parameter(factor, requires_grad=False)
+        else:
+            self.register_buffer("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x) * self.factor
+
+
+class SteeredAttention(Recogniser):
+    """Does not look at ``factor``, and is right where that is one."""
+
+    name, replacement, operators = "steered", "channel_attention", ("channel_attention",)
+
+    def options(self, module: nn.Module) -> list[Any]:
+        return [()] if type(module) is Steered else []
+
+    def examples(self, module: nn.Module, options: Any) -> list[tuple[Any, ...]]:
+        return [(torch.randn(1, 8, 5, 5, dtype=torch.float64),)]
+
+    def forward(self, module: nn.Module, options: Any, x: Tensor) -> Tensor:
+        down, _, up, _ = module.gate.conv_du
+        return sr_kernels.channel_attention(x, down.weight, down.bias, up.weight, up.bias)
+
+
+@pytest.mark.usefixtures("own_recognisers")
+@pytest.mark.parametrize("parameter", [False, True])
+def test_twins_that_differ_in_a_buffer_are_told_apart(parameter: bool) -> None:
+    register(SteeredAttention())
+    z = torch.rand(1, 8, 5, 5)
+    for place, order in ("0", (1, 2)), ("1", (2, 1)):
+        gates = nn.Sequential(*(Steered(torch.tensor(v), parameter) for v in order)).eval()
+        y = output(gates, z)
+        report = patch(gates, exclude=["*.gate"])
+        assert not report.replaced, "what holds an excluded part"
+        report = patch(gates, include=["Steered"])
+        assert [e.path for e in report.replaced] == [place]
+        close(output(gates, z), y)
+
+
+@pytest.mark.usefixtures("own_recognisers")
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_buffer_that_changes_is_noticed(parameter: bool) -> None:
+    register(SteeredAttention())
+    z = torch.rand(1, 8, 5, 5)
+    gate = Steered(torch.tensor(1 if parameter else 1.0), parameter).eval()
+    y = output(gate, z)
+    assert patch(gate, include=["Steered"]).replaced
+    for twin in (gate, copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), gate.double()):
+        assert swap.unchanged(twin, replacement_of(twin))
+    gate.float()
+    state = gate.state_dict()
+    gate.load_state_dict({**state, "factor": torch.tensor(2)})
+    close(output(gate, z), 2 * y)
+    gate.factor.fill_(1)
+    assert swap.unchanged(gate, replacement_of(gate))
+    gate.factor.fill_(3)
+    close(output(gate, z), 3 * y)
+    gate.factor.data = torch.full_like(gate.factor, 4)
+    close(output(gate, z), 4 * y)
+
+
+def test_statistics_of_a_norm_may_change(net: nn.Module) -> None:
+    """In training they do, at every step: the block stays replaced, and they are used."""
+    patch(net)
+    for norm in (part for part in net.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.running_mean.add_(0.5)
+        norm.num_batches_tracked.add_(1)
+    assert swap.unchanged(net.block, replacement_of(net.block))
+    z = torch.rand(1, 15, 8, 8)
+    close(output(net.block, z), output(plain_of(net).block, z))
+
+
 def test_verify_refuses_what_it_cannot_compare() -> None:
     class Wrapped(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
@@ -604,6 +686,54 @@ def test_optimizer_and_training(net: nn.Module) -> None:
         torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
 
 
+def test_training_under_autocast(net: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sr_kernels.patching")
+    net.train()
+    theirs = copy.deepcopy(net)
+    assert [e.path for e in patch(net).replaced] == ["block", "gate"]
+    sample = torch.rand(2, 3, 16, 16)
+    results = []
+    for model in (net, theirs):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(sample)
+            loss = (y - 1).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        steps = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+        names = [name for name, _ in model.named_parameters()]
+        results.append((y.detach(), dict(zip(names, steps, strict=True))))
+    assert "its own forward" not in caplog.text
+    (y, ours), (expected, stock) = results
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    largest = max(float(step.abs().max()) for step in stock.values())
+    for name, step in stock.items():
+        if step.abs().max() > 1e-3 * largest:  # the others are rounding errors of bfloat16
+            alike = nn.functional.cosine_similarity(ours[name].flatten(), step.flatten(), 0)
+            assert alike > 0.9, name
+
+
+def test_averaged_weights(net: nn.Module, x: Tensor) -> None:
+    """torch's own moving average of a network that is patched, and whose weights move."""
+    patch(net)
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        average.update_parameters(net)
+    assert classes(average.module) == classes(net)
+    close(output(average, x), output(plain_of(average.module), x))
+    assert not torch.allclose(output(average, x), output(net, x))
+
+
 def test_replicas(net: nn.Module, x: Tensor) -> None:
     """What DataParallel makes: shallow copies whose parameters are plain attributes."""
     patch(net)
@@ -687,19 +817,33 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
         )
         torch.manual_seed(0)
         plain = tp.ELAB(15, 2, 1, (2, 4, 8))
-        model = copy.deepcopy(plain)
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        assert len(sr_kernels.patch(model).replaced) == 1
         batch = torch.rand(2, 15, 8, 8)
-        model.eval(), plain.eval()
-        model(batch[rank : rank + 1]).square().sum().backward()
-        plain(batch).square().sum().backward()
-        for (name, own), other in zip(plain.named_parameters(), model.parameters()):
-            if own.grad is not None:
-                scale = float(own.grad.abs().max())
-                torch.testing.assert_close(
-                    2 * other.grad, own.grad, rtol=1e-3, atol=1e-3 * scale, msg=name
-                )
+        for patch_first in (False, True):
+            model = copy.deepcopy(plain)
+            if patch_first:
+                assert len(sr_kernels.patch(model).replaced) == 1
+            model = torch.nn.parallel.DistributedDataParallel(model)
+            if not patch_first:
+                assert len(sr_kernels.patch(model).replaced) == 1
+            model.eval(), plain.eval(), plain.zero_grad()
+            model(batch[rank : rank + 1]).square().sum().backward()
+            plain(batch).square().sum().backward()
+            for (name, own), other in zip(plain.named_parameters(), model.parameters()):
+                if own.grad is not None:
+                    scale = float(own.grad.abs().max())
+                    torch.testing.assert_close(
+                        2 * other.grad, own.grad, rtol=1e-3, atol=1e-3 * scale, msg=name
+                    )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            model.train()  # statistics of its own half in each process
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(batch[rank : rank + 1]).square().mean().backward()
+                optimizer.step()
+            for parameter in model.parameters():
+                there = [torch.empty_like(parameter) for _ in range(2)]
+                dist.all_gather(there, parameter.detach())
+                assert torch.equal(*there), "the processes have drifted apart"
         dist.destroy_process_group()
         print("agrees")
     """
@@ -718,6 +862,97 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
     for process in running:
         out, err = process.communicate(timeout=120)
         assert out.strip() == "agrees", err
+
+
+# ---------------------------------------------------------------- a container and what it holds
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors of a shape that are made."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = isinstance(result, Tensor) and func._schema.name.endswith(("empty_like", "empty"))
+        self.count += made and result.shape == self.shape
+        return result
+
+
+@pytest.fixture
+def body() -> nn.Sequential:
+    blocks = nn.Sequential(*(tp.ELAB(15, 2, i % 2, (2, 4, 8)) for i in range(4)))
+    with torch.no_grad():
+        for _ in range(3):
+            blocks(torch.rand(2, 15, 16, 16))
+    return blocks.eval()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_blocks_in_the_memory_of_one(body: nn.Sequential, memory_format: Any) -> None:
+    z = torch.rand(2, 15, 16, 24).contiguous(memory_format=memory_format)
+    kept, plain = z.clone(), classes(body)
+    expected = output(body, z)
+    report = patch(body, strict=True)
+    assert [e.path for e in report.replaced] == ["", "0", "1", "2", "3"]
+    with Allocations(z.shape) as made:
+        y = output(body, z)
+    assert made.count == 3
+    close(y, expected)
+    assert torch.equal(z, kept)
+    assert y.is_contiguous(memory_format=memory_format)
+    one_by_one = z
+    for block in body:
+        one_by_one = output(block, one_by_one)
+    close(y, one_by_one)  # to the bit only where the blocks between are channels_last too
+    for twin in (copy.deepcopy(body), pickle.loads(pickle.dumps(body))):
+        with Allocations(z.shape) as made:
+            assert torch.equal(output(twin, z), y)
+        assert made.count == 3
+    report.restore()
+    assert classes(body) == plain
+    assert torch.equal(output(body, z), expected)
+
+
+def test_blocks_that_are_no_longer_alike_run_one_by_one(body: nn.Sequential) -> None:
+    z = torch.rand(1, 15, 16, 16)
+    patch(body)
+    y = output(body, z)
+    seen: list[Tensor] = []
+    handle = body[1].register_forward_hook(lambda _module, _args, out: seen.append(out))
+    with Allocations(z.shape) as made:
+        close(output(body, z), y)
+    assert len(seen) == 1
+    assert made.count == 3 * 4, "each block in memory of its own: they are still replaced"
+    handle.remove()
+    assert torch.equal(output(body[:2], z), seen[0])
+    close(output(torch.compile(body, fullgraph=True, backend="eager"), z), y)
+    with torch.no_grad():
+        program = torch.export.export(body, (z,))
+    assert any("sr_kernels.shift_conv_block" in str(n.target) for n in program.graph.nodes)
+    close(output(program.module(), z), y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(output(body, z).float(), y, rtol=0.1, atol=0.1)
+    body[2] = nn.Identity()
+    del body[3]
+    assert torch.equal(output(body, z), seen[0])
+    torch._dynamo.reset()
+
+
+def test_blocks_of_which_some_are_left_alone(body: nn.Sequential) -> None:
+    z = torch.rand(1, 15, 16, 16)
+    y = output(body, z)
+    with patched(body, exclude=["2", "2.*"]) as report:
+        assert [e.path for e in report.replaced] == ["0", "1", "3"]
+        assert {e.path: e.reason for e in report.entries}[""] == "holds 2, which is in exclude"
+    with patched(body, include=["0", "1", "2", "3"]) as parts:
+        assert [e.path for e in parts.replaced] == ["0", "1", "2", "3"]
+        with patched(body) as whole:  # the parts are those that are replaced already
+            assert [e.path for e in whole.replaced] == [""]
+            close(output(body, z), y)
+    assert torch.equal(output(body, z), y)
 
 
 # -------------------------------------------------------------------- modules that are left alone
@@ -862,12 +1097,17 @@ def test_a_module_that_notes_what_it_saw_is_left_alone() -> None:
     assert "stores something" in reason(Counting(32, 4))
 
 
-def test_onnx_exports_the_own_forward(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "channels"), [("net", 3), ("body", 15)])
+def test_onnx_exports_the_own_forward(
+    name: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     onnx = pytest.importorskip("onnx")
-    patch(net)
+    network = request.getfixturevalue(name)
+    assert patch(network).replaced
     file = tmp_path / "net.onnx"
+    given = (torch.rand(1, channels, 16, 24),)
     with torch.no_grad():
-        torch.onnx.export(net, (x,), str(file), dynamo=False, opset_version=18)
+        torch.onnx.export(network, given, str(file), dynamo=False, opset_version=18)
     assert {node.domain for node in onnx.load(str(file)).graph.node} == {""}
 
 
@@ -1028,12 +1268,27 @@ def test_a_recogniser_of_ones_own(x: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("own_recognisers")
-def test_the_example_in_the_documentation() -> None:
-    page = (HERE.parents[1] / "docs" / "patching.md").read_text()
-    code = page.split("```python\nimport torch\n")[1].split("```")[0]
+def test_the_page_on_writing_a_recogniser(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code, block after block, and the report that it shows."""
+    page = (HERE.parents[1] / "docs" / "recognisers.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(blocks) == 5
     scope: dict[str, Any] = {"__name__": "example"}
-    exec("import torch\n" + code, scope)
-    assert scope["report"].replaced[0].replaced_by == "shift_conv2d"
+    for block in blocks:
+        exec(block, scope)
+    shown = page.split("    2 modules replaced")[1].split("\n\n")[0]
+    assert textwrap.dedent("    2 modules replaced" + shown) in capsys.readouterr().out
+
+
+def test_the_table_of_what_is_recognised_names_every_operator() -> None:
+    page = (HERE.parents[1] / "docs" / "patching.md").read_text()
+    table = page.split("## What is recognised")[1].split("\n\n")[1]
+    named = {word for row in table.splitlines() for word in re.findall(r"`(\w+)`", row)}
+    for recogniser in recognisers():
+        promised = set(re.findall(r"\w+", recogniser.replacement)) | {*recogniser.operators}
+        operators = {word for word in promised if hasattr(torch.ops.sr_kernels, word)}
+        # The reuse of scores goes by the name of what made them.
+        assert {name.removeprefix("apply_") for name in operators} - named <= {"window_scores"}
 
 
 def test_recognisers_are_checked() -> None:

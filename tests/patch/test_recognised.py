@@ -80,6 +80,16 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] =
         lambda: a_map(15),
         "shift_conv_block + grouped_attention_block",
     ),
+    "body of ELABs": (
+        lambda: nn.Sequential(*(tp.ELAB(15, 2, i % 2, (2, 4, 8)) for i in range(3))),
+        lambda: a_map(15),
+        "shift_conv_block + grouped_attention_block, in the memory of one block",
+    ),
+    "body of ELABs, no scores shared": (
+        lambda: nn.Sequential(*(tp.ListELAB(15, 2, i % 2, (2, 4, 8), 0) for i in range(2))),
+        lambda: a_map(15),
+        "shift_conv_block + grouped_attention_block, in the memory of one block",
+    ),
     "ELAB list": (
         lambda: tp.ListELAB(15, 2, 1, (2, 4, 8), n_share=0),
         lambda: a_map(15),
@@ -171,6 +181,12 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] =
     "spatial gate": (lambda: tp.SpatialGate(7), lambda: a_map(9), "spatial_attention"),
     "spatial gate, mean first": (
         lambda: tp.SpatialGate(3, mean_first=True),
+        lambda: a_map(9),
+        "spatial_attention",
+    ),
+    "CBAM's own gate": (lambda: tp.CBAMSpatialGate(), lambda: a_map(9), "spatial_attention"),
+    "CBAM's own gate, mean first": (
+        lambda: tp.CBAMSpatialGate(mean_first=True),
         lambda: a_map(9),
         "spatial_attention",
     ),
@@ -269,6 +285,10 @@ def changed(module: nn.Module, **attributes: Any) -> nn.Module:
 def subclassed(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
     """A class of the same name and structure whose forward is another."""
     return type(base.__name__, (base,), {"forward": forward})
+
+
+def cbam_twin(forward: Callable[..., Any]) -> nn.Module:
+    return subclassed(tp.CBAMSpatialGate, forward)()
 
 
 def ca(channels: int = 32) -> tp.CALayer:
@@ -422,9 +442,48 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: changed(tp.PA(24), conv=nn.Conv2d(24, 24, 3, padding=1)),
         "1x1",
     ),
-    "spatial gate with a BatchNorm": (
+    "spatial gate with a BatchNorm that is not called": (
         lambda: changed(tp.SpatialGate(7), norm=nn.BatchNorm2d(1)),
-        "BatchNorm2d",
+        "something else",
+    ),
+    "CBAM's gate with a ReLU": (lambda: tp.CBAMSpatialGate(relu=True), "ReLU in it is none of"),
+    "CBAM's gate with a ReLU in code": (
+        lambda: cbam_twin(lambda self, x: x * self.spatial(self.compress(x)).relu().sigmoid()),
+        "something else",
+    ),
+    "CBAM's gate, added": (
+        lambda: cbam_twin(lambda self, x: x + x * self.spatial(self.compress(x)).sigmoid()),
+        "something else",
+    ),
+    "CBAM's gate of the least": (
+        lambda: cbam_twin(lambda self, x: x * self.spatial(-self.compress(-x)).sigmoid()),
+        "something else",
+    ),
+    "CBAM's gate with the norm behind the sigmoid": (
+        lambda: cbam_twin(
+            lambda self, x: x * self.spatial.bn(self.spatial.conv(self.compress(x)).sigmoid())
+        ),
+        "something else",
+    ),
+    "CBAM's gate with the norm before the convolution": (
+        lambda: changed(
+            tp.CBAMSpatialGate(),
+            spatial=nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 1, 7, padding=3)),
+        ),
+        "behind its convolution: BatchNorm2d",
+    ),
+    "CBAM's gate with a norm of each image": (
+        lambda: changed(
+            tp.CBAMSpatialGate(),
+            spatial=nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.GroupNorm(1, 1)),
+        ),
+        "GroupNorm",
+    ),
+    "a body that adds its input": (
+        lambda: subclassed(nn.Sequential, lambda self, x: x + nn.Sequential.forward(self, x))(
+            tp.ELAB(15, 2, 0, (2, 4, 8)), tp.ELAB(15, 2, 1, (2, 4, 8))
+        ),
+        "no known family",
     ),
     "spatial gate of the sum": (
         lambda: subclassed(
@@ -594,6 +653,32 @@ def test_shift_kernels_that_change_are_followed() -> None:
     (x,) = a_map(10)
     with torch.no_grad():
         assert torch.equal(module(x), own(x))
+
+
+def test_a_gate_with_a_norm_is_left_alone_in_training(caplog: pytest.LogCaptureFixture) -> None:
+    module = settled(tp.CBAMSpatialGate())
+    own = copy.deepcopy(module)
+    assert sr_kernels.patch(module).replaced
+    (x,) = a_map(9)
+    with caplog.at_level("DEBUG", "sr_kernels.patching"):
+        for part in (module, own):
+            part.train()
+        assert torch.equal(module(x), own(x))
+    assert "spatial_attention does not take this call" in caplog.text
+    for kept, expected in zip(module.buffers(), own.buffers(), strict=True):
+        assert torch.equal(kept, expected)
+    for part in (module, own):
+        part.eval()  # folded with the statistics that the step left
+    with torch.no_grad(), Called() as called:
+        torch.testing.assert_close(module(x), own(x), rtol=1e-5, atol=1e-5)
+    assert "spatial_attention" in called.names
+
+
+def test_a_network_that_holds_a_gate_is_none() -> None:
+    """CBAM as a whole: channel attention with Linear layers, then the spatial gate."""
+    whole = nn.ModuleDict({"channel": nn.Linear(9, 9), "spatial": tp.CBAMSpatialGate()})
+    report = sr_kernels.patch(whole, strict=True)
+    assert [e.path for e in report.replaced] == ["spatial"]
 
 
 def test_autocast_keeps_dtypes_and_precision() -> None:

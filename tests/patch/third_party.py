@@ -973,7 +973,7 @@ class TransformerGroup(nn.Module):
 
 
 class SpatialGate(nn.Module):
-    """CBAM's."""
+    """CBAM's gate without the BatchNorm of its authors', as most networks have it."""
 
     def __init__(self, kernel_size: int = 7, mean_first: bool = False) -> None:
         super().__init__()
@@ -986,6 +986,52 @@ class SpatialGate(nn.Module):
         if self.mean_first:
             statistics.reverse()
         return x * self.sigmoid(self.conv(torch.cat(statistics, 1)))
+
+
+class ChannelPool(nn.Module):
+    """CBAM's two statistics of all channels, the maximum first."""
+
+    def __init__(self, mean_first: bool = False) -> None:
+        super().__init__()
+        self.mean_first = mean_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = [torch.max(x, 1)[0].unsqueeze(1), torch.mean(x, 1).unsqueeze(1)]
+        return torch.cat(statistics[::-1] if self.mean_first else statistics, dim=1)
+
+
+class BasicConv(nn.Module):
+    """CBAM's convolution with what may follow it."""
+
+    def __init__(
+        self, in_planes: int, out_planes: int, kernel_size: int, bn: bool = True, relu: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_planes, out_planes, kernel_size, padding=kernel_size // 2, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_planes, eps=1e-5, momentum=0.01) if bn else None
+        self.relu = nn.ReLU() if relu else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x if self.bn is None else self.bn(x)
+        return x if self.relu is None else self.relu(x)
+
+
+class CBAMSpatialGate(nn.Module):
+    """The gate as CBAM's authors wrote it: a BatchNorm between convolution and sigmoid.
+
+    relu, mean_first: for look-alikes and variants.
+    """
+
+    def __init__(self, relu: bool = False, mean_first: bool = False) -> None:
+        super().__init__()
+        self.compress = ChannelPool(mean_first)
+        self.spatial = BasicConv(2, 1, 7, relu=relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.spatial(self.compress(x)))
 
 
 class ESA(nn.Module):
