@@ -53,6 +53,10 @@ def _pooling(layer: Any) -> bool:
 # ----------------------------------------------------------------------------- channel attention
 
 
+# Longer than the neighbourhoods of gates that are global in training and local in use.
+LONG = 1031
+
+
 class _Channel(NamedTuple):
     down: tuple[str, ...]
     up: tuple[str, ...]
@@ -98,7 +102,9 @@ class ChannelAttention(Recogniser):
         return [_Channel(down_path, up_path, statistic) for statistic in statistics]
 
     def examples(self, module: nn.Module, options: _Channel) -> list[tuple[Any, ...]]:
-        return maps(part_at(module, options.down).in_channels, 9, 6)
+        channels = part_at(module, options.down).in_channels
+        # The long ones: some look at a neighbourhood only where the image is larger than it.
+        return [*maps(channels, 9, 6), *maps(channels, 2, LONG)]
 
     def forward(self, module: nn.Module, options: _Channel, *args: Any) -> Any:
         down, up = part_at(module, options.down), part_at(module, options.up)
@@ -496,6 +502,10 @@ class InformationDistillationNetwork(Recogniser):
 # ------------------------------------------------------------------------------------------- ESA
 
 
+# Smaller maps have no 7x7 pooling behind a stride of 2; what a module does then is its own affair.
+LEAST_SIDE = 15
+
+
 class EnhancedSpatialAttention(Recogniser):
     """ESA: ``x * sigmoid(W4 (small(x) + W_f W1 x))``, small on few pixels and stretched again.
 
@@ -528,6 +538,8 @@ class EnhancedSpatialAttention(Recogniser):
         part: Any = module
         x = only_map(self.operators, args, part.conv1.weight.shape[1], part.conv1.weight)
         if x is None:
+            return NotImplemented
+        if not torch.compiler.is_exporting() and min(x.shape[2:]) < LEAST_SIDE:
             return NotImplemented
         first = _conv1x1(part.conv1, x)
         small = nn.functional.max_pool2d(part.conv2(first), 7, 3)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sr_kernels import backends
 
-from .swap import original_class
+from .swap import original_class, parts
 
 __all__ = ["NotRecognised", "Recogniser", "by_name", "recognisers", "register"]
 
@@ -61,6 +61,11 @@ class Recogniser:
     def examples(self, module: nn.Module, options: Any) -> Sequence[tuple[Any, ...]]:
         """Arguments to compare on, float64 on the CPU; random ones from torch's own generator."""
         raise NotImplementedError
+
+    def declines(self, module: nn.Module, options: Any, *args: Any) -> bool:
+        """Whether a call is left to the module by the looks of its arguments: asked before the
+        module is compared with what it was, where that would be felt. False: ask ``forward``."""
+        return False
 
     def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
         """What the module's own forward returns, or NotImplemented: this call is left to it.
@@ -250,4 +255,8 @@ def needs_gradient(module: nn.Module, *tensors: Any) -> bool:
         return False
     if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return True
-    return any(p.requires_grad for p in module.parameters())
+    return any(
+        parameter is not None and parameter.requires_grad
+        for part in parts(module)
+        for parameter in part._parameters.values()
+    )
