@@ -24,12 +24,11 @@ FEW_OUTPUTS, LEAST_CHANNELS_OF_FEW_OUTPUTS = 8, 48
 
 
 def worth(convolution: Any, x: Tensor) -> bool:
-    """Whether ``conv3x3`` is faster than torch on a map (N, C, H, W) of this size. Always where the
-    size is not known yet: an export is for many."""
+    """Whether ``conv3x3`` is faster than torch on a map (N, C, H, W) of this size."""
     n, channels, height, width = x.shape
     if channels < LEAST_CHANNELS:
         return False
-    if recogniser_module.probing or torch.compiler.is_exporting():
+    if not recogniser_module.sizes_matter():
         return True
     outputs, pixels = convolution.out_channels, n * height * width
     return (

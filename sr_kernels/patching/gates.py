@@ -6,6 +6,7 @@ the order in which they were registered, and the probe decides the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .recogniser import (
     calls,
     child_names,
     is_conv,
+    is_less,
     maps,
     needs_gradient,
     only_map,
@@ -69,6 +71,7 @@ class ChannelAttention(Recogniser):
     name = "channel_attention"
     replacement = "channel_attention"
     operators = ("channel_attention",)
+    least_of_mean = (math.inf, 131072)  # the deviation is faster everywhere
 
     def options(self, module: nn.Module) -> Iterable[_Channel]:
         if owns_tensors(module) or calls(module, nn.Sequential):
@@ -106,6 +109,10 @@ class ChannelAttention(Recogniser):
         # The long ones: some look at a neighbourhood only where the image is larger than it.
         return [*maps(channels, 9, 6), *maps(channels, 2, LONG)]
 
+    def declines(self, module: nn.Module, options: _Channel, *args: Any) -> bool:
+        least = self.least_of_mean if options.statistic == "mean" else self.least
+        return is_less(least, module, *args)
+
     def forward(self, module: nn.Module, options: _Channel, *args: Any) -> Any:
         down, up = part_at(module, options.down), part_at(module, options.up)
         x = only_map(self.operators, args, down.weight.shape[1], down.weight, up.weight)
@@ -125,6 +132,7 @@ class PixelAttention(Recogniser):
     name = "pixel_attention"
     replacement = "pixel_attention"
     operators = ("pixel_attention",)
+    least = (131072, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[tuple[str, ...]]:
         if owns_tensors(module) or calls(module, nn.Sequential):
@@ -517,6 +525,7 @@ class EnhancedSpatialAttention(Recogniser):
     name = "enhanced_spatial_attention"
     replacement = "shift_conv2d"
     operators = ("shift_conv2d",)
+    least = (262144, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[bool]:
         names, wanted = state_names(module), {"conv1", "conv_f", "conv2", "conv3", "conv4"}

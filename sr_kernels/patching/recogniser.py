@@ -33,12 +33,15 @@ class Recogniser:
         operators: names of the operators that ``forward`` calls.
         plain: of a layer that stock runs well too. One that is left alone is neither listed in the
             report's table nor minded by ``strict``.
+        least: numbers of values in the first argument, without gradients and with them, below which
+            torch's own operators are faster on a CPU; such calls are left to the module.
     """
 
     name: str = ""
     replacement: str = ""
     operators: tuple[str, ...] = ()
     plain: bool = False
+    least: tuple[float, float] = (0, 0)
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         """What ``module`` may be, most likely first; the first that passes the probe is taken.
@@ -63,9 +66,9 @@ class Recogniser:
         raise NotImplementedError
 
     def declines(self, module: nn.Module, options: Any, *args: Any) -> bool:
-        """Whether a call is left to the module by the looks of its arguments: asked before the
-        module is compared with what it was, where that would be felt. False: ask ``forward``."""
-        return False
+        """Whether a call is left to the module because stock is faster: asked first, since what
+        is short feels every question. False: ask ``forward``."""
+        return is_less(self.least, module, *args)
 
     def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
         """What the module's own forward returns, or NotImplemented: this call is left to it.
@@ -234,6 +237,20 @@ def candidates(x: Tensor) -> tuple[str, ...]:
 
 
 probing = False
+
+
+def sizes_matter() -> bool:
+    """Whether a call may be left to stock because it is small: not in the probe, and not in an
+    export, which is for other sizes too."""
+    return not probing and not torch.compiler.is_exporting()
+
+
+def is_less(least: tuple[float, float], module: nn.Module, *args: Any) -> bool:
+    """Whether the first argument is on a CPU and has fewer values than ``Recogniser.least``."""
+    x = args[0] if args else None
+    if least == (0, 0) or not isinstance(x, Tensor) or x.device.type != "cpu":
+        return False
+    return sizes_matter() and x.numel() < least[needs_gradient(module, x)]
 
 
 def _transformed(x: Tensor) -> bool:

@@ -38,6 +38,8 @@ from sr_kernels.patching import (
 from sr_kernels.patching import recogniser as recogniser_module
 from sr_kernels.patching.swap import PatchedType, replacement_of
 
+pytestmark = pytest.mark.usefixtures("of_any_size")
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -1052,25 +1054,6 @@ def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[s
     assert torch.equal(output(network, z), y)
 
 
-def test_short_calls_of_a_convolution_are_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    convolution = nn.Conv2d(16, 16, 3, padding=1).eval()
-    assert patch(convolution).replaced
-    asked = []
-
-    def unchanged(*_: Any) -> bool:
-        asked.append(True)
-        return True
-
-    monkeypatch.setattr(swap, "unchanged", unchanged)
-    for size, times in (((8, 8), 0), ((64, 64), 1), ((4, 1500), 1)):  # small, right, narrow
-        output(convolution, torch.rand(1, 16, *size))
-        assert len(asked) == times
-    convolution(torch.rand(1, 16, 64, 64))  # with gradients
-    assert len(asked) == 1
-    convolution.requires_grad_(False)(torch.rand(1, 16, 64, 64))
-    assert len(asked) == 2
-
-
 def test_a_convolution_returns_the_memory_format_of_torch() -> None:
     own = nn.Conv2d(32, 32, 3, padding=1).eval()
     for weights in (torch.contiguous_format, torch.channels_last):
@@ -1081,18 +1064,6 @@ def test_a_convolution_returns_the_memory_format_of_torch() -> None:
             z = torch.rand(2, 32, 33, 34).contiguous(memory_format=inputs)
             assert output(ours, z).stride() == output(own, z).stride()
             close(output(ours, z), output(own, z))
-
-
-def test_convolutions_are_exported_for_all_sizes() -> None:
-    network = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), tp.CALayer(16, 4)).eval()
-    z, small = torch.rand(1, 16, 40, 44), torch.rand(1, 16, 5, 7)
-    y = output(network, small)
-    patch(network)
-    sizes = [{2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}]
-    with torch.no_grad():
-        program = torch.export.export(network, (z,), dynamic_shapes=sizes)
-    assert any("sr_kernels.conv3x3" in str(node.target) for node in program.graph.nodes)
-    close(output(program.module(), small), y)
 
 
 def test_a_lazy_convolution_is_no_failure() -> None:

@@ -21,6 +21,9 @@ Arguments = tuple[Any, ...]
 OPERATORS = torch.ops.sr_kernels
 
 
+pytestmark = pytest.mark.usefixtures("of_any_size")
+
+
 def a_map(channels: int, height: int = 16, width: int = 32, batch: int = 2) -> Arguments:
     return (torch.randn(batch, channels, height, width),)
 
