@@ -1050,7 +1050,7 @@ def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[s
     close(network(z).detach(), y)
     narrow = output(network, z[:, :, :3, :3])
     report.restore()
-    assert torch.equal(output(network, z[:, :, :3, :3]), narrow)
+    close(output(network, z[:, :, :3, :3]), narrow)
     assert torch.equal(output(network, z), y)
 
 
