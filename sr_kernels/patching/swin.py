@@ -271,6 +271,7 @@ class WindowAttention(Recogniser):
     name = "swin_attention"
     replacement = "window_attention"
     operators = ("shift_conv2d", "window_attention")
+    least = (12288, 0)
 
     def options(self, module: nn.Module) -> Iterable[_Attention]:
         found = _attention(module)

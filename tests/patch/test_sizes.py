@@ -84,6 +84,13 @@ def test_a_swin_block_of_one_window_is_left_to_itself(asked: list[nn.Module]) ->
         assert not asked
         block(torch.rand(1, 1024, 24), (32, 32))
         assert asked
+        asked.clear()
+        attention = tp.SwinWindowAttention(24, (8, 8), 3).eval()
+        assert patch(attention).replaced
+        attention(torch.rand(1, 64, 24))
+        assert not asked
+        attention(torch.rand(9, 64, 24))
+        assert asked
 
 
 def test_convolutions_are_exported_for_all_sizes() -> None:
