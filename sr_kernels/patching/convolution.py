@@ -32,7 +32,7 @@ def worth(convolution: Any, x: Tensor) -> bool:
         return True
     outputs, pixels = convolution.out_channels, n * height * width
     return (
-        pixels >= LEAST_PIXELS
+        pixels >= max(LEAST_PIXELS, channels)  # each call transforms the weights
         and pixels * channels * outputs >= LEAST_PRODUCTS
         and min(height, width) >= LEAST_SIDE
         and (
