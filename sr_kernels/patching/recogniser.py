@@ -34,7 +34,7 @@ class Recogniser:
         plain: of a layer that stock runs well too. One that is left alone is neither listed in the
             report's table nor minded by ``strict``.
         least: numbers of values in the first argument, without gradients and with them, below which
-            torch's own operators are faster on a CPU; such calls are left to the module.
+            torch's own operators are faster (CPU, float32); such calls are left to the module.
     """
 
     name: str = ""
@@ -240,15 +240,19 @@ probing = False
 
 
 def sizes_matter() -> bool:
-    """Whether a call may be left to stock because it is small: not in the probe, and not in an
-    export, which is for other sizes too."""
-    return not probing and not torch.compiler.is_exporting()
+    """Whether a call may be left to stock because it is small: not in the probe, not in an export,
+    which is for other sizes too, and not if a backend was asked for by name."""
+    auto = backends.current_backend() == "auto"
+    return auto and not probing and not torch.compiler.is_exporting()
 
 
 def is_less(least: tuple[float, float], module: nn.Module, *args: Any) -> bool:
-    """Whether the first argument is on a CPU and has fewer values than ``Recogniser.least``."""
+    """Whether the first argument has fewer values than ``Recogniser.least``, which was measured on
+    a CPU in float32."""
     x = args[0] if args else None
-    if least == (0, 0) or not isinstance(x, Tensor) or x.device.type != "cpu":
+    if least == (0, 0) or not isinstance(x, Tensor):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return sizes_matter() and x.numel() < least[needs_gradient(module, x)]
 

@@ -10,6 +10,7 @@ import third_party as tp
 import torch
 from torch import Tensor, nn
 
+from sr_kernels import backends
 from sr_kernels.patching import patch, swap
 
 
@@ -42,6 +43,17 @@ def test_short_calls_of_a_convolution_are_not_held_up(asked: list[nn.Module]) ->
     assert len(asked) == 1
     convolution.requires_grad_(False)(torch.rand(1, 16, 64, 64))
     assert len(asked) == 2
+
+
+def test_a_backend_by_name_runs_short_calls(asked: list[nn.Module]) -> None:
+    gate = tp.PA(16).eval()
+    assert patch(gate).replaced
+    with backends.use_backend("cpu"):
+        output(gate, torch.rand(1, 16, 5, 5))
+    assert asked
+    asked.clear()
+    output(gate.double(), torch.rand(1, 16, 5, 5, dtype=torch.float64))  # not measured
+    assert asked
 
 
 def test_few_output_channels_want_a_contiguous_map(asked: list[nn.Module]) -> None:
