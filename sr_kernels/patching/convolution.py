@@ -10,12 +10,35 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 
+from . import recogniser as recogniser_module
 from .recogniser import NotRecognised, Recogniser, is_conv, maps, needs_gradient, register, runs
 
-# Below these torch's own convolution is faster, with 3 channels also on large maps (one AVX2 core,
-# 3 to 256 channels, maps of 8x8 to 90x160).
+# Where torch's own convolution is faster (one AVX2 core, 12 to 512 channels, maps of 20x20 to
+# 96x96): with few products this package's calls cost more than they save, narrow maps fill half of
+# the tiles, and few output channels fill a vector badly. With 3 input channels also on large maps.
 LEAST_CHANNELS = 12
 LEAST_PIXELS = 400
+LEAST_PRODUCTS = 1_000_000
+LEAST_SIDE = 8
+FEW_OUTPUTS, LEAST_CHANNELS_OF_FEW_OUTPUTS = 8, 48
+
+
+def worth(convolution: Any, x: Tensor) -> bool:
+    """Whether ``conv3x3`` is faster than torch on a map (N, C, H, W) of this size."""
+    n, channels, height, width = x.shape
+    if channels < LEAST_CHANNELS:
+        return False
+    if not recogniser_module.sizes_matter():
+        return True
+    outputs, pixels = convolution.out_channels, n * height * width
+    return (
+        pixels >= max(LEAST_PIXELS, channels)  # each call transforms the weights
+        and pixels * channels * outputs >= LEAST_PRODUCTS
+        and min(height, width) >= LEAST_SIDE
+        and (
+            outputs >= FEW_OUTPUTS or channels >= LEAST_CHANNELS_OF_FEW_OUTPUTS or x.is_contiguous()
+        )
+    )
 
 
 def takes(convolution: Any, x: Any) -> bool:
@@ -25,11 +48,11 @@ def takes(convolution: Any, x: Any) -> bool:
     weight, bias = convolution.weight, convolution.bias
     return (
         x.dtype in (torch.float32, torch.float64)
-        and x.shape[1] == weight.shape[1] >= LEAST_CHANNELS
-        and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
-        and not torch.is_autocast_enabled(x.device.type)
+        and x.shape[1] == weight.shape[1]
+        and worth(convolution, x)
         and not needs_gradient(convolution, x)
         and runs(("conv3x3",), x, weight, bias)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -78,11 +101,24 @@ class Convolution(Recogniser):
         part: Any = module
         return maps(part.in_channels, 21, 20)
 
+    def declines(self, module: nn.Module, options: Any, *args: Any) -> bool:
+        # On a small map the convolution itself takes less than a look at all of the module.
+        x = args[0] if len(args) == 1 else None
+        return (
+            not isinstance(x, Tensor)
+            or x.dim() != 4
+            or not worth(module, x)
+            or needs_gradient(module, x)
+        )
+
     def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
         part: Any = module
         if len(args) != 1 or not takes(part, args[0]):
             return NotImplemented
-        return F.conv3x3(args[0], part.weight, part.bias)
+        x, last = args[0], torch.channels_last
+        if part.weight.is_contiguous(memory_format=last) and not part.weight.is_contiguous():
+            x = x.contiguous(memory_format=last)  # torch returns the weight's format then
+        return F.conv3x3(x, part.weight, part.bias)
 
 
 register(Convolution())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -208,6 +209,7 @@ def _patch_inside(
 ) -> None:
     verdicts: dict[Any, str | None] = {}
     first = [r for r in recognisers() if not r.of_parts]
+    asked = _classes_asked_for(model)
     whole: list[tuple[str, str]] = []  # (path prefix, why what is inside stays)
     modules = list(model.named_modules())
     for path, module in modules:
@@ -222,6 +224,9 @@ def _patch_inside(
         elif cls.__module__.split(".")[0] == "sr_kernels":
             inside = "is of this package already"
             entry = PatchEntry(path, cls.__name__, None, inside)
+        elif cls.__name__ in asked:
+            entry = PatchEntry(path, cls.__name__, None, f"{asked[cls.__name__]} asks for its type")
+            inside = ""
         elif wanted is not None and not wanted(path, module):
             entry = PatchEntry(path, cls.__name__, None, "not in include")
             inside = ""
@@ -242,6 +247,23 @@ def _patch_inside(
     for number, (path, module) in enumerate(modules):
         if report.entries[number].reason == _UNKNOWN:
             report.entries[number] = _patch_one(path, module, report, last, verdicts)
+
+
+def _classes_asked_for(model: nn.Module) -> dict[str, str]:
+    """Names of classes that a forward in the network may compare with the exact type of an object,
+    and which forward: of such a class a subclass would not do."""
+    asked: dict[str, str] = {}
+    for cls in {swap.original_class(module) for module in model.modules()}:
+        if cls.__module__.startswith("torch."):
+            continue
+        for name, function in vars(cls).items():
+            code = getattr(function, "__code__", None)
+            if code is None or "forward" not in name:
+                continue
+            called = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            if "type" in called or "__class__" in code.co_names:
+                asked |= dict.fromkeys(code.co_names, f"{cls.__name__}.{name}")
+    return asked
 
 
 def _first_inside(
@@ -337,10 +359,15 @@ def _obstacle(module: nn.Module) -> str:
         return "its forward was set on the instance"
     if cls.__call__ is not nn.Module.__call__:
         return "its class overrides __call__"
+    for name, function in vars(cls).items():
+        if name != "__init__" and _asks_its_class(function):
+            return f"its {name} would not end in a subclass: super() of the object's own class"
     for path, part in module.named_modules():
         where = f"{path} inside it" if path else "it"
         if torch.nn.utils.parametrize.is_parametrized(part):
             return f"a parametrization computes the weights of {where}"
+        if (kind := _exchanged(swap.original_class(part))) is not None:
+            return f"someone exchanged the forward of {kind.__module__}.{kind.__name__}"
     for path, why in swap.hooked(module):
         return f"{path} inside it {why}, which would not run"
     for name, tensor in _state(module):
@@ -351,6 +378,24 @@ def _obstacle(module: nn.Module) -> str:
         if type(tensor) not in swap.PLAIN_TENSORS:
             return f"{name} is a {type(tensor).__name__}"
     return ""
+
+
+def _asks_its_class(function: Any) -> bool:
+    """Whether a method says ``super(self.__class__, self)`` or ``super(type(self), self)``: of an
+    object of a subclass that is the method itself, for ever."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    return "super" in names and ("__class__" in names or "type" in names)
+
+
+def _exchanged(cls: type) -> type | None:
+    """The class of torch whose ``forward`` an object of ``cls`` runs, if it is not torch's."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    home = getattr(vars(owner)["forward"], "__globals__", {}).get("__name__")
+    return (
+        owner
+        if owner.__module__.startswith("torch.nn.modules.") and home != owner.__module__
+        else None
+    )
 
 
 def _cannot_run(module: nn.Module, recogniser: Recogniser) -> str:

@@ -6,6 +6,7 @@ the order in which they were registered, and the probe decides the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .recogniser import (
     calls,
     child_names,
     is_conv,
+    is_less,
     maps,
     needs_gradient,
     only_map,
@@ -54,6 +56,10 @@ def _pooling(layer: Any) -> bool:
 # ----------------------------------------------------------------------------- channel attention
 
 
+# Longer than the neighbourhoods of gates that are global in training and local in use.
+LONG = 1031
+
+
 class _Channel(NamedTuple):
     down: tuple[str, ...]
     up: tuple[str, ...]
@@ -66,6 +72,7 @@ class ChannelAttention(Recogniser):
     name = "channel_attention"
     replacement = "channel_attention"
     operators = ("channel_attention",)
+    least_of_mean = (math.inf, 131072)  # the deviation is faster everywhere
 
     def options(self, module: nn.Module) -> Iterable[_Channel]:
         if owns_tensors(module) or calls(module, nn.Sequential):
@@ -99,7 +106,13 @@ class ChannelAttention(Recogniser):
         return [_Channel(down_path, up_path, statistic) for statistic in statistics]
 
     def examples(self, module: nn.Module, options: _Channel) -> list[tuple[Any, ...]]:
-        return maps(part_at(module, options.down).in_channels, 9, 6)
+        channels = part_at(module, options.down).in_channels
+        # The long ones: some look at a neighbourhood only where the image is larger than it.
+        return [*maps(channels, 9, 6), *maps(channels, 2, LONG)]
+
+    def declines(self, module: nn.Module, options: _Channel, *args: Any) -> bool:
+        least = self.least_of_mean if options.statistic == "mean" else self.least
+        return is_less(least, module, *args)
 
     def forward(self, module: nn.Module, options: _Channel, *args: Any) -> Any:
         down, up = part_at(module, options.down), part_at(module, options.up)
@@ -120,6 +133,7 @@ class PixelAttention(Recogniser):
     name = "pixel_attention"
     replacement = "pixel_attention"
     operators = ("pixel_attention",)
+    least = (131072, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[tuple[str, ...]]:
         if owns_tensors(module) or calls(module, nn.Sequential):
@@ -526,6 +540,10 @@ class InformationDistillationNetwork(Recogniser):
 # ------------------------------------------------------------------------------------------- ESA
 
 
+# Smaller maps have no 7x7 pooling behind a stride of 2; what a module does then is its own affair.
+LEAST_SIDE = 15
+
+
 class EnhancedSpatialAttention(Recogniser):
     """ESA: ``x * sigmoid(W4 (small(x) + W_f W1 x))``, small on few pixels and stretched again.
 
@@ -537,6 +555,7 @@ class EnhancedSpatialAttention(Recogniser):
     name = "enhanced_spatial_attention"
     replacement = "shift_conv2d"
     operators = ("shift_conv2d",)
+    least = (262144, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[bool]:
         names, wanted = state_names(module), {"conv1", "conv_f", "conv2", "conv3", "conv4"}
@@ -558,6 +577,8 @@ class EnhancedSpatialAttention(Recogniser):
         part: Any = module
         x = only_map(self.operators, args, part.conv1.weight.shape[1], part.conv1.weight)
         if x is None:
+            return NotImplemented
+        if not torch.compiler.is_exporting() and min(x.shape[2:]) < LEAST_SIDE:
             return NotImplemented
         first = _conv1x1(part.conv1, x)
         small = nn.functional.max_pool2d(part.conv2(first), 7, 3)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sr_kernels import backends
 
-from .swap import original_class
+from .swap import original_class, parts
 
 __all__ = ["NotRecognised", "Recogniser", "by_name", "recognisers", "register"]
 
@@ -35,6 +35,8 @@ class Recogniser:
             report's table nor minded by ``strict``.
         of_parts: of a container that is recognised by what its parts were replaced by. It is asked
             when all parts have been looked at, and is not tried out: they were. They stay replaced.
+        least: numbers of values in the first argument, without gradients and with them, below which
+            torch's own operators are faster (CPU, float32); such calls are left to the module.
     """
 
     name: str = ""
@@ -42,6 +44,7 @@ class Recogniser:
     operators: tuple[str, ...] = ()
     plain: bool = False
     of_parts: bool = False
+    least: tuple[float, float] = (0, 0)
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         """What ``module`` may be, most likely first; the first that passes the probe is taken.
@@ -64,6 +67,11 @@ class Recogniser:
     def examples(self, module: nn.Module, options: Any) -> Sequence[tuple[Any, ...]]:
         """Arguments to compare on, float64 on the CPU; random ones from torch's own generator."""
         raise NotImplementedError
+
+    def declines(self, module: nn.Module, options: Any, *args: Any) -> bool:
+        """Whether a call is left to the module because stock is faster: asked first, since what
+        is short feels every question. False: ask ``forward``."""
+        return is_less(self.least, module, *args)
 
     def forward(self, module: nn.Module, options: Any, *args: Any) -> Any:
         """What the module's own forward returns, or NotImplemented: this call is left to it.
@@ -234,6 +242,24 @@ def candidates(x: Tensor) -> tuple[str, ...]:
 probing = False
 
 
+def sizes_matter() -> bool:
+    """Whether a call may be left to stock because it is small: not in the probe, not in an export,
+    which is for other sizes too, and not if a backend was asked for by name."""
+    auto = backends.current_backend() == "auto"
+    return auto and not probing and not torch.compiler.is_exporting()
+
+
+def is_less(least: tuple[float, float], module: nn.Module, *args: Any) -> bool:
+    """Whether the first argument has fewer values than ``Recogniser.least``, which was measured on
+    a CPU in float32."""
+    x = args[0] if args else None
+    if least == (0, 0) or not isinstance(x, Tensor):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return sizes_matter() and x.numel() < least[needs_gradient(module, x)]
+
+
 def _transformed(x: Tensor) -> bool:
     """Whether something else than plain torch looks at ``x``: vmap, dual numbers, a tensor subclass
     of someone."""
@@ -253,4 +279,8 @@ def needs_gradient(module: nn.Module, *tensors: Any) -> bool:
         return False
     if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return True
-    return any(p.requires_grad for p in module.parameters())
+    return any(
+        parameter is not None and parameter.requires_grad
+        for part in parts(module)
+        for parameter in part._parameters.values()
+    )

@@ -44,7 +44,7 @@ from sr_kernels import backends
 if TYPE_CHECKING:
     from .recogniser import Recogniser
 
-__all__ = ["Replacement", "original_class", "replacement_of", "swap"]
+__all__ = ["Replacement", "original_class", "parts", "replacement_of", "swap"]
 
 
 _LOG = logging.getLogger("sr_kernels.patching")
@@ -109,20 +109,27 @@ def subclass(replacement: Replacement) -> type[nn.Module]:
 
 
 def _forward(replacement: Replacement) -> Callable[..., Any]:
-    own = replacement.original.forward
+    original = replacement.original
     recogniser, options = replacement.recogniser, replacement.options
-    order = positional(own)
+    order = positional(original.forward)
+    # Someone may exchange a class's forward later, for all of its objects.
+    forwards = tuple({cls: cls.forward for cls, _ in replacement.fingerprint[0]}.items())
 
-    @functools.wraps(own)
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = args if not kwargs else order(args, kwargs)
-        if given is not None and unchanged(self, replacement):
+        if (
+            given is not None
+            and not recogniser.declines(self, options, *given)
+            and (torch.compiler.is_compiling() or all(c.forward is f for c, f in forwards))
+            and unchanged(self, replacement)
+        ):
             result = recogniser.forward(self, options, *given)
             if result is not NotImplemented:
                 return result
         if not torch.compiler.is_compiling():
             _say_why(self, replacement, args)
-        return own(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
 
     return forward
 
@@ -131,6 +138,8 @@ def _say_why(module: nn.Module, replacement: Replacement, args: tuple[Any, ...])
     """A call runs the module's own forward: a warning, once per reason, if the backend asked for by
     name is why; else a line in the log "sr_kernels.patching", level DEBUG."""
     named = backends.current_backend()
+    if named in ("auto", "reference") and not _LOG.isEnabledFor(logging.DEBUG):
+        return
     x = next((a for a in args if isinstance(a, Tensor)), None)
     why = ""
     if named not in ("auto", "reference") and x is not None and not replacement.recogniser.plain:
@@ -210,7 +219,10 @@ def swap(module: nn.Module, to: type[nn.Module]) -> None:
 
 
 # Of a module's __dict__: not its configuration.
-_STATE = frozenset(vars(nn.Module())) | {"_is_replica", "_former_parameters"}
+_STATE_OF_ALL = frozenset(vars(nn.Module()))
+_STATE = _STATE_OF_ALL | {
+    *("_is_replica", "_former_parameters", "_compiled_call_impl", "forward"),
+}
 # Buffers of a norm: the probe tries others, and training writes them.
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _PLAIN = (
@@ -257,15 +269,15 @@ def _mark(value: Any, holder: nn.Module | None = None) -> Any:
         return value
     if value is holder:
         return _mark
-    mark = functools.partial(_mark, holder=holder)
     kind = type(value)
+    if kind in (tuple, list) and all(type(item) in _PLAIN for item in value):
+        return value if kind is tuple else (kind, *value)
+    mark = functools.partial(_mark, holder=holder)
     if isinstance(value, Tensor):
         return _tensor_mark(value)
     if isinstance(value, enum.Enum):
         return kind, mark(value.value)
     if isinstance(value, (tuple, list)):
-        if kind is tuple and all(type(item) in _PLAIN for item in value):
-            return value
         return kind, *map(mark, value)
     if isinstance(value, dict):
         return kind, *((mark(k), mark(v)) for k, v in value.items())
@@ -318,38 +330,47 @@ def _fixed_mark(tensor: Any) -> Any:
 def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """The classes, the configuration and the fixed tensors of a module and all inside it, and
     ``constants``."""
-    parts = []
-    for part in _parts(module):
+    seen = []
+    for part in parts(module):
         marks = tuple(
             (name, _mark(value, part)) for name, value in vars(part).items() if name not in _STATE
         )
         fixed = tuple((name, _fixed_mark(tensor)) for name, tensor in _fixed(part))
-        parts.append((original_class(part), marks, fixed))
-    return (tuple(parts), tuple(_digest(tensor) for tensor in constants))
+        seen.append((original_class(part), marks, fixed))
+    return (tuple(seen), tuple(_digest(tensor) for tensor in constants))
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
+def parts(module: nn.Module) -> Iterator[nn.Module]:
     """The module and all inside it; a shared one each time. Faster than ``modules()``."""
     yield module
     for child in module._modules.values():
         if child is not None:
-            yield from _parts(child)
+            yield from parts(child)
 
 
 def _matches(module: nn.Module, replacement: Replacement) -> bool:
-    """Whether ``module`` has the fingerprint of ``replacement``, but for attributes and tensors
-    that are new: quickly, since every call of a patched module asks."""
-    parts, digests = replacement.fingerprint
-    expected = iter(parts)
-    for part in _parts(module):
+    """Whether ``module`` has the fingerprint of ``replacement``, but for attributes that are new and
+    hide none of the class and tensors that are new, and whether nothing intercepts a part or its
+    tensors: quickly, since every call of a patched module asks."""
+    wanted, digests = replacement.fingerprint
+    expected = iter(wanted)
+    for part in parts(module):
         cls, marks, fixed = next(expected, (None, (), ()))
         if type(part) is not cls and original_class(part) is not cls:
             return False
         own = vars(part)
+        if part is not module and _intercepted(part):
+            return False
         for name, mark in marks:
-            value = own.get(name, _parts)  # a value that nothing has
+            value = own.get(name, parts)  # a value that nothing has
             if value is not mark and _mark(value, part) != mark:
                 return False
+        if len(own) != len(marks) + len(_STATE_OF_ALL) and _hides(own, marks, cls):
+            return False
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+                    return False
         for name, mark in fixed:
             if _fixed_mark(part._buffers.get(name, part._parameters.get(name))) != mark:
                 return False
@@ -357,6 +378,12 @@ def _matches(module: nn.Module, replacement: Replacement) -> bool:
         return False
     constants = replacement.recogniser.constants(module, replacement.options)
     return all(_digest(t) == digest for t, digest in zip(constants, digests, strict=True))
+
+
+def _hides(own: dict[str, Any], marks: Any, cls: Any) -> bool:
+    """Whether an attribute that is new hides one of the class, such as a method."""
+    known = {name for name, _ in marks} | _STATE
+    return any(name not in known and hasattr(cls, name) for name in own)
 
 
 def hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -377,14 +404,17 @@ def _intercepted(part: nn.Module) -> bool:
 
 
 def unchanged(module: nn.Module, replacement: Replacement) -> bool:
-    """Whether ``module`` is what it was when it was recognised, and no hook waits inside it.
+    """Whether ``module`` is what it was when it was recognised, and no hook waits inside it; nor a
+    transform of torch.func around it, whose tensors have no memory to look at.
 
     While a graph is captured only hooks are looked for.
     """
-    if _has_any_global_hook() or any(_intercepted(p) for p in _parts(module) if p is not module):
+    if _has_any_global_hook():
         return False
     if torch.compiler.is_compiling():
-        return True
+        return not any(_intercepted(part) for part in parts(module) if part is not module)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
     return _matches(module, replacement)
 
 

@@ -21,6 +21,7 @@ from .recogniser import (
     Recogniser,
     calls,
     is_conv,
+    needs_gradient,
     register,
     runs,
     state_names,
@@ -186,8 +187,17 @@ def _is_index(index: Any, window: tuple[int, int]) -> bool:
 def _attend(
     image: Tensor, attention: Any, found: _Attention, shift: int, residual: Tensor | None
 ) -> Tensor:
-    """Projections, attention in windows rolled by ``shift`` with Swin's mask, residual."""
-    qkv = F.shift_conv2d(image, _kernel(attention.qkv), attention.qkv.bias, pattern="none")
+    """Projections, attention in windows rolled by ``shift`` with Swin's mask, residual.
+
+    With gradients the projections are torch's: their backward is faster.
+    """
+    learns = needs_gradient(attention, image)
+    if learns:
+        qkv = nn.functional.linear(
+            image.permute(0, 2, 3, 1), attention.qkv.weight, attention.qkv.bias
+        ).permute(0, 3, 1, 2)
+    else:
+        qkv = F.shift_conv2d(image, _kernel(attention.qkv), attention.qkv.bias, pattern="none")
     q, k, v = qkv.chunk(3, 1)
     y = F.window_attention(
         q,
@@ -200,6 +210,11 @@ def _attend(
         bias=attention.relative_position_bias_table,
         mask=shift > 0,
     )
+    if learns:
+        y = nn.functional.linear(
+            y.permute(0, 2, 3, 1), attention.proj.weight, attention.proj.bias
+        ).permute(0, 3, 1, 2)
+        return y if residual is None else y + residual
     return F.shift_conv2d(
         y, _kernel(attention.proj), attention.proj.bias, pattern="none", residual=residual
     )
@@ -251,6 +266,7 @@ class WindowAttention(Recogniser):
     name = "swin_attention"
     replacement = "window_attention"
     operators = ("shift_conv2d", "window_attention")
+    least = (12288, 0)
 
     def options(self, module: nn.Module) -> Iterable[_Attention]:
         found = _attention(module)
@@ -309,6 +325,7 @@ class SwinBlock(Recogniser):
     name = "swin_block"
     replacement = "window_attention + shift_conv2d + shift_conv_block"
     operators = ("shift_conv2d", "window_attention", "shift_conv_block")
+    least = (16384, 16384)
 
     def options(self, module: nn.Module) -> Iterable[_Block]:
         part: Any = module
@@ -401,8 +418,11 @@ class SwinBlock(Recogniser):
         y = _tokens(y)
         if options.hybrid:
             y = y + _tokens(part.conv_block(normed)) * part.conv_scale
-        normed = _image(part.norm2(y), height, width)
-        return y + _tokens(_mlp_run(part.mlp, options.mlp, normed, residual=False))
+        z = part.norm2(y)
+        if needs_gradient(module, x):  # torch's projections have the faster backward
+            return y + part.mlp.fc2(part.mlp.act(part.mlp.fc1(z)))
+        z = _image(z, height, width)
+        return y + _tokens(_mlp_run(part.mlp, options.mlp, z, residual=False))
 
 
 # ---------------------------------------------------------------------------------------- DCTLSA

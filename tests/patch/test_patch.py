@@ -41,6 +41,8 @@ from sr_kernels.patching import (
 from sr_kernels.patching import recogniser as recogniser_module
 from sr_kernels.patching.swap import PatchedType, replacement_of
 
+pytestmark = pytest.mark.usefixtures("of_any_size")
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -799,6 +801,24 @@ def test_torch_fx_and_func_see_the_module_itself(net: nn.Module, x: Tensor) -> N
         assert tangent.abs().max() > 0
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_ensembles_of_weights(each: bool) -> None:
+    """One network, the weights of two and their buffers, under vmap."""
+    pair = [tp.SequentialLFE(10).eval() for _ in range(2)]
+    weights, buffers = torch.func.stack_module_state(pair)
+    base = copy.deepcopy(pair[0])
+    assert patch(base).replaced
+    z = torch.rand(2, 1, 10, 5, 5) if each else torch.rand(1, 10, 5, 5)
+
+    def one(p: Any, b: Any, x: Tensor) -> Any:
+        return torch.func.functional_call(base, (p, b), (x,))
+
+    with torch.no_grad():
+        found = torch.func.vmap(one, (0, 0, 0 if each else None))(weights, buffers, z)
+        own = torch.stack([m(z[i] if each else z) for i, m in enumerate(pair)])
+    close(found, own)
+
+
 def test_jit_trace(net: nn.Module, x: Tensor) -> None:
     patch(net)
     with torch.no_grad():
@@ -1039,6 +1059,114 @@ def test_odd_modules_are_left_alone() -> None:
     reason(KeywordsOnly(32, 4))
 
 
+class OldStyle(tp.CALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super(self.__class__, self).forward(x)
+
+
+class OldStyleTrain(tp.CALayer):
+    def train(self, mode: bool = True) -> Any:
+        return super(type(self), self).train(mode)
+
+
+def test_super_of_the_objects_own_class_would_not_end() -> None:
+    for kind, name in ((OldStyle, "forward"), (OldStyleTrain, "train")):
+        gate = kind(32, 4)
+        assert f"its {name} would not end" in reason(gate)
+        gate.train()(torch.rand(1, 32, 5, 5))
+
+
+class AsksForTypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([tp.CALayer(16, 4), tp.PA(16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if type(layer) is tp.CALayer else 1 - layer(x)
+        return x
+
+
+def test_a_network_that_asks_for_exact_types() -> None:
+    network, z = AsksForTypes().eval(), torch.rand(1, 16, 5, 5)
+    y = output(network, z)
+    report = patch(network)
+    assert [e.path for e in report.replaced] == ["layers.1"]
+    assert "AsksForTypes.forward asks" in {e.path: e.reason for e in report.entries}["layers.0"]
+    close(output(network, z), y)
+
+
+def test_a_forward_that_is_exchanged_on_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, z = tp.CALayer(32, 4).eval(), torch.rand(1, 32, 5, 5)
+    y = output(gate, z)
+    assert patch(gate).replaced
+    for kind in (tp.CALayer, nn.Conv2d):  # the module's, and that of a layer inside
+        with monkeypatch.context() as change:
+            before = kind.forward
+            change.setattr(kind, "forward", lambda self, x, own=before: own(self, 2 * x))
+            expected = z * gate.conv_du(gate.avg_pool(z)) if kind is nn.Conv2d else None
+            found = output(gate, z)
+            assert not torch.allclose(found, y, rtol=1e-3)
+            assert expected is None or torch.equal(found, expected)
+            if kind is nn.Conv2d:
+                assert "exchanged the forward of" in reason(tp.CALayer(32, 4))
+        close(output(gate, z), y)
+
+
+def test_a_method_that_is_replaced_on_an_object() -> None:
+    convolution, z = nn.Conv2d(32, 32, 3, padding=1).eval(), torch.rand(1, 32, 33, 34)
+    y = output(convolution, z)
+    assert patch(convolution).replaced
+    convolution.note = "of no class"
+    assert swap.unchanged(convolution, replacement_of(convolution))
+
+    def wrapping(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        around = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        return nn.functional.conv2d(around, weight, bias)
+
+    convolution._conv_forward = wrapping
+    assert torch.equal(output(convolution, z), wrapping(z, convolution.weight, convolution.bias))
+    del convolution._conv_forward
+    close(output(convolution, z), y)
+
+
+class Wrapped(Tensor):
+    """A tensor that only torch's own operators can read, as those of quantisation libraries."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.namespace == "aten", func
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda v: v.inner, (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        return cls(out) if func is torch.ops.aten.detach.default else out
+
+
+@pytest.mark.parametrize("path", ["conv_du.0", "conv_du.2"])
+def test_weights_of_another_class_of_tensors(path: str) -> None:
+    gate, z = tp.CALayer(32, 4).eval(), torch.rand(1, 32, 5, 5)
+    y = output(gate, z)
+    assert patch(gate).replaced
+    layer: Any = gate.get_submodule(path)
+    layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
+    close(output(gate, z), y)
+
+
+def test_a_patched_network_goes_to_the_meta_device() -> None:
+    network = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), tp.CALayer(32, 4))
+    assert len(patch(network).replaced) == 2
+    z = torch.rand(1, 32, 40, 40, device="meta")
+    assert output(network.to("meta"), z).shape == z.shape
+
+
 def test_layers_of_this_package_keep_their_backend() -> None:
     layer = sr_kernels.nn.PixelAttention(8, backend="reference")
     assert "of this package" in reason(layer)
@@ -1154,7 +1282,7 @@ def doubling(inside: bool) -> nn.Module:
     ],
 )
 def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[str]) -> None:
-    network, z = build().eval(), torch.rand(2, 16, 17, 19)
+    network, z = build().eval(), torch.rand(2, 16, 47, 49)
     y = output(network, z)
     report = patch(network, strict=True)
     assert [e.path for e in report.replaced] == replaced
@@ -1162,8 +1290,20 @@ def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[s
     close(network(z).detach(), y)
     narrow = output(network, z[:, :, :3, :3])
     report.restore()
-    assert torch.equal(output(network, z[:, :, :3, :3]), narrow)
+    close(output(network, z[:, :, :3, :3]), narrow)
     assert torch.equal(output(network, z), y)
+
+
+def test_a_convolution_returns_the_memory_format_of_torch() -> None:
+    own = nn.Conv2d(32, 32, 3, padding=1).eval()
+    for weights in (torch.contiguous_format, torch.channels_last):
+        own.to(memory_format=weights)
+        ours = copy.deepcopy(own)
+        assert patch(ours).replaced
+        for inputs in (torch.contiguous_format, torch.channels_last):
+            z = torch.rand(2, 32, 33, 34).contiguous(memory_format=inputs)
+            assert output(ours, z).stride() == output(own, z).stride()
+            close(output(ours, z), output(own, z))
 
 
 def test_a_lazy_convolution_is_no_failure() -> None:

@@ -21,6 +21,9 @@ Arguments = tuple[Any, ...]
 OPERATORS = torch.ops.sr_kernels
 
 
+pytestmark = pytest.mark.usefixtures("of_any_size")
+
+
 def a_map(channels: int, height: int = 16, width: int = 32, batch: int = 2) -> Arguments:
     return (torch.randn(batch, channels, height, width),)
 
@@ -536,6 +539,22 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "no known family",
     ),
+    "channel attention of a neighbourhood, in large images": (
+        lambda: subclassed(
+            tp.CALayer,
+            lambda self, x: (
+                x
+                * self.conv_du(
+                    self.avg_pool(x)
+                    if max(x.shape[2:]) <= 384
+                    else nn.functional.avg_pool2d(x, [min(384, side) for side in x.shape[2:]]).amax(
+                        (2, 3), keepdim=True
+                    )
+                )
+            ),
+        )(32, 4),
+        "something else",
+    ),
     "a convolution of another weight": (
         lambda: type(
             "Conv2d",
@@ -614,6 +633,17 @@ def test_calls_that_the_operators_cannot_run_take_the_own_forward() -> None:
         block(torch.randn(1, 15, 9, 9))
     assert original_class(module) is tp.CALayer
     assert replacement_of(module) is not None
+
+
+def test_small_maps_are_left_to_esa_itself() -> None:
+    """They are too small for its pooling: some return them as they are."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x if min(x.shape[2:]) < 15 else tp.ESA.forward(self, x)
+
+    module, z = subclassed(tp.ESA, forward)(16).eval(), torch.rand(1, 16, 14, 40)
+    assert sr_kernels.patch(module).replaced
+    assert torch.equal(module(z), z)
 
 
 def test_a_mask_of_someone_else_is_obeyed() -> None:
