@@ -45,14 +45,22 @@ from sr_kernels.models.training import (
 from sr_kernels.models.training.data import Crops, load_pairs, load_validation, to_device
 from sr_kernels.models.training.loop import learning_rate, reconstruction_loss
 from sr_kernels.models.training.start import fresh_network, take_weights
+from trainer_checks import (
+    TINY_ELAN,
+    TINY_MAFDN,
+    interrupt_at,
+    quiet,
+    same,
+    spoil,
+    tiny,
+    write_image,
+)
 
 from sr_kernels import cli
 
 pytestmark = pytest.mark.unpoisoned  # it would be most of the time of a step of a tiny network
 
 CPU = torch.device("cpu")
-TINY_ELAN = {"m_elan": 2, "c_elan": 15, "rgb_range": 1.0}
-TINY_MAFDN = {"channels": 8, "num_blocks": 1, "branches": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +70,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
-    coarse = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
@@ -80,47 +82,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(images: Path, tmp_path: Path) -> Callable[..., Config]:
     """A configuration that trains a network of two layers on the images."""
-
-    def build(**keys: Any) -> Config:
-        tiny = {
-            "model": "elan_light",
-            "scale": 2,
-            "options": TINY_ELAN | {"window_sizes": [2, 4, 8]},
-            "data": [str(images)],
-            "out": str(tmp_path / "run"),
-            "patch": 8,
-            "batch": 2,
-            "peak_lr": 2e-3,
-            "steps": 20,
-        }
-        return Config(**{**tiny, **keys})
-
-    return build
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def interrupt_at(step: int) -> Callable[[loop.Status], None]:
-    """Ctrl-C (the signal itself) in that step."""
-
-    def watch(status: loop.Status) -> None:
-        if status.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return watch
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two checkpoints hold the same bits."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+    return lambda model="elan_light", **keys: tiny(tmp_path, model, **keys)
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -155,7 +117,7 @@ def test_six_networks_have_a_recipe_and_a_short_one() -> None:
         ("betas: [0.9]", "betas is [0.9]; accepted: 2 numbers"),
         ("milestones: [0.5, 0.2]", "milestones is [0.5, 0.2]; accepted: a rising list"),
         ("compile: perhaps", "compile is 'perhaps'; accepted: true or false"),
-        ("data: [1]", "data is [1]; accepted: a folder or a list of folders"),
+        ("data: [1]", "data is [1]; accepted: a folder or packed file, or a list of such"),
         ("options: 3", "options is 3; accepted: a mapping"),
         ("precision: float8", "precision is 'float8'; accepted: float32, bfloat16, float16"),
         ("lr_data: low", "lr_data is ['low'], but data is not set"),
@@ -419,19 +381,6 @@ def test_a_checkpoint_is_never_run_as_code(
     with pytest.raises(CheckpointError, match="would run code"):
         Trainer(make(init_from="run/last.pt", out="other"), CPU, note=quiet)
     assert not (tmp_path / "executed").exists()
-
-
-def spoil(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]
-) -> None:
-    """Lets ``change`` have the losses: number of the call, loss -> loss."""
-    true, calls = loop.reconstruction_loss, []
-
-    def spoiled(*arguments: Any) -> torch.Tensor:
-        calls.append(0)
-        return change(len(calls), true(*arguments))
-
-    monkeypatch.setattr(loop, "reconstruction_loss", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
