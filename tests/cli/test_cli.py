@@ -605,7 +605,9 @@ def test_help_teaches(run: Run, command: str) -> None:
         assert "MAFDN's channel attention" in outcome.out
     if command in ("demo", "env"):  # which need no example
         return
-    examples = re.findall(r"^  (?:.* -m )?sr[-_]kernels (.*?)(?:   .*)?$", outcome.out, re.MULTILINE)
+    examples = re.findall(
+        r"^  (?:.* -m )?sr[-_]kernels (.*?)(?:   .*)?$", outcome.out, re.MULTILINE
+    )
     assert any(example.startswith(f"{command} ") for example in examples)
     for example in examples:
         arguments = example.split(" > ")[0].split()

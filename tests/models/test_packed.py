@@ -183,11 +183,13 @@ def test_given_low_resolution_images_and_a_file_without(
     images: Path, packed: Path, tmp_path: Path
 ) -> None:
     for path in images.iterdir():
-        write_noise(tmp_path / "low" / path.name, *(-(-n // 2) for n in Image.open(path).size[::-1]))
+        write_noise(
+            tmp_path / "low" / path.name, *(-(-n // 2) for n in Image.open(path).size[::-1])
+        )
     low = [str(tmp_path / "low")]
     with pytest.raises(PackedFileError, match=r"crops\.zip holds no low-resolution crops, but lr"):
         load_pairs([str(images), str(packed)], low, 2, 4, quiet)
-    with pytest.raises(ValueError, match="lr_data is .*, but data names no folder"):
+    with pytest.raises(ValueError, match=r"lr_data is .*, but data names no folder"):
         load_pairs([str(packed)], low, 2, 4, quiet)
 
 
@@ -245,14 +247,14 @@ def test_truncated_files(packed: Path) -> None:
     content = packed.read_bytes()
     for length in (0, 1, 30, 500, len(content) // 2, len(content) - 60, len(content) - 1):
         packed.write_bytes(content[:length])
-        with pytest.raises(PackedFileError, match=r"crops\.zip is no packed file of crops, or is t"):
+        with pytest.raises(PackedFileError, match=r"crops\.zip is no packed file of crops"):
             load(packed)
 
 
 def test_a_changed_byte_is_noticed_or_without_effect(packed: Path) -> None:
     """Anywhere in the file: either an error with its name, or the same crops as before."""
     content, expected = packed.read_bytes(), load(packed)
-    refused = 0
+    refused: list[str] = []
     positions = np.random.default_rng(0).permutation(len(content))[:150]
     tail = range(len(content) - 300, len(content))  # the index
     for position in (*positions, *tail):
@@ -262,9 +264,9 @@ def test_a_changed_byte_is_noticed_or_without_effect(packed: Path) -> None:
         try:
             assert equal(load(packed), expected), position
         except PackedFileError as error:
-            assert "crops.zip" in str(error)
-            refused += 1
-    assert refused > 250
+            refused.append(str(error))
+    assert len(refused) > 250
+    assert all(str(packed) in message for message in refused)
 
 
 class Code:
