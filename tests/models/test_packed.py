@@ -105,23 +105,27 @@ def test_squares_lie_side_by_side_on_the_grid(tmp_path: Path) -> None:
     assert all(n % GRID == 0 for corner in corners for n in corner)
 
 
-def test_every_image_before_any_twice_and_texture_first(tmp_path: Path) -> None:
-    """Two images of four squares each, of which ever more are noise; there is room for three."""
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(15_000, [(0, 0), (1, 0)]), (21_000, [(0, 0), (1, 0), (1, 1)])]
+)
+def test_every_image_before_any_twice(
+    limit: int, expected: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Two images of four squares each: two of one colour, two of noise. All noise of the second has
+    more texture than the first's. There is room for two squares, or three."""
+    noises = []
     for number in range(2):
-        pixels = np.full((96, 96, 3), 50 * number, np.uint8)
         noise = np.random.default_rng(number).integers(0, 256, (48, 96, 3), dtype=np.uint8)
-        noise[:, 48:] //= 2 + number
-        pixels[48:] = noise
+        noise[:, :48] //= 3 - 2 * number
+        noise[:, 48:] //= 4 - 2 * number
+        noises.append([noise[:, :48], noise[:, 48:]])
+        pixels = np.concatenate([np.full_like(noise, 50), noise])
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "a" / f"{number}.png")
-    limit = 3 * 48 * 48 * 3 + 1200
     done = pack([str(tmp_path / "a")], [], tmp_path / "a.zip", side=48, limit=limit, note=quiet)
-    assert (done.crops, done.images) == (3, 2)
-    expected = [np.asarray(Image.open(tmp_path / "a" / f"{n}.png"))[48:] for n in range(2)]
-    highs = [high for _, high in load(tmp_path / "a.zip")]
-    assert np.array_equal(highs[0], expected[0][:, :48])
-    assert np.array_equal(highs[1], expected[0][:, 48:])
-    assert np.array_equal(highs[2], expected[1][:, :48])
+    assert (done.crops, done.images) == (len(expected), 2)
+    for (_, high), (image, square) in zip(load(tmp_path / "a.zip"), expected, strict=True):
+        assert np.array_equal(high, noises[image][square])
 
 
 @pytest.mark.parametrize("low", [False, True])

@@ -672,9 +672,9 @@ def test_gradients_are_clipped(
 
 def test_termination_is_understood(make: Callable[..., Config]) -> None:
     trainer = Trainer(make(), CPU, note=quiet)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
         trainer.run(interrupt_at(3, signal.SIGTERM))
-    assert caught.value.code == 143
+    assert getattr(caught.value, "code", "Ctrl-C") == 143
     assert torch.load(trainer.last, weights_only=True)["step"] == trainer.step == 3
 
 
