@@ -21,7 +21,7 @@ _RATIO = 4  # lossless WebP rarely makes a photograph smaller than by this
 class _Crop:
     image: int
     number: int  # within the image, in the order of rows
-    rank: int  # within the image, 0 the most textured
+    turn: float  # when it is taken
     texture: float
     high: Pixels
     low: Pixels | None
@@ -52,7 +52,8 @@ def pack(
 
     Every image is divided into squares side by side, one smaller than a square is taken whole. The
     most textured square of each image comes first, then the second of each, and so on, until the
-    file is full; in it they stand in the order of the images.
+    file is full; a larger image has its turn more often, by the square root of its area, as
+    :class:`.data.Crops` draws from it. In the file they stand in the order of the images.
 
     Args:
         folders: high-resolution images.
@@ -88,7 +89,7 @@ def pack(
     if not crops:
         raise ValueError(f"no image in {', '.join(folders)} is left: {counted}")
 
-    crops.sort(key=lambda crop: (crop.rank, -crop.texture))
+    crops.sort(key=lambda crop: (crop.turn, -crop.texture))
     chosen: list[tuple[_Crop, Encoded]] = []
     size = HEAD_BYTES
     for crop in crops:
@@ -135,7 +136,7 @@ def _most_textured(
         _Crop(
             image,
             number,
-            rank,
+            (rank + 1) / math.sqrt(math.prod(high.shape[:2])),
             content,
             cut(high, number, 1),
             None if low is None else cut(low, number, scale),

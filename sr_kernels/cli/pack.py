@@ -13,8 +13,8 @@ SUMMARY = "pack crops of training images into one file"
 DESCRIPTION = """\
 Put crops of the images in the folders into one file, to train on a machine that has no images:
 `sr-kernels train --data crops.zip`. The images are divided into squares; the most textured one of
-each comes first, then the second of each, and so on, until the file is full. The crops are kept
-without loss, as WebP in a ZIP archive.
+each comes first, then the second of each, and so on, until the file is full; larger images have
+their turn more often. The crops are kept without loss, as WebP in a ZIP archive.
 
 The file serves x2, x3 and x4: low-resolution crops are made when it is read, as MATLAB's imresize
 makes them. Where they come from elsewhere, --lr-data packs them, too, for the scale that they have.

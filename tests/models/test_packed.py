@@ -128,6 +128,19 @@ def test_every_image_before_any_twice(
         assert np.array_equal(high, noises[image][square])
 
 
+def test_larger_images_have_their_turn_more_often(tmp_path: Path) -> None:
+    """Nine times the area, three times as often."""
+    write_noise(tmp_path / "a" / "0.png", 48, 48)
+    large = write_noise(tmp_path / "a" / "1.png", 144, 144) // 2  # which has less texture
+    Image.fromarray(large).save(tmp_path / "a" / "1.png")
+    from_large = []
+    for squares in (1, 2, 4):
+        limit = squares * 7000 + 900
+        pack([str(tmp_path / "a")], [], tmp_path / "a.zip", side=48, limit=limit, note=quiet)
+        from_large.append([int(high.max()) < 128 for _, high in load(tmp_path / "a.zip")])
+    assert from_large == [[True], [True, True], [False, True, True, True]]
+
+
 @pytest.mark.parametrize("low", [False, True])
 def test_the_file_is_full_and_not_larger(low: bool, tmp_path: Path) -> None:
     for number in range(3):
