@@ -126,7 +126,8 @@ class Trainer:
 
     Raises:
         ConfigError: the configuration does not go with this machine, or lacks something.
-        TrainingError: OUT holds a run already, or none to resume, or one of another network.
+        TrainingError: OUT holds a run already, or none to resume, or one of another network; memory
+            ran out while images were read; or another process cannot begin, and says why.
         FileNotFoundError, ValueError: as :func:`.data.load_pairs`.
     """
 
