@@ -8,8 +8,9 @@ the command.
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from .imresize import downscale
 
 __all__ = [
     "UnreadableImage",
+    "Watch",
     "find_low",
     "image_files",
     "luma",
@@ -33,6 +35,7 @@ __all__ = [
     "score",
     "ssim_y",
     "to_tensor",
+    "unwatched",
     "upscale",
 ]
 
@@ -40,6 +43,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 Pixels = NDArray[np.uint8]  # (h, w, 3) RGB
 Pair = tuple[Pixels, Pixels]  # (low, high) resolution
+
+Watch = Callable[[float, float], None]
+"""Is told how far something is: (done, total)."""
+
+
+def unwatched(done: float, total: float) -> None:
+    pass
 
 
 class UnreadableImage(ValueError):
@@ -70,14 +80,14 @@ def image_files(folders: Iterable[Path]) -> list[Path]:
     return files
 
 
-def read_image(path: Path) -> Pixels:
-    """The image as 8-bit RGB.
+def read_image(path: Path, content: bytes | None = None) -> Pixels:
+    """The image as 8-bit RGB; with ``content``, the bytes of a file, ``path`` is only its name.
 
     Raises:
         UnreadableImage: it cannot be read whole, or has more than 8 bits.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             # Pillow opens deep colour as 8-bit "RGB" and only its decoder's name tells.
             coding = image.tile[0][3] if image.tile else ""
             deep = next((word for word in str(coding).split("'") if ";16" in word), None)
@@ -86,6 +96,8 @@ def read_image(path: Path) -> Pixels:
                     f"its pixels are {deep or image.mode}; expected 8 bits per channel"
                 )
             return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file makes a decoder raise is arbitrary
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
 
@@ -143,7 +155,9 @@ def by_stem(folders: Iterable[Path]) -> dict[str, list[Path]]:
     return files
 
 
-def read_pairs(high: Path, low: Path | None, scale: int) -> list[tuple[str, Pair]]:
+def read_pairs(
+    high: Path, low: Path | None, scale: int, watch: Watch = unwatched
+) -> list[tuple[str, Pair]]:
     """(name, pair) of each image in folder ``high``, its LR image from folder ``low`` if given.
 
     Raises:
@@ -152,7 +166,9 @@ def read_pairs(high: Path, low: Path | None, scale: int) -> list[tuple[str, Pair
     """
     pairs = []
     lows = None if low is None else by_stem([low])
-    for path in image_files([high]):
+    files = image_files([high])
+    for number, path in enumerate(files):
+        watch(number, len(files))
         target = read_image(path)
         if min(_cropped(target, scale).shape[:2]) < smallest_side(scale):
             least = -(-smallest_side(scale) // scale) * scale

@@ -30,6 +30,7 @@ __all__ = [
     "bytes_per_pixel",
     "check_tile",
     "choose_tile",
+    "is_out_of_memory",
     "upscale_array",
 ]
 
@@ -133,7 +134,7 @@ def upscale_array(
             _run_tile(model, pixels, result, part, read, has_alpha, device, dtype)
             enough = True
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             enough = False
         # The halving stands outside of the handler: the exception holds the failed tile's tensors.
@@ -416,7 +417,8 @@ def _placement(model: Any) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, on the host or on a GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # torch's host allocator raises a plain RuntimeError.

@@ -47,7 +47,7 @@ def test_elan_light_forward_takes_little_memory(capsys):
 
 OUT_OF_MEMORY = """
 import resource, torch, sr_kernels
-from sr_kernels.inference import _is_out_of_memory
+from sr_kernels.inference import is_out_of_memory
 
 x = torch.zeros(1, 5, 1, 1)
 q = torch.randn(1, 400, 64, 64)
@@ -66,7 +66,7 @@ for name, call in calls.items():
     try:
         call()
     except RuntimeError as error:
-        assert "not enough memory" in str(error) and _is_out_of_memory(error), (name, error)
+        assert "not enough memory" in str(error) and is_out_of_memory(error), (name, error)
     else:
         raise SystemExit(f"{name}: there was memory enough")
 """

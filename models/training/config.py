@@ -113,13 +113,13 @@ def _text(default: str | None) -> Any:
     return _key(default, check, "text" if default is not None else "text or null")
 
 
-def _folders() -> Any:
+def _folders(accepted: str = "a folder or a list of folders") -> Any:
     def check(value: Any) -> list[str]:
         value = [value] if isinstance(value, str) else value
         _must(isinstance(value, list) and all(isinstance(v, str) and v for v in value))
         return list(value)
 
-    return _key([], check, "a folder or a list of folders")
+    return _key([], check, accepted)
 
 
 def _numbers(default: list[float], low: float, high: float, count: int | None = None) -> Any:
@@ -157,7 +157,7 @@ class Config:
     residual_init: float = _float(1.0, 0)
     tail_init: float = _float(1.0, 0)
     # Data.
-    data: list[str] = _folders()
+    data: list[str] = _folders("a folder or packed file, or a list of such")
     lr_data: list[str] = _folders()
     patch: int = _int(4, default=64)
     batch: int = _int(1, default=16)

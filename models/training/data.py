@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..evaluate import (
     Pair,
     Pixels,
     UnreadableImage,
+    Watch,
     by_stem,
     find_low,
     image_files,
@@ -20,64 +21,123 @@ from ..evaluate import (
     match_pair,
     read_image,
     smallest_side,
+    unwatched,
 )
+from .packed import read_packed
 
-__all__ = ["Crops", "load_pairs", "load_validation", "to_device"]
+__all__ = ["Crops", "LeftOut", "load_pairs", "load_validation", "read_images"]
+__all__ += ["texture", "to_device"]
+
+
+class LeftOut:
+    """Images that cannot be used: unreadable ones are named at once, all are counted."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self.unreadable, self.small = 0, 0
+
+    def name(self, error: UnreadableImage) -> None:
+        self.unreadable += 1
+        self._note(f"left out: {error}")
+
+    def sum_up(self, side: int) -> str:
+        """Says how many were left out; ``side``: what was too small. Returns the same in short."""
+        if self.unreadable:
+            self._note(f"unreadable images left out: {self.unreadable}")
+        if self.small:
+            self._note(f"images smaller than {side} pixels in a direction left out: {self.small}")
+        return f"{self.unreadable} are unreadable, {self.small} smaller than {side}x{side} pixels"
+
+
+def read_images(
+    files: Sequence[Path], low_folders: list[str], scale: int, left_out: LeftOut, watch: Watch
+) -> Iterator[tuple[Pixels | None, Pixels]]:
+    """(LR or None, HR), 8-bit, of every image that can be read; no LR without ``low_folders``.
+
+    Raises:
+        FileNotFoundError: an LR folder is absent or without images, or an image has no LR image.
+        ValueError: an LR image has the wrong size.
+    """
+    lows = by_stem(map(Path, low_folders)) if low_folders else None
+    for number, path in enumerate(files):
+        watch(number, len(files))
+        try:
+            high = read_image(path)
+            if lows is None:
+                yield None, high
+                continue
+            match = find_low(path, lows, scale, ", ".join(low_folders))
+            low = read_image(match)
+        except UnreadableImage as error:
+            left_out.name(error)
+            continue
+        yield match_pair(low, high, scale, str(match), str(path))
 
 
 def load_pairs(
-    folders: list[str],
+    sources: list[str],
     low_folders: list[str],
     scale: int,
     patch: int,
     note: Callable[[str], None],
+    watch: Watch = unwatched,
 ) -> list[Pair]:
-    """Every image under the folders as (LR, HR), 8-bit.
+    """Every image under the folders, and every crop of the packed files, as (LR, HR), 8-bit.
 
     Args:
-        folders: high-resolution images.
-        low_folders: their low-resolution images; if empty these are made as MATLAB's imresize does.
+        sources: folders of high-resolution images, packed files of crops (:mod:`.packed`).
+        low_folders: the folders' low-resolution images; where none are given they are made as
+            MATLAB's imresize does.
         scale: between them.
         patch: side of a crop in LR pixels: smaller images are left out.
         note: is told which images are left out, and how many.
+        watch: is told how many of how many have been read, of the folders and of each file.
 
     Raises:
         FileNotFoundError: a folder is absent or without images, or an image has no LR image.
-        ValueError: an LR image has the wrong size, or no image is left.
+        ValueError: an LR image has the wrong size, no image is left, or a packed file cannot be
+            used (:class:`.packed.PackedFileError`).
     """
-    lows = by_stem(map(Path, low_folders)) if low_folders else None
+    packed = [source for source in sources if Path(source).is_file()]
+    folders = [source for source in sources if source not in packed]
+    if low_folders and not folders:
+        raise ValueError(
+            f"lr_data is {low_folders}, but data names no folder: a packed file brings its own "
+            "low-resolution crops"
+        )
+    left_out = LeftOut(note)
     pairs: list[Pair] = []
-    broken, small = 0, 0
-    for path in image_files(map(Path, folders)):
-        try:
-            high = read_image(path)
-            if lows is None:
-                pair = make_pair(high, scale) if min(high.shape[:2]) >= patch * scale else None
-            else:
-                match = find_low(path, lows, scale, ", ".join(low_folders))
-                pair = match_pair(read_image(match), high, scale, str(match), str(path))
-        except UnreadableImage as error:
-            broken += 1
-            note(f"left out: {error}")
-            continue
-        if pair is None or min(pair[0].shape[:2]) < patch:
-            small += 1
+
+    def take(low: Pixels | None, high: Pixels) -> None:
+        if min(high.shape[:2]) < patch * scale:
+            left_out.small += 1
         else:
-            pairs.append(pair)
-    if broken:
-        note(f"unreadable images left out: {broken}")
-    if small:
-        note(f"images smaller than {patch * scale} pixels in a direction left out: {small}")
+            pairs.append(make_pair(high, scale) if low is None else (low, high))
+
+    if folders:
+        files = image_files(map(Path, folders))
+        for low, high in read_images(files, low_folders, scale, left_out, watch):
+            take(low, high)
+    for source in packed:
+        crops = read_packed(Path(source), scale, needs_low=bool(low_folders))
+        for number, (count, low, high) in enumerate(crops):
+            watch(number, count)
+            take(low, high)
+    counted = left_out.sum_up(patch * scale)
     if not pairs:
         raise ValueError(
-            f"no image in {', '.join(folders)} is left: {broken} are unreadable, {small} smaller "
-            f"than {patch * scale}x{patch * scale} pixels (patch {patch} at x{scale})"
+            f"no image in {', '.join(sources)} is left: {counted} (patch {patch} at x{scale})"
         )
     return pairs
 
 
 def load_validation(
-    folder: str, low_folder: str | None, scale: int, side: int | None, count: int | None
+    folder: str,
+    low_folder: str | None,
+    scale: int,
+    side: int | None,
+    count: int | None,
+    watch: Watch = unwatched,
 ) -> list[Pair]:
     """Images to validate with: ``count`` of them evenly spread over the folder, of each the centre
     ``side`` x ``side`` HR pixels (None: all).
@@ -90,7 +150,8 @@ def load_validation(
         files = [files[i * len(files) // count] for i in range(count)]
     lows = None if low_folder is None else by_stem([Path(low_folder)])
     pairs = []
-    for path in files:
+    for number, path in enumerate(files):
+        watch(number, len(files))
         high = read_image(path)
         if lows is None:
             pair = make_pair(_centre(high, side), scale)
@@ -115,6 +176,12 @@ def _centre(image: Pixels, side: int | None) -> Pixels:
         return image
     top, left = (max(0, (n - side) // 2) for n in image.shape[:2])
     return image[top : top + side, left : left + side]
+
+
+def texture(image: Pixels) -> float:
+    """How much neighbouring pixels differ, in green, on average."""
+    green = image[..., 1].astype(np.int16)
+    return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green)).mean())
 
 
 class Crops:
@@ -150,10 +217,9 @@ class Crops:
             y = int(rng.integers(lr.shape[0] - p + 1))
             x = int(rng.integers(lr.shape[1] - p + 1))
             a = lr[y : y + p, x : x + p]
-            green = a[..., 1].astype(np.int16)
-            texture = float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green)).mean())
-            if best is None or texture > best[0]:
-                best = texture, (a, hr[y * s : (y + p) * s, x * s : (x + p) * s])
+            content = texture(a)
+            if best is None or content > best[0]:
+                best = content, (a, hr[y * s : (y + p) * s, x * s : (x + p) * s])
         assert best is not None
         return best[1]
 

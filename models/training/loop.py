@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,28 +22,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from sr_kernels._files import whole_or_nothing
+from sr_kernels.inference import is_out_of_memory
 
 from ..checkpoints import read
-from ..evaluate import Pair, score, upscale
+from ..evaluate import Pair, Watch, score, unwatched, upscale
 from .config import Config, ConfigError
 from .data import Crops, load_pairs, load_validation, to_device
-from .ranks import Ranks
+from .ranks import Ranks, TrainingError
 from .start import fresh_network, take_weights
 
 __all__ = ["Status", "Trainer", "TrainingError", "learning_rate", "reconstruction_loss"]
 
 COLUMNS = ("step", "seconds", "loss", "learning_rate", "psnr_y", "ssim_y")
 BAD_GRADIENTS = 10  # in a row; the odd one is left out
-
-
-class TrainingError(RuntimeError):
-    """The run cannot begin or cannot go on; the message says why and what is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,12 @@ class Trainer:
         device: where it runs; under torchrun the GPU of this process is taken.
         resume: go on from ``OUT/last.pt``.
         note: is told, in sentences, what the user should know.
+        reading: is told how far the images are read.
 
     Raises:
         ConfigError: the configuration does not go with this machine, or lacks something.
-        TrainingError: OUT holds a run already, or none to resume, or one of another network.
+        TrainingError: OUT holds a run already, or none to resume, or one of another network; memory
+            ran out while images were read; or another process cannot begin, and says why.
         FileNotFoundError, ValueError: as :func:`.data.load_pairs`.
     """
 
@@ -138,6 +138,7 @@ class Trainer:
         *,
         resume: bool = False,
         note: Callable[[str], None] = print,
+        reading: Watch = unwatched,
     ) -> None:
         _check(config, device)
         self.config, self._note = config, note
@@ -164,40 +165,50 @@ class Trainer:
         self.ranks = Ranks.join(device)
         self.device = self.ranks.device
         if self.ranks.rank:
-            self._note = lambda _: None
+            self._note, reading = lambda _: None, unwatched
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.best: float | None = None
         self.saved: int | None = None
         self._logged: int | None = None  # step of the last row
         self.skipped, self._bad = 0, 0
-        self._build(resume)
-
-        pairs = load_pairs(config.data, config.lr_data, config.scale, config.patch, self._note)
-        pixels = sum(hr.shape[0] * hr.shape[1] for _, hr in pairs)
-        self._note(f"training on {len(pairs)} images, {pixels / 1e6:.1f} megapixels")
+        self._phase: Literal["between", "step", "update"] = "between"
         self.held_out: list[Pair] = []
-        if config.validate and self.ranks.rank == 0:
-            self.held_out = load_validation(
-                config.validate,
-                config.validate_lr,
-                config.scale,
-                config.validate_side,
-                config.validate_count,
-            )
-        self.crops = Crops(
-            pairs,
-            config.scale,
-            config.patch,
-            config.batch,
-            config.candidates,
-            config.seed,
-            self.ranks.rank,
-        )
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._trim_log()
+        with self.ranks.together():
+            self._build(resume)
+            self._read_images(reading)
+            if self.ranks.rank == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._trim_log()
+        self._distribute()
         self._board = _tensorboard(self.out) if self.ranks.rank == 0 else None
 
     # ------------------------------------------------------------------------------- beginning
+
+    def _read_images(self, watch: Watch) -> None:
+        config, rank = self.config, self.ranks.rank
+        try:
+            pairs = load_pairs(
+                config.data, config.lr_data, config.scale, config.patch, self._note, watch
+            )
+            pixels = sum(hr.shape[0] * hr.shape[1] for _, hr in pairs)
+            self._note(f"training on {len(pairs)} images, {pixels / 1e6:.1f} megapixels")
+            if config.validate and rank == 0:
+                self.held_out = load_validation(
+                    config.validate,
+                    config.validate_lr,
+                    config.scale,
+                    config.validate_side,
+                    config.validate_count,
+                    watch,
+                )
+        except MemoryError as error:
+            raise TrainingError(
+                "memory ran out while the images were read, which all stay in memory, with 3 bytes "
+                "a pixel: give fewer, or a packed file of crops of them (sr-kernels pack)"
+            ) from error
+        self.crops = Crops(
+            pairs, config.scale, config.patch, config.batch, config.candidates, config.seed, rank
+        )
 
     def _build(self, resume: bool) -> None:
         config = self.config
@@ -220,18 +231,28 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         if resume:
             self._restore()
-        self.network: nn.Module = self.model.train()
-        if self.ranks.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
-        self._objective: Callable[[Tensor, Tensor], Tensor] = self._loss
-        if config.compile:
-            self._objective = torch.compile(self._loss)
         own, other = self.model.state_dict(), self.average.state_dict()
         floats = [name for name, value in own.items() if value.is_floating_point()]
         self._weights = [own[name] for name in floats], [other[name] for name in floats]
         counts = [name for name in own if name not in floats]
         self._counts = [own[name] for name in counts], [other[name] for name in counts]
+        # What a forward pass changes, and a copy from before it.
+        statistics = [
+            value
+            for layer in self.model.modules()
+            if isinstance(layer, nn.BatchNorm2d)
+            for value in layer.buffers()
+        ]
+        self._statistics = statistics, [value.clone() for value in statistics]
+
+    def _distribute(self) -> None:
+        self.network: nn.Module = self.model.train()
+        if self.ranks.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        self._objective: Callable[[Tensor, Tensor], Tensor] = self._loss
+        if self.config.compile:
+            self._objective = torch.compile(self._loss)
 
     def _restore(self) -> None:
         state = read(self.last)
@@ -285,41 +306,61 @@ class Trainer:
         Raises:
             KeyboardInterrupt, SystemExit: a signal came; the state is in ``OUT/last.pt``, unless
                 ``saved`` is not ``step``: a second one did not wait for the end of the step.
-            TrainingError: the loss or the gradients are not finite, or the last checkpoint cannot
-                be written.
+            TrainingError: the loss or the gradients are not finite, memory ran out, or the last
+                checkpoint cannot be written.
         """
         if self.progress() >= 1 and self.step == self.saved == self._logged:
             self._note(f"the run is finished, after {self.step} steps: nothing is left to do")
         signals = _Signals(self.ranks.rank == 0)
         with signals.handled(), self._prefetching() as draw:
-            begin = next_save = time.monotonic()
-            begin -= self.seconds
-            while True:
-                # All processes go by the first one's clock, and stop if any is told to.
-                mine = time.monotonic() - begin if self.ranks.rank == 0 else 0.0
-                self.seconds, stop = self.ranks.total([mine, float(signals.received > 0)])
-                if stop:
-                    self._save(self.last, final=True)
-                    if signals.received == signal.SIGTERM:
-                        raise SystemExit(128 + signal.SIGTERM)
-                    raise KeyboardInterrupt
-                progress = self.progress()
-                if progress >= 1:
-                    break
-                rate = learning_rate(self.config, progress)
-                self._train_step(*draw(self.step), rate)
-                watch(Status(self.step, self.seconds, progress, self.loss, rate))
-                if self.step % self.config.validate_every == 0:
-                    self._validate(rate)
-                    next_save = begin + self.seconds
-                elif begin + self.seconds - next_save >= 60 * self.config.save_minutes:
-                    self._save(self.last)
-                    next_save = begin + self.seconds
-            if self._logged != self.step:
-                self._validate(learning_rate(self.config, 1.0), final=True)
-            elif self.saved != self.step:
+            try:
+                self._loop(draw, signals, watch)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, TrainingError) or not is_out_of_memory(error):
+                    raise
+                tried = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+            # Outside of the handler: the exception holds what the step has computed.
+            self._memory_ran_out("" if tried is None else f", {tried[1]} at once")
+
+    def _loop(
+        self,
+        draw: Callable[[int], tuple[Tensor, Tensor]],
+        signals: _Signals,
+        watch: Callable[[Status], None],
+    ) -> None:
+        begin = next_save = time.monotonic()
+        begin -= self.seconds
+        while True:
+            # All processes go by the first one's clock, and stop if any is told to.
+            mine = time.monotonic() - begin if self.ranks.rank == 0 else 0.0
+            self.seconds, stop = self.ranks.total([mine, float(signals.received > 0)])
+            if stop:
                 self._save(self.last, final=True)
-            self.ranks.total([0.0])  # the others wait for the last checkpoint
+                if signals.received == signal.SIGTERM:
+                    raise SystemExit(128 + signal.SIGTERM)
+                raise KeyboardInterrupt
+            progress = self.progress()
+            if progress >= 1:
+                break
+            rate = learning_rate(self.config, progress)
+            if self._statistics[0]:
+                torch._foreach_copy_(self._statistics[1], self._statistics[0])
+            self._phase = "step"
+            self._train_step(*draw(self.step), rate)
+            self._phase = "between"
+            watch(Status(self.step, self.seconds, progress, self.loss, rate))
+            if self.step % self.config.validate_every == 0:
+                self._validate(rate)
+                next_save = begin + self.seconds
+            elif begin + self.seconds - next_save >= 60 * self.config.save_minutes:
+                self._save(self.last)
+                next_save = begin + self.seconds
+        if self._logged != self.step:
+            self._validate(learning_rate(self.config, 1.0), final=True)
+        elif self.saved != self.step:
+            self._save(self.last, final=True)
+        self.ranks.total([0.0])  # the others wait for the last checkpoint
 
     def progress(self) -> float:
         """Share of the run that is done, 1 or more at its end: by steps or by the clock, whichever
@@ -365,6 +406,7 @@ class Trainer:
         if not math.isfinite(value):
             self._stop(f"the loss is {value}")
         finite = math.isfinite(norm.item())
+        self._phase = "update"  # what is in memory is the state after no step
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()  # after a step that was left out, a smaller factor of the loss
@@ -384,15 +426,40 @@ class Trainer:
                 copy.copy_(count)
         self.loss += (value - self.loss) / min(self.step, 100)
 
-    def _stop(self, reason: str) -> None:
-        kept = (
-            "no checkpoint had been written yet"
-            if self.saved is None
-            else f"{self.last} keeps the state after step {self.saved}"
-        )
+    def _kept(self) -> str:
+        if self.ranks.rank:  # which the first process alone knows
+            return f"{self.last} keeps what was saved last"
+        if self.saved is None:
+            return "no checkpoint had been written yet"
+        return f"{self.last} keeps the state after step {self.saved}"
+
+    def _stop(self, reason: str) -> NoReturn:
         raise TrainingError(
-            f"step {self.step}: {reason}; {kept}. A smaller peak_lr, a clip or another precision "
-            "may help"
+            f"step {self.step}: {reason}; {self._kept()}. A smaller peak_lr, a clip or another "
+            "precision may help"
+        )
+
+    def _memory_ran_out(self, asked: str) -> NoReturn:
+        """Saves what the last whole step left, unless memory ran out while the weights changed."""
+        phase, config = self._phase, self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if phase == "step" and self._statistics[0]:
+            torch._foreach_copy_(self._statistics[0], self._statistics[1])
+        if phase != "update" and self.saved != self.step > 0:
+            with contextlib.suppress(MemoryError, RuntimeError):  # then an older one is kept
+                self._save(self.last)
+        advice = (
+            f"A smaller patch (now {config.patch}) or batch (now {config.batch}) needs less"
+            if phase != "between"
+            else "Validation of smaller parts of the images needs less (validate_side, now "
+            f"{config.validate_side or 'all'})"
+        )
+        resume = "" if self.saved is None else "; with --resume the run goes on from there"
+        raise TrainingError(
+            f"step {self.step}: memory ran out on {self.device}{asked}; {self._kept()}. "
+            f"{advice}{resume}"
         )
 
     # ----------------------------------------------------------------------- what is written

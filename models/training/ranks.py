@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "TrainingError"]
+
+MESSAGE_BYTES = 2000  # of what goes wrong in one process, the others are told so much
+
+
+class TrainingError(RuntimeError):
+    """The run cannot begin or cannot go on; the message says why and what is on the disk."""
 
 
 @dataclass
@@ -43,3 +50,36 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Waits at the end of the block for the other processes. Where it fails in one of them it
+        fails in all, so that none waits for another that is gone.
+
+        Raises:
+            TrainingError: it failed in another process; the message is that of the first such one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        said = self._share("" if failure is None else str(failure) or type(failure).__name__)
+        if any(said):
+            self.leave()
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(said):
+            if text:
+                raise TrainingError(f"process {rank}: {text}")
+
+    def _share(self, text: str) -> list[str]:
+        """The text of every process, by rank."""
+        if self.size == 1:
+            return [text]
+        table = torch.zeros(self.size, MESSAGE_BYTES, dtype=torch.uint8)
+        content = list(text.encode()[:MESSAGE_BYTES])
+        table[self.rank, : len(content)] = torch.tensor(content, dtype=torch.uint8)
+        table = table.to(self.device)
+        dist.all_reduce(table)
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in table.tolist()]

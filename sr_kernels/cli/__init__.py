@@ -1,5 +1,5 @@
-"""The command line: `sr-kernels upscale | demo | evaluate | train | export-weights | bench | tune |
-env`; also `python -m sr_kernels`.
+"""The command line: `sr-kernels upscale | demo | evaluate | train | pack | export-weights | bench |
+tune | env`; also `python -m sr_kernels`.
 
 Exit status: 0 done; 1 something failed, and stderr says what; 2 the command itself is wrong;
 130 interrupted with Ctrl-C; 143 ended by SIGTERM. A failure is one sentence; `--debug` adds the
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from sr_kernels.cli import console, signals
 from sr_kernels.cli.errors import Failure, UsageError
+from sr_kernels.inference import is_out_of_memory
 
 __all__ = ["main"]
 
@@ -41,7 +42,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from sr_kernels.cli import bench, demo, env, evaluate, export_weights, train, tune, upscale
+    from sr_kernels.cli import (
+        bench,
+        demo,
+        env,
+        evaluate,
+        export_weights,
+        pack,
+        train,
+        tune,
+        upscale,
+    )
 
     parser = _Parser(
         prog="sr-kernels",
@@ -50,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (upscale, demo, evaluate, train, export_weights, bench, tune, env):
+    for module in (upscale, demo, evaluate, train, pack, export_weights, bench, tune, env):
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,
@@ -100,17 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError as error:
-        smaller = {
-            "upscale": " or use a smaller --tile",
-            "train": " or a smaller --batch or --patch",
-        }
-        hint = f"memory ran out; close other programs{smaller.get(str(command), '')}"
-        return _report(Failure(hint), 1, debug, cause=error)
     except Exception as error:
-        kind = type(error).__name__
-        message = Failure(f"{kind}: {error}\n(this was not foreseen; --debug shows where)")
-        return _report(message, 1, debug, cause=error)
+        if is_out_of_memory(error):
+            smaller = {
+                "upscale": " or use a smaller --tile",
+                "train": " or a smaller --batch or --patch",
+            }
+            message = f"memory ran out; close other programs{smaller.get(str(command), '')}"
+        else:
+            kind = type(error).__name__
+            message = f"{kind}: {error}\n(this was not foreseen; --debug shows where)"
+        return _report(Failure(message), 1, debug, cause=error)
     finally:
         warnings.showwarning = previous_warning
 

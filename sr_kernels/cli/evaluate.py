@@ -28,7 +28,16 @@ examples:
   sr-kernels evaluate --bicubic --scale 4 --data Set5/HR     what MATLAB's bicubic gets
   sr-kernels evaluate --weights run/best.pt --data Kodak24 --csv kodak.csv
 
-A low-resolution image has the name of its original, or that with x4 (X4, _x4, -x4) behind it.
+data:
+  Images are cut to a multiple of the scale. A low-resolution image (--lr) has the name of its
+  original, or that with x4 (X4, _x4, -x4) behind it; a wrong size is an error.
+
+figures:
+  They can be held against published ones where the images, the low-resolution images, the border
+  and the luma are the same, as they are here; figures of RGB, or with the border, are others. The
+  mean is that of the decibels, as in the literature. On Set5 x4 bicubic has 28.43 dB, the published
+  lightweight networks 32 to 32.5. Choose between checkpoints by other images than those that you
+  report.
 """
 
 
@@ -62,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     scale, enlarge = _enlarger(arguments)
     try:
-        pairs = read_pairs(arguments.data, arguments.lr, scale)
+        reading = console.Progress("reading images")
+        pairs = read_pairs(arguments.data, arguments.lr, scale, reading)
         rows = []
         progress = console.Progress("evaluating")
         for name, (low, high) in pairs:

@@ -17,21 +17,43 @@ Train ELAN or MAFDN on folders of images, on this package's kernels. CONFIG is a
 name of a configuration that comes with the package: elan_light_x2, _x3, _x4 and mafdn_x2, _x3, _x4
 have the papers' recipes, the same with _short are for an hour or two on a CPU. Any key can be set
 on the command line, the common ones with options of their own.
-
-OUT gets last.pt (to go on from), log.csv and, with --validate, best.pt (the best validation).
-Ctrl-C ends the run
-after the step in hand, with last.pt written; the same command with --resume goes on exactly there.
 """
 EPILOG = """\
 examples:
   sr-kernels train elan_light_x4_short --data images/ --validate Kodak24 --out run/
   sr-kernels train elan_light_x4_short --data images/ --out run/ --resume
-  sr-kernels train mafdn_x4 --data DIV2K/HR --out run/ --set init_from=mafdn_x4 --steps 20000
+  sr-kernels train mafdn_x4 --data DIV2K/HR --out run/ --init-from mafdn_x4 --steps 20000
   sr-kernels train mafdn_x4 --print > mine.yaml           a configuration to edit
+  sr-kernels train mine.yaml --data crops.zip --out run/ --set candidates=3
   torchrun --nproc-per-node 4 -m sr_kernels train elan_light_x4 --data DIV2K/HR --out run/
   sr-kernels export-weights run/last.pt weights.safetensors
 
+data:
+  Photographs without visible noise or JPEG blocks, larger than a crop (--patch times the scale).
+  They stay in memory, with 3 bytes a pixel. Low-resolution images are made from them as MATLAB's
+  imresize makes them, or come from --lr-data. What cannot be read, or is too small, is named and
+  left out. A packed file (sr-kernels pack) carries crops to a machine that has no images.
+  Validate with images that are not trained on, and do not choose by those that you report.
+
+what comes of it:
+  OUT/last.pt, the state to go on from, every few minutes; OUT/best.pt, that of the best validation;
+  OUT/log.csv, a row for each validation: loss, learning rate, PSNR and SSIM of the averaged
+  weights. Ctrl-C ends the run after the step in hand, with last.pt written; the same command with
+  --resume goes on exactly there, also with another --batch, --patch, rate or length.
+
+x2 before x4:
+  A network that was trained for x2 is a better beginning for x4 than a random one; all but the last
+  layer is taken over.
+  sr-kernels train elan_light_x2_short --data images/ --out x2/
+  sr-kernels train elan_light_x4_short --data images/ --out x4/ --init-from x2/last.pt
+
+when it fails:
+  Out of memory: a smaller --patch or --batch, or --precision bfloat16 on a GPU.
+  The loss is not finite: a smaller rate (--set peak_lr=1e-4), or --set clip=0.5.
+
 docs/training.md explains every key.
+exit status: 0 done, 1 something failed (stderr says what), 2 wrong command line, 130 Ctrl-C, 143
+SIGTERM.
 """
 # Options of keys that are often set: key -> (metavar, help); the rest is for --set.
 _OPTIONS = {
@@ -52,7 +74,9 @@ _OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a name as above")
-    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="training images")
+    parser.add_argument(
+        "--data", nargs="+", metavar="FOLDER|FILE", help="training images, or packed files of crops"
+    )
     parser.add_argument(
         "--lr-data", nargs="+", metavar="FOLDER", help="their low-resolution images, if not bicubic"
     )
@@ -80,7 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
             console.say(yaml.safe_dump(config.plain(), sort_keys=False).rstrip())
             return 0
         device, _ = network.where(config.device, config.backend)
-        trainer = Trainer(config, device, resume=arguments.resume, note=console.say)
+        reading = console.Progress("reading images")
+        trainer = Trainer(
+            config, device, resume=arguments.resume, note=console.say, reading=reading
+        )
     except ConfigError as error:
         raise UsageError(str(error)) from error
     except (OSError, ValueError, CheckpointError, TrainingError) as error:

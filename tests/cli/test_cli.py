@@ -592,14 +592,26 @@ finally:
 # --------------------------------------------------------------------------------------- the others
 
 
-@pytest.mark.parametrize("command", ["upscale", "demo", "env"])
+@pytest.mark.parametrize(
+    "command",
+    ["upscale", "demo", "evaluate", "train", "pack", "export-weights", "bench", "tune", "env"],
+)
 def test_help_teaches(run: Run, command: str) -> None:
+    """Lines that fit, and examples that the command understands."""
     outcome = run(command, "--help")
     assert outcome.status == 0
     assert max(len(line) for line in outcome.out.splitlines()) <= 100
     if command == "upscale":
         assert "MAFDN's channel attention" in outcome.out
-        assert "sr-kernels upscale photos" in outcome.out
+    if command in ("demo", "env"):  # which need no example
+        return
+    examples = re.findall(
+        r"^  (?:.* -m )?sr[-_]kernels (.*?)(?:   .*)?$", outcome.out, re.MULTILINE
+    )
+    assert any(example.startswith(f"{command} ") for example in examples)
+    for example in examples:
+        arguments = example.split(" > ")[0].split()
+        assert cli.build_parser().parse_args(arguments).command == arguments[0]
 
 
 def test_version(run: Run) -> None:

@@ -118,14 +118,14 @@ def test_memory_running_out_for_good(nearest_class: Any) -> None:
     ],
 )
 def test_what_counts_as_memory_running_out(error: Exception) -> None:
-    assert inference._is_out_of_memory(error)
+    assert inference.is_out_of_memory(error)
 
 
 def test_torch_says_it_as_we_expect() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert inference._is_out_of_memory(caught.value)
-    assert not inference._is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert inference.is_out_of_memory(caught.value)
+    assert not inference.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_another_error_passes_through(nearest_class: Any) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -45,14 +46,24 @@ from sr_kernels.models.training import (
 from sr_kernels.models.training.data import Crops, load_pairs, load_validation, to_device
 from sr_kernels.models.training.loop import learning_rate, reconstruction_loss
 from sr_kernels.models.training.start import fresh_network, take_weights
+from trainer_checks import (
+    TINY_ELAN,
+    TINY_MAFDN,
+    check_memory_running_out,
+    check_training,
+    interrupt_at,
+    quiet,
+    same,
+    spoil,
+    tiny,
+    write_image,
+)
 
 from sr_kernels import cli
 
 pytestmark = pytest.mark.unpoisoned  # it would be most of the time of a step of a tiny network
 
 CPU = torch.device("cpu")
-TINY_ELAN = {"m_elan": 2, "c_elan": 15, "rgb_range": 1.0}
-TINY_MAFDN = {"channels": 8, "num_blocks": 1, "branches": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +73,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
-    coarse = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
@@ -80,47 +85,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(images: Path, tmp_path: Path) -> Callable[..., Config]:
     """A configuration that trains a network of two layers on the images."""
-
-    def build(**keys: Any) -> Config:
-        tiny = {
-            "model": "elan_light",
-            "scale": 2,
-            "options": TINY_ELAN | {"window_sizes": [2, 4, 8]},
-            "data": [str(images)],
-            "out": str(tmp_path / "run"),
-            "patch": 8,
-            "batch": 2,
-            "peak_lr": 2e-3,
-            "steps": 20,
-        }
-        return Config(**{**tiny, **keys})
-
-    return build
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def interrupt_at(step: int) -> Callable[[loop.Status], None]:
-    """Ctrl-C (the signal itself) in that step."""
-
-    def watch(status: loop.Status) -> None:
-        if status.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return watch
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two checkpoints hold the same bits."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+    return lambda model="elan_light", **keys: tiny(tmp_path, model, **keys)
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -155,7 +120,7 @@ def test_six_networks_have_a_recipe_and_a_short_one() -> None:
         ("betas: [0.9]", "betas is [0.9]; accepted: 2 numbers"),
         ("milestones: [0.5, 0.2]", "milestones is [0.5, 0.2]; accepted: a rising list"),
         ("compile: perhaps", "compile is 'perhaps'; accepted: true or false"),
-        ("data: [1]", "data is [1]; accepted: a folder or a list of folders"),
+        ("data: [1]", "data is [1]; accepted: a folder or packed file, or a list of such"),
         ("options: 3", "options is 3; accepted: a mapping"),
         ("precision: float8", "precision is 'float8'; accepted: float32, bfloat16, float16"),
         ("lr_data: low", "lr_data is ['low'], but data is not set"),
@@ -289,6 +254,37 @@ def test_unreadable_and_tiny_images_are_left_out(images: Path) -> None:
         load_pairs([str(images)], [], 2, 52, quiet)
 
 
+def test_unreadable_images_do_not_end_a_run(images: Path, make: Callable[..., Config]) -> None:
+    """Images are decoded before the first step: one in the middle is named, left out, counted."""
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:300])
+    notes: list[str] = []
+    trainer = Trainer(make(steps=2), CPU, note=notes.append)
+    trainer.run()
+    assert trainer.step == 2
+    assert "1.png cannot be read" in notes[0]
+    assert notes[1:3] == ["unreadable images left out: 1", "training on 2 images, 0.0 megapixels"]
+
+
+def test_reading_is_watched(images: Path, make: Callable[..., Config]) -> None:
+    told: list[tuple[float, float]] = []
+    it = make(validate=str(images), validate_count=2)
+    Trainer(it, CPU, note=quiet, reading=lambda *numbers: told.append(numbers))
+    assert told == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)]
+
+
+def test_memory_running_out_while_images_are_read(
+    images: Path, make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is no unreadable image."""
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    with pytest.raises(TrainingError, match=r"memory ran out while the images were read.*pack"):
+        Trainer(make(), CPU, note=quiet)
+
+
 def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no images in"):
         load_pairs([str(tmp_path)], [], 2, 8, quiet)
@@ -419,19 +415,6 @@ def test_a_checkpoint_is_never_run_as_code(
     with pytest.raises(CheckpointError, match="would run code"):
         Trainer(make(init_from="run/last.pt", out="other"), CPU, note=quiet)
     assert not (tmp_path / "executed").exists()
-
-
-def spoil(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]
-) -> None:
-    """Lets ``change`` have the losses: number of the call, loss -> loss."""
-    true, calls = loop.reconstruction_loss, []
-
-    def spoiled(*arguments: Any) -> torch.Tensor:
-        calls.append(0)
-        return change(len(calls), true(*arguments))
-
-    monkeypatch.setattr(loop, "reconstruction_loss", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -599,6 +582,120 @@ def test_options_of_a_run(keys: dict[str, Any], make: Callable[..., Config]) -> 
     assert trainer.progress() >= 1
 
 
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [("elan_light", "bfloat16"), ("mafdn", "float32"), ("mafdn", "bfloat16")],
+)
+def test_what_a_gpu_must_do_too(model: str, precision: str, tmp_path: Path) -> None:
+    """The bodies of tests/gpu/test_training.py."""
+    check_training(tmp_path, model, precision, "cpu", "auto", steps=16)
+
+
+def test_memory_running_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_memory_running_out(tmp_path, "cpu", "auto", monkeypatch)
+
+
+def test_going_on_after_memory_ran_out_is_exact(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = Trainer(make(out=str(tmp_path / "straight")), CPU, note=quiet)
+    straight.run()
+
+    def full(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if call == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+        return loss
+
+    spoil(monkeypatch, full)
+    with pytest.raises(TrainingError, match=r"step 7: memory ran out on cpu, 2\.50 GiB at once; "):
+        Trainer(make(), CPU, note=quiet).run()
+    more = Trainer(make(), CPU, resume=True, note=quiet)
+    more.run()
+    for key in ("model", "ema", "optimizer", "loss"):
+        assert same(straight.state()[key], more.state()[key]), key
+
+
+def test_memory_running_out_elsewhere(
+    make: Callable[..., Config], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an update nothing is saved; in validation the step before it is."""
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    trainer = Trainer(make(validate_every=5), CPU, note=quiet)
+    update = trainer.optimizer.step
+
+    def half(*arguments: Any, **options: Any) -> None:
+        update(*arguments, **options)
+        if trainer.step == 7:
+            full()
+
+    monkeypatch.setattr(trainer.optimizer, "step", half)
+    with pytest.raises(TrainingError, match=r"step 7: memory ran out.* after step 5\. A smaller"):
+        trainer.run()
+    assert torch.load(trainer.last, weights_only=True)["step"] == 5
+
+    monkeypatch.setattr(loop, "upscale", full)
+    it = make(validate_every=5, validate=str(images), out=f"{trainer.out}2", save_minutes=60)
+    trainer = Trainer(it, CPU, note=quiet)
+    words = r"step 5: memory ran out on cpu; .* after step 5\. Validation .*validate_side, now all"
+    with pytest.raises(TrainingError, match=words):
+        trainer.run()
+    saved, own = torch.load(trainer.last, weights_only=True), trainer.state()
+    assert same([saved["model"], saved["step"]], [own["model"], 5])
+
+    spoil(monkeypatch, full)
+    trainer = Trainer(make(out=f"{trainer.out}3"), CPU, note=quiet)
+    with pytest.raises(TrainingError, match=r"step 0: .*no checkpoint .* needs less$"):
+        trainer.run()
+
+
+def test_gradients_are_clipped(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: dict[float | None, float] = {}
+    for clip in (None, 1e-3):
+        trainer = Trainer(make(clip=clip, steps=1, out=f"{make().out}{clip}"), CPU, note=quiet)
+        update = trainer.optimizer.step
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]  # noqa: B023
+            norms[clip] = float(torch.stack([g.norm() for g in gradients]).norm())  # noqa: B023
+            return update(*arguments, **options)  # noqa: B023
+
+        monkeypatch.setattr(trainer.optimizer, "step", step)
+        trainer.run()
+    assert norms[None] > 1e-2
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_termination_is_understood(make: Callable[..., Config]) -> None:
+    trainer = Trainer(make(), CPU, note=quiet)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        trainer.run(interrupt_at(3, signal.SIGTERM))
+    assert getattr(caught.value, "code", "Ctrl-C") == 143
+    assert torch.load(trainer.last, weights_only=True)["step"] == trainer.step == 3
+
+
+def test_time_between_checkpoints(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 40 s: of six, those after 2, 4 and 6 are saved."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    saved: list[int | None] = []
+
+    def watch(status: loop.Status) -> None:
+        now[0] += 40
+        saved.append(trainer.saved)
+
+    trainer = Trainer(make(steps=6, save_minutes=1), CPU, note=quiet)
+    trainer.run(watch)
+    saved.append(trainer.saved)
+    assert saved == [None, None, None, 3, 3, 5, 6]
+
+
 def test_compiled(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, forward and backward are one graph with the same losses. Inductor, which takes a
     minute, is tested with the operators."""
@@ -615,13 +712,14 @@ def test_compiled(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) 
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("model", ["elan_light", "mafdn"])
 def test_our_operators_learn_as_stock_ones_do(
-    make: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, make: Callable[..., Config], tmp_path: Path
 ) -> None:
     """200 steps from the same weights with the same crops: only rounding differs."""
     curves, speeds = {}, {}
     for backend in ("auto", "reference"):
-        it = make(backend=backend, steps=200, out=str(tmp_path / backend), peak_lr=1e-3)
+        it = make(model, backend=backend, steps=200, out=str(tmp_path / backend), peak_lr=1e-3)
         trainer = Trainer(it, CPU, note=quiet)
         curve: list[float] = []
         start = time.process_time()
@@ -629,9 +727,9 @@ def test_our_operators_learn_as_stock_ones_do(
         speeds[backend] = 200 / (time.process_time() - start)
         curves[backend] = np.array(curve)
     ours, stock = curves["auto"], curves["reference"]
-    print("steps per second of processor time:", {k: round(v, 1) for k, v in speeds.items()})
+    print(f"{model}: steps per second of processor time:", {k: round(v) for k, v in speeds.items()})
     print("largest relative difference of the loss:", np.abs(ours / stock - 1).max())
-    assert stock[-1] < 0.5 * stock[0]
+    assert stock[-1] < 0.6 * stock[0]
     np.testing.assert_allclose(ours[:10], stock[:10], rtol=1e-4)
     np.testing.assert_allclose(ours, stock, rtol=1e-3)
 
@@ -722,6 +820,42 @@ def test_x4_begins_with_x2(make: Callable[..., Config], tmp_path: Path) -> None:
     own, given = trainer.model.state_dict(), source.state_dict()
     for name in own:
         assert torch.equal(own[name], given[name]) == (not name.startswith("tail.")), name
+
+
+def before_the_tail(network: Any) -> torch.Tensor:
+    """What the last layer gets for a certain image."""
+    seen: list[torch.Tensor] = []
+    handle = network.tail.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        network(torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16))
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("model", ["elan_light", "mafdn"])
+def test_each_scale_begins_with_the_one_before(model: str, images: Path, tmp_path: Path) -> None:
+    """The shipped x2, x3 and x4 configurations, one after the other: each begins with the averaged
+    weights of the other, tail excepted, and the file that it leaves is of its scale."""
+    options = {"elan_light": TINY_ELAN, "mafdn": TINY_MAFDN}[model]
+    before: Trainer | None = None
+    for scale in (2, 3, 4):
+        keys = {"options": options, "data": [str(images)], "out": str(tmp_path / f"x{scale}")}
+        keys |= {"patch": 8, "batch": 1, "steps": 2, "minutes": None, "threads": 1}
+        if before is not None:
+            keys["init_from"] = str(before.last)
+        notes: list[str] = []
+        it = load_config(f"{model}_x{scale}_short", keys)
+        trainer = Trainer(it, CPU, note=notes.append)
+        if before is not None:
+            fresh = notes[0].split("fresh: ")[1].split(", ")
+            assert [name for name in fresh if not name.startswith("tail.")] == []
+            old, new = (before_the_tail(t.average) for t in (before, trainer))
+            torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+        trainer.run()
+        assert trainer.step == 2
+        export_weights(trainer.last, tmp_path / f"{scale}.safetensors")
+        assert load_checkpoint(tmp_path / f"{scale}.safetensors").scale == scale
+        before = trainer
 
 
 def test_weights_for_another_white(tmp_path: Path) -> None:
@@ -908,6 +1042,43 @@ def test_command_says_what_is_wrong(
     assert not (tmp_path / "run").exists()
 
 
+def test_command_when_memory_runs_out(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(monkeypatch, lambda call, loss: torch.empty(1 << 60) if call == 3 else loss)
+    line = command(images, tmp_path / "run", "--steps", "3")
+    assert cli.main(line) == 1
+    said = capsys.readouterr().err
+    assert "step 2: memory ran out on cpu, " in said
+    assert "not foreseen" not in said
+    assert cli.main([*line, "--resume"]) == 0
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(Trainer, "_build", full)
+    assert cli.main(command(images, tmp_path / "other")) == 1
+    said = capsys.readouterr().err
+    assert "memory ran out; close other programs or a smaller --batch or --patch" in said
+    assert "not foreseen" not in said
+
+
+def test_command_shows_that_it_reads(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli.console.Progress, "LINE_EVERY", 0.0)
+    assert cli.main(command(images, tmp_path / "run", "--steps", "1")) == 0
+    assert "reading images: 67%, about" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--bicubic", "--scale", "2", "--data", str(images)]) == 0
+    assert "reading images: 67%, about" in capsys.readouterr().err
+
+
 def test_printed_configuration_can_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -973,3 +1144,65 @@ def test_two_processes(images: Path, tmp_path: Path) -> None:
     assert a["world_size"] == 2
     for key in ("model", "ema", "optimizer", "loss"):
         assert same(a[key], b[key]), key
+
+
+def processes(count: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
+    """The command, in processes that meet as torchrun's do; nobody ends one when another ends."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "sr_kernels", *arguments],
+            env={
+                **os.environ,
+                **meet,
+                "OMP_NUM_THREADS": "1",
+                "RANK": f"{n}",
+                "LOCAL_RANK": f"{n}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_processes_fail_together(images: Path, tmp_path: Path) -> None:
+    """The validation images are read by the first process alone: it does not leave the other one
+    waiting for it."""
+    line = command(images, tmp_path / "run", "--steps", "2", "--validate", str(tmp_path / "absent"))
+    both = processes(2, line)
+    try:
+        said = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [1, 1]
+    assert f"sr-kernels: error: {tmp_path / 'absent'} is not a folder" in said[0]
+    assert f"sr-kernels: error: process 0: {tmp_path / 'absent'} is not a folder" in said[1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_command_with_two_processes(images: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = ["--steps", "3", "--validate", str(images), "--set", "validate_every=2"]
+    done = subprocess.run(
+        [*line, "-m", "sr_kernels", *command(images, tmp_path / "run", *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("training on 3 images", "step 2, ", "step 3, ", "done: "):
+        assert done.stdout.count(words) == 1, words
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (state["step"], state["world_size"]) == (3, 2)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "3"]
+    assert all(float(row["psnr_y"]) > 0 for row in rows)
