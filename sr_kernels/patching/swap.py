@@ -349,9 +349,9 @@ def parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _matches(module: nn.Module, replacement: Replacement) -> bool:
-    """Whether ``module`` has the fingerprint of ``replacement``, but for attributes that are new and
-    hide none of the class and tensors that are new, and whether nothing intercepts a part or its
-    tensors: quickly, since every call of a patched module asks."""
+    """Whether ``module`` has the fingerprint of ``replacement``, but for tensors that are new and
+    attributes that are new and hide none of the class, and whether nothing intercepts a part or
+    its tensors: quickly, since every call of a patched module asks."""
     wanted, digests = replacement.fingerprint
     expected = iter(wanted)
     for part in parts(module):
