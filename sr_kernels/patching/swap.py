@@ -113,7 +113,7 @@ def _forward(replacement: Replacement) -> Callable[..., Any]:
     recogniser, options = replacement.recogniser, replacement.options
     order = positional(original.forward)
     # Someone may exchange a class's forward later, for all of its objects.
-    forwards = tuple({cls: cls.forward for cls, _ in replacement.fingerprint[0]}.items())
+    forwards = tuple({cls: cls.forward for cls, *_ in replacement.fingerprint[0]}.items())
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
