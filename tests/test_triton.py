@@ -245,6 +245,20 @@ def test_gpu_tensors_get_torchs_own_conv3x3(monkeypatch, recwarn):
     assert backends.choose("conv3x3", (GpuTensor(),), "triton") == "triton"
 
 
+def test_tf32_where_torch_allows_it():
+    pytest.importorskip("triton")
+    from sr_kernels.triton._launch import precision
+
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for allowed, expected in (("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")):
+            switch.fp32_precision = allowed
+            assert precision() == expected
+    finally:
+        switch.fp32_precision = before
+
+
 # ------------------------------------------------------------------------------ configurations
 
 
