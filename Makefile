@@ -162,7 +162,7 @@ test-abi: setup-dev $(ABI_ENV)/.stamp  ## one wheel under the newest torch from 
 
 # --- Triton's versions --------------------------------------------------------------------------
 # Environments that hold another Triton and see everything else of this one. The whole interpreter
-# suite and the gate of compiled code run in each: about ten minutes of one core a version.
+# suite and the gate of compiled code run in each: ten to twenty minutes of one core a version.
 
 $(abspath .venv-triton-)%/.stamp: requirements-triton.txt $(STAMPS)/dev
 	$(PYTHON) -m venv --without-pip $(@D)

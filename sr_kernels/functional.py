@@ -732,12 +732,12 @@ def conv3x3(
 ) -> Tensor:
     """A 3x3 convolution with what follows it, for inference: ``y = act(W * x + b + skip)``.
 
-    Stride 1, zero padding 1. There is no Triton kernel. The CUDA kernel is the formula. The CPU
-    kernel takes 4 multiplications where the formula has 9 (2x2 outputs at a time, Winograd's
-    F(2x2, 3x3)); its rounding error is that of the plain convolution, or less. It multiplies sums
-    and differences of up to four pixels. A NaN reaches the same outputs as in the plain
-    convolution; where an infinity reaches, outputs may be NaN instead of infinite, and finite
-    values above a quarter of the largest one of their dtype may overflow.
+    Stride 1, zero padding 1. The CUDA and Triton kernels are the formula; on a GPU ``auto`` takes
+    torch's own convolution. The CPU kernel takes 4 multiplications where the formula has 9 (2x2
+    outputs at a time, Winograd's F(2x2, 3x3)); its rounding error is that of the plain convolution,
+    or less. It multiplies sums and differences of up to four pixels. A NaN reaches the same outputs
+    as in the plain convolution; where an infinity reaches, outputs may be NaN instead of infinite,
+    and finite values above a quarter of the largest one of their dtype may overflow.
 
     Args:
         x: (N, C_in, H, W).

@@ -107,6 +107,17 @@ def test_the_table_holds_every_kernel(codegen):
                 on_tensor_cores = figures["tensor_core"] > 0
                 assert on_tensor_cores == (product and dtype != torch.float32), (launch, target)
                 assert figures["spills"] == 0, (launch, target)
+    # ELAN's 180 channels: 30 a head of six, 60 a group of three.
+    found = {
+        (launch.name, name, value)
+        for launch in codegen.all_launches()
+        for name, value in launch.constants
+        if isinstance(value, int)
+    }
+    for name in ("attention", "statistics", "gradient"):
+        assert {(f"{name}_kernel", "D", 30), (f"{name}_kernel", "D", 60)} <= found
+    for name in ("conv", "input_gradient", "weight_gradient", "block", "block_hidden", "conv3x3"):
+        assert (f"{name}_kernel", "C_IN", 180) in found
     for module in codegen.MODULES:
         tree = ast.parse(Path(module.__file__).read_text())
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -234,6 +245,20 @@ def test_gpu_tensors_get_torchs_own_conv3x3(monkeypatch, recwarn):
     assert backends.choose("conv3x3", (GpuTensor(),), "triton") == "triton"
 
 
+def test_tf32_where_torch_allows_it():
+    pytest.importorskip("triton")
+    from sr_kernels.triton._launch import precision
+
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for allowed, expected in (("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")):
+            switch.fp32_precision = allowed
+            assert precision() == expected
+    finally:
+        switch.fp32_precision = before
+
+
 # ------------------------------------------------------------------------------ configurations
 
 
@@ -312,6 +337,27 @@ def test_a_wrong_file_is_not_used_and_named(configs, tmp_path):
     assert next(iter(found.entries.values()))["BLOCK_P"] == 32
 
 
+def test_a_folder_that_is_not_there_is_named(configs, tmp_path, monkeypatch):
+    monkeypatch.setenv("SR_KERNELS_TRITON_CONFIGS", str(tmp_path / "typo"))
+    with pytest.warns(configs.TuningWarning, match="SR_KERNELS_TRITON_CONFIGS is .*typo.*no such"):
+        assert configs.tuned_for(configs.Device("Here", (9, 0), 1000)) is None
+
+
+def test_a_file_that_cannot_be_finished_changes_nothing(configs, tmp_path, monkeypatch):
+    path = tmp_path / "GPU_A.json"
+    tuned_file(configs, "GPU A", (9, 0), 1000, 128).write(path)
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        tuned_file(configs, "GPU A", (9, 0), 1000, 64).write(path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["GPU_A.json"]
+
+
 def test_no_file_is_no_warning(configs, recwarn):
     assert configs.tuned_for(configs.Device("Here", (10, 0), 1000)) is None
     assert not recwarn.list
@@ -336,33 +382,44 @@ def test_the_nearest_sizes(configs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"entries": [{}]}, "kernel"),
-        ({"device": None, "capability": []}, "IndexError"),
         ("not json", "not a file of tuned configurations"),
-        ({"config": {"BLOCK_P": 64}}, "config of conv has"),
-        (
-            {"config": {"BLOCK_P": 48}, "all": True},
-            "BLOCK_P of conv is 48: it must be a power of two",
-        ),
-        ({"config": {"num_stages": 0}, "all": True}, "num_stages of conv is 0"),
+        ({"entries": [{}]}, "KeyError"),
+        ({"device": None, "capability": []}, "IndexError"),
+        ({"entry": {"sizes": []}}, "AttributeError"),
+        ({"entry": {"sizes": {"c_in": 0, "c_out": 60}}}, "sizes are .*positive integers"),
+        ({"entry": {"config": []}}, "AttributeError"),
+        ({"entry": {"config": {"BLOCK_P": 64}}}, "config of conv has"),
+        ({"tiles": {"BLOCK_P": 48}}, "BLOCK_P of conv is 48: it must be a power of two from 16 on"),
+        ({"tiles": {"BLOCK_I": 8}}, "BLOCK_I of conv is 8: it must be a power of two from 16 on"),
+        ({"tiles": {"num_stages": 0}}, "num_stages of conv is 0"),
     ],
 )
 def test_a_wrong_file_is_named(configs, tmp_path, change, message):
     path = tmp_path / "wrong.json"
     tuned_file(configs, "GPU A", (9, 0), 1000, 128).write(path)
-    data = json.loads(path.read_text())
     if change == "not json":
         path.write_text("{")
     else:
-        if "config" in change:
-            entry = data["entries"][0]
-            entry["config"] = {**(entry["config"] if change.get("all") else {}), **change["config"]}
-        else:
-            data.update(change)
+        data = json.loads(path.read_text())
+        [entry] = data["entries"]
+        entry["config"].update(change.get("tiles", {}))
+        entry.update(change.get("entry", {}))
+        data.update({k: v for k, v in change.items() if k in data})
         path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message) as error:
         configs.TunedFile.read(path)
     assert str(path) in str(error.value)
+
+
+def test_tiles_of_products_are_of_16_at_least(configs):
+    """What a matrix product takes. Others may be smaller: channels of a sum, warps."""
+    for kernel, config in configs.DEFAULTS.items():
+        for name in config.keys() - {"num_stages"}:
+            if name in ("BLOCK_C", "num_warps"):
+                configs.checked(kernel, {**config, name: 1})
+            else:
+                with pytest.raises(ValueError, match=f"{name} of {kernel} is 8"):
+                    configs.checked(kernel, {**config, name: 8})
 
 
 def test_cpu_tensors_have_the_default(configs, tmp_path):

@@ -149,9 +149,9 @@ def has_product(launch: Launch) -> bool:
 
 
 def gate() -> dict[str, dict[str, dict[str, int]]]:
-    """{label: {target: figures}}. For sm_90: every launch in float16, the first of each kernel in
-    bfloat16, and in float32, whose products must be exact, the first of each that has a product.
-    For sm_80: the first of each kernel, in the same dtypes."""
+    """{label: {target: figures}}, of launches with one label the worst. For sm_90: every launch in
+    float16, the first of each kernel in bfloat16, and in float32, whose products must be exact, the
+    first of each that has a product. For sm_80: the first of each kernel, in the same dtypes."""
     figures: dict[str, dict[str, dict[str, int]]] = {}
     launches = all_launches()
     first = [first_of_each(launches), first_of_each(all_launches(torch.bfloat16))]
@@ -162,9 +162,13 @@ def gate() -> dict[str, dict[str, dict[str, int]]]:
     ):
         for launch in chosen:
             entry = figures.setdefault(label(launch), {})
-            if target not in entry:
-                entry[target] = measure(launch, TARGETS[target])
+            found = measure(launch, TARGETS[target])
+            entry[target] = worst(found, entry.get(target, found))
     return figures
+
+
+def worst(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {name: (min if name == "tensor_core" else max)(a[name], b[name]) for name in a}
 
 
 def first_of_each(launches: list[Launch]) -> list[Launch]:
@@ -173,7 +177,8 @@ def first_of_each(launches: list[Launch]) -> list[Launch]:
 
 
 def all_launches(dtype=torch.float16) -> list[Launch]:
-    """The launches of every operator, at the channel counts of ELAN-light and MAFDN."""
+    """The launches of every operator, at the channel counts of ELAN-light, ELAN and MAFDN; those of
+    ELAN-light come first."""
 
     def weight(*size):
         return torch.empty(size, dtype=dtype)
@@ -182,29 +187,29 @@ def all_launches(dtype=torch.float16) -> list[Launch]:
         return feature(channels, dtype=dtype)
 
     yes = (True,) * 5
+    relu, pattern = (1, 0.0), (0, 5)
+    windows = (8, 8, 4, 4, 6, 0.3, True)
+    groups = ([4, 8, 16], True)
+    s, a = shift_conv, window_attention
     with recorded() as launches:
-        s = shift_conv
-        s.shift_conv2d(x(60), weight(60, 60, 1, 1), weight(60), x(60), 1, 0.0, 0, 5)
-        s.shift_conv2d_backward(
-            x(60), x(60), weight(60, 60, 1, 1), weight(60), 1, 0.0, 0, 5, True, True, True
-        )
-        block = (weight(120, 60, 1, 1), weight(120), weight(60, 120, 1, 1))
-        s.shift_conv_block(x(60), *block, weight(60), 1, 0.0, True, 0, 5)
-        s.shift_conv_block_backward(x(60), x(60), *block, 1, 0.0, True, 0, 5, *yes)
-        a = window_attention
-        settings = (8, 8, 4, 4, 6, 0.3, True)
-        lse = torch.empty((2, 6, 48, 64))
-        a.window_attention(x(60), x(60), x(60), weight(225, 6), *settings)
-        a.apply_window_scores(x(60), x(60), lse, x(60), weight(225, 6), *settings)
-        a.window_attention_backward(
-            x(60), x(60), x(60), lse, x(60), weight(225, 6), *settings, True, True, True, True
-        )
-        lse = torch.empty((2, 3, 48, 64))
-        groups = ([4, 8, 16], True)
-        a.grouped_window_attention(x(120), *groups)
-        a.apply_grouped_window_scores(x(120), lse, x(60), *groups)
-        a.grouped_window_attention_backward(x(60), x(120), lse, *groups)
-        a.apply_grouped_window_scores_backward(x(60), x(120), lse, x(60), *groups, True, True)
+        for c in (60, 180):
+            square, vector = weight(c, c, 1, 1), weight(c)
+            s.shift_conv2d(x(c), square, vector, x(c), *relu, *pattern)
+            s.shift_conv2d_backward(x(c), x(c), square, vector, *relu, *pattern, *yes[:3])
+            block = (weight(2 * c, c, 1, 1), weight(2 * c), weight(c, 2 * c, 1, 1))
+            s.shift_conv_block(x(c), *block, vector, *relu, True, *pattern)
+            s.shift_conv_block_backward(x(c), x(c), *block, *relu, True, *pattern, *yes)
+            lse, table = torch.empty((2, 6, 48, 64)), weight(225, 6)
+            a.window_attention(x(c), x(c), x(c), table, *windows)
+            a.apply_window_scores(x(c), x(c), lse, x(c), table, *windows)
+            a.window_attention_backward(x(c), x(c), x(c), lse, x(c), table, *windows, *yes[:4])
+            lse = torch.empty((2, 3, 48, 64))
+            a.grouped_window_attention(x(2 * c), *groups)
+            a.apply_grouped_window_scores(x(2 * c), lse, x(c), *groups)
+            a.grouped_window_attention_backward(x(c), x(2 * c), lse, *groups)
+            a.apply_grouped_window_scores_backward(x(c), x(2 * c), lse, x(c), *groups, True, True)
+            projections = (weight(2 * c, c, 1, 1), weight(2 * c), square, vector)
+            attention_block.grouped_attention_block(x(c), *projections, *groups, True)
         g = attention_gates
         pixel = (weight(52, 52, 1, 1), weight(52))
         spatial = (weight(1, 2, 7, 7), weight(1))
@@ -217,6 +222,7 @@ def all_launches(dtype=torch.float16) -> list[Launch]:
         g.gated_conv1x1(x(104), *tail, weight(52), x(52))
         g.gated_conv1x1_backward(x(52), x(104), *tail, True, True, True, True)
         conv3x3.conv3x3(x(52), weight(52, 52, 3, 3), weight(52), x(52), 2, 0.05)
+        conv3x3.conv3x3(x(180), weight(180, 180, 3, 3), weight(180), None, 0, 0.0)
     return launches
 
 
@@ -225,6 +231,7 @@ def label(launch: Launch) -> str:
     constants = dict(launch.constants)
     if "WH" in constants:
         parts = [f"{constants['WH']}x{constants['WW']}"]
+        parts += [f"D={constants['D']}"] if "D" in constants else []
         parts += [n for n in ("REUSE", "SHARED") if constants.get(n)]
     else:
         shown = ("EPILOGUE", "PATTERN", "C_IN", "C_OUT", "C", "HAS_GATE", "PRODUCT", "SCALE")

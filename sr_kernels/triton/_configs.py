@@ -29,6 +29,10 @@ from typing import Any
 
 import torch
 
+from sr_kernels._files import whole_or_nothing
+
+_VARIABLE = "SR_KERNELS_TRITON_CONFIGS"
+
 Config = dict[str, int]
 Key = tuple[str, str, tuple[tuple[str, int], ...]]  # kernel, dtype, sizes
 
@@ -61,7 +65,7 @@ DEFAULTS: dict[str, Config] = {
 
 
 class TuningWarning(UserWarning):
-    """Tile shapes come from a file that was tuned for another device."""
+    """A file of tile shapes is missing, wrong, or of another device."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,12 @@ class TunedFile:
             )
             tuned = TunedFile(device, triton=str(data["triton"]))
             for entry in data["entries"]:
-                key = make_key(entry["kernel"], entry["dtype"], entry["sizes"])
+                sizes = entry["sizes"]
+                if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+                    raise ValueError(f"sizes are {sizes}: they must be positive integers")
+                key = make_key(entry["kernel"], entry["dtype"], sizes)
                 tuned.entries[key] = checked(entry["kernel"], entry["config"])
-        except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: not a file of tuned configurations: {error!r}") from error
         return tuned
 
@@ -125,9 +132,8 @@ class TunedFile:
             "entries": entries,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
-        temporary.replace(path)
+        with whole_or_nothing(path) as file:
+            file.write((json.dumps(data, indent=1) + "\n").encode())
 
 
 def make_key(kernel: str, dtype: str, sizes: Mapping[str, int]) -> Key:
@@ -143,9 +149,11 @@ def checked(kernel: str, config: Mapping[str, Any]) -> Config:
         raise ValueError(f"config of {kernel} has {sorted(config)}, must have {sorted(wanted)}")
     for name, value in config.items():
         power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-        smallest = 16 if name in ("BLOCK_P", "BLOCK_O", "BLOCK_I", "BLOCK_R", "BLOCK_Q") else 1
+        smallest = 1 if name in ("BLOCK_C", "num_warps") else 16  # the others are of products
         if name != "num_stages" and not (power and value >= smallest):
-            raise ValueError(f"{name} of {kernel} is {value!r}: it must be a power of two")
+            raise ValueError(
+                f"{name} of {kernel} is {value!r}: it must be a power of two from {smallest} on"
+            )
         if name == "num_stages" and not (isinstance(value, int) and 1 <= value <= 8):
             raise ValueError(f"num_stages of {kernel} is {value!r}: it must be from 1 to 8")
     return dict(config)
@@ -153,7 +161,7 @@ def checked(kernel: str, config: Mapping[str, Any]) -> Config:
 
 def folders() -> list[Path]:
     """Where files are looked for, first wins."""
-    named = os.environ.get("SR_KERNELS_TRITON_CONFIGS")
+    named = os.environ.get(_VARIABLE)
     return [
         *([Path(named)] if named else []),
         cache_folder(),
@@ -173,6 +181,10 @@ def file_name(device_name: str) -> str:
 @functools.cache
 def tuned_for(device: Device) -> TunedFile | None:
     """The file for this device, or the nearest device's with a warning, or None."""
+    named = os.environ.get(_VARIABLE)
+    if named and not Path(named).is_dir():
+        message = f"{_VARIABLE} is {named!r}: there is no such folder"
+        warnings.warn(message, TuningWarning, stacklevel=2)
     found: dict[str, TunedFile] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.json")):

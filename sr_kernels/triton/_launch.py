@@ -103,13 +103,21 @@ def strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def index_type(*tensors: Tensor | None) -> Any:
-    """The integer type that offsets inside one image of each of these tensors need."""
+    """The integer type that offsets inside one image of each of these tensors need. Pixels are
+    counted in 32 bits: RuntimeError for an image of more."""
+    found = tl.int32
     for tensor in tensors:
-        if tensor is not None:
-            spans = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
-            if sum((size - 1) * stride for size, stride in spans) >= 2**31 - 2**16:
-                return tl.int64
-    return tl.int32
+        if tensor is None:
+            continue
+        if pixels(tensor) >= 2**31:
+            raise RuntimeError(
+                "the Triton kernels take images of fewer than 2^31 pixels, and this one has "
+                f"{tensor.shape[2]} x {tensor.shape[3]}"
+            )
+        spans = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+        if sum((size - 1) * stride for size, stride in spans) >= 2**31 - 2**16:
+            found = tl.int64
+    return found
 
 
 def precision() -> str:

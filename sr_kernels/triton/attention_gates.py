@@ -725,7 +725,8 @@ class _Gate:
         n, self.channels, h, w = x.shape
         self.x, self.contrast, self.hidden = x, statistic == 1, w_down.shape[0]
         self.w_down, self.w_up = w_down.contiguous(), w_up.contiguous()
-        self.b_down, self.b_up = b_down, b_up
+        self.b_down = None if b_down is None else b_down.contiguous()
+        self.b_up = None if b_up is None else b_up.contiguous()
         shape = (n, self.channels)
         self.mean, self.deviation, self.z = torch.empty(
             (3, *shape), dtype=torch.float32, device=x.device
@@ -742,7 +743,7 @@ class _Gate:
             BLOCK=64,
         )  # fmt: skip
         launch(
-            gate_kernel, (n,), self.z, self.w_down, b_down, self.w_up, b_up, self.gate,
+            gate_kernel, (n,), self.z, self.w_down, self.b_down, self.w_up, self.b_up, self.gate,
             C=self.channels, R=self.hidden, HAS_B_DOWN=b_down is not None,
             HAS_B_UP=b_up is not None, **self.blocks,
         )  # fmt: skip

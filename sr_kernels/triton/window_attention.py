@@ -191,7 +191,9 @@ def attention_kernel(
             maximum = larger
             total *= factor
             y *= factor[:, None]
-        e = tl.where(seen, tl.exp(s - maximum[:, None]), 0.0)
+        # A bias of -inf excludes a key: a row that has seen no other has no finite maximum yet.
+        finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+        e = tl.where(seen, tl.exp(s - finite[:, None]), 0.0)
         total += tl.sum(e, 1)
         y = tl.dot(e.to(value.dtype), value, y, input_precision=PRECISION)
     c = tl.arange(0, BLOCK_V).to(INDEX)

@@ -1,47 +1,19 @@
 """What holds for every operator's CUDA kernels, run on the CPU: offsets and batches that pass 2^31
 and a grid's dimensions."""
 
-from contextlib import ExitStack
-
 import attention_gate_cases
 import pytest
 import torch
-from emulated import emulated
+from emulated import all_emulated
 from operator_cases import CASES
 
 import sr_kernels
-from sr_kernels.testing import bitwise_equal, make_tensor
-
-# Who computes what; forwards bring their backwards.
-FAMILIES = {
-    "shift_conv": ("shift_conv2d", "shift_conv_block"),
-    "window_attention": (
-        "window_attention",
-        "apply_window_scores",
-        "grouped_window_attention",
-        "apply_grouped_window_scores",
-    ),
-    "attention_block": ("grouped_attention_block", "apply_grouped_attention_block"),
-    "conv3x3": ("conv3x3",),
-    "attention_gates": (
-        "pixel_attention",
-        "spatial_attention",
-        "pixel_spatial_attention",
-        "channel_gate",
-        "channel_attention",
-        "gated_conv1x1",
-    ),
-}
+from sr_kernels.testing import bitwise_equal
 
 
 @pytest.fixture(autouse=True)
 def on_emulated_kernels(kernels):
-    with ExitStack() as stack:
-        for family, forwards in FAMILIES.items():
-            module = kernels(family)
-            names = [n for f in forwards for n in (f, f"{f}_backward") if hasattr(module, n)]
-            assert set(forwards) <= set(names)
-            stack.enter_context(emulated(module, names))
+    with all_emulated(kernels):
         yield
 
 
@@ -69,17 +41,8 @@ def test_offsets_beyond_2_to_31(name, dim):
     case = CASES[name]
     inputs = case.inputs(2, *case.size[1:], torch.float16)
     maps = {k: t for k, t in inputs.items() if t.shape[2:] == case.size[1:]}
-    results = []
-    for chosen in (maps, far_apart(maps, dim)):
-        leaves = {**inputs, **chosen}
-        for tensor in leaves.values():
-            tensor.requires_grad_(not case.inference)
-        out = case.run(leaves)
-        results.append([out])
-        if not case.inference:
-            grad = make_tensor(out.shape, torch.float16, seed=9)
-            results[-1] += torch.autograd.grad(out, list(leaves.values()), grad)
-    assert all(map(bitwise_equal, *results))
+    near, far = (case.results({**inputs, **chosen}) for chosen in (maps, far_apart(maps, dim)))
+    assert all(map(bitwise_equal, near, far))
 
 
 @pytest.mark.parametrize("case", ["pixel", "spatial"])

@@ -4,17 +4,20 @@
         sr_kernels.shift_conv2d(x, weight, backend="cpu")
 
 While the block lasts, the operators' CPU implementations are these: everything above them (checks,
-autograd, autocast) is the package's own.
+autograd, autocast) is the package's own. `all_emulated(kernels)` is that for every operator; the
+fixtures `build` and `kernels` are for the conftest.py of a folder that needs them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +25,63 @@ from typing import Any
 import pytest
 import torch
 
+TESTS = Path(__file__).resolve().parent.parent
 # As ScalarKind in csrc/common/platform.h.
 KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
+# Who computes what: bind_<family>.cpp, forwards; these bring their backwards.
+FAMILIES = {
+    "shift_conv": ("shift_conv2d", "shift_conv_block"),
+    "window_attention": (
+        "window_attention",
+        "apply_window_scores",
+        "grouped_window_attention",
+        "apply_grouped_window_scores",
+    ),
+    "attention_block": ("grouped_attention_block", "apply_grouped_attention_block"),
+    "conv3x3": ("conv3x3",),
+    "attention_gates": (
+        "pixel_attention",
+        "spatial_attention",
+        "pixel_spatial_attention",
+        "channel_gate",
+        "channel_attention",
+        "gated_conv1x1",
+    ),
+}
+
+
+def load_build() -> ModuleType:
+    source = TESTS / "cuda_on_cpu" / "build.py"
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu_build", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def load_kernels(name: str) -> ModuleType:
+    sanitize = os.environ.get("SR_KERNELS_CUDA_ON_CPU_SANITIZE") == "1"
+    module = load_build().load(name, sanitize=sanitize)
+    assert isinstance(module, ModuleType)
+    return module
+
+
+@pytest.fixture(scope="session", name="build")
+def build_fixture() -> ModuleType:
+    """build.py; skips, with the reason, where it cannot build."""
+    module = load_build()
+    missing = module.why_not()
+    if missing is not None:
+        pytest.skip(missing)
+    return module
+
+
+@pytest.fixture(scope="session", name="kernels")
+def kernels_fixture(build: ModuleType) -> Callable[[str], ModuleType]:
+    """`kernels(name)` is bind_<name>.cpp as a module."""
+    return load_kernels
 
 
 def as_array(value: Any) -> Any:
@@ -40,8 +98,9 @@ def as_meta(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
-    """`name` as its schema has it, computed by kernels.<name>(kind, arguments, outputs).
+def implementation(kernels: ModuleType, name: str, started: list[str]) -> Callable[..., Any]:
+    """`name` as its schema has it, computed by kernels.<name>(kind, arguments, outputs); noted in
+    `started`.
 
     Outputs are allocated as the operator's fake kernel says; what is empty is passed as None, and
     the `need_*` flags, which that expresses, are left out.
@@ -50,6 +109,7 @@ def implementation(kernels: ModuleType, name: str) -> Callable[..., Any]:
     names = [argument.name for argument in operator._schema.arguments]
 
     def run(*arguments: Any) -> Any:
+        started.append(name)
         shapes = operator(*map(as_meta, arguments))
         single = isinstance(shapes, torch.Tensor)
         outputs = [
@@ -75,7 +135,7 @@ def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
         [*command, file, "-k", select],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parent.parent.parent,
+        cwd=TESTS.parent,
         env={
             **os.environ,
             "LD_PRELOAD": build.sanitizer_runtimes(),
@@ -89,13 +149,29 @@ def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
 
 
 @contextmanager
-def emulated(kernels: ModuleType, names: Sequence[str]) -> Iterator[None]:
+def emulated(kernels: ModuleType, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yields a list that grows by the name of each operator that runs."""
     library = torch.library.Library("sr_kernels", "IMPL")
+    started: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is what is meant
         for name in names:
-            library.impl(name, implementation(kernels, name), "CPU", allow_override=True)
+            run = implementation(kernels, name, started)
+            library.impl(name, run, "CPU", allow_override=True)
     try:
-        yield
+        yield started
     finally:
         library._destroy()
+
+
+@contextmanager
+def all_emulated(kernels: Callable[[str], ModuleType]) -> Iterator[list[list[str]]]:
+    """Every operator; yields each family's list."""
+    with ExitStack() as stack:
+        started = []
+        for family, forwards in FAMILIES.items():
+            module = kernels(family)
+            names = [n for f in forwards for n in (f, f"{f}_backward") if hasattr(module, n)]
+            assert set(forwards) <= set(names)
+            started.append(stack.enter_context(emulated(module, names)))
+        yield started

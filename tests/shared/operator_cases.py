@@ -187,6 +187,16 @@ class Case:
         result: torch.Tensor = self.function(sr_kernels)(**inputs, **options)
         return result
 
+    def results(self, inputs: Any) -> list[torch.Tensor]:
+        """The output and, where there are any, the gradients of all inputs, from the gradient of
+        the output that `check` takes."""
+        leaves = {k: t.detach().requires_grad_(not self.inference) for k, t in inputs.items()}
+        out = self.run(leaves)
+        if self.inference:
+            return [out]
+        grad = make_tensor(out.shape, torch.bfloat16, seed=1, device=self.device).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)]
+
     def check(
         self,
         n: int,

@@ -11,9 +11,10 @@ import os
 from typing import Any
 
 import torch
+from emulated import build_fixture, kernels_fixture
 from precision import exact_float32
 
-__all__ = ["exact_float32"]
+__all__ = ["build_fixture", "exact_float32", "kernels_fixture"]
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     if not torch.cuda.is_available():
