@@ -168,11 +168,11 @@ inline Tensor output_or_new(const std::optional<Tensor>& out, const Tensor& like
 // What a backward operator returns for a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}); }
 
-// Torch's thread pool as the kernels see it; one work item is the unit of distribution. Threads take
-// runs of items until none is left, a half of a fair share of the rest at a time: whoever is held up
-// by other programs takes less, and the last runs are short. No result depends on who computed what.
-// The first exception of any thread is thrown again here: torch's C interface would lose its
-// message.
+// Torch's thread pool as the kernels see it; one work item is the unit of distribution. Threads
+// take runs of items until none is left, a half of a fair share of the rest at a time: whoever is
+// held up by other programs takes less, and the last runs are short. No result depends on who
+// computed what. The first exception of any thread is thrown again here: torch's C interface would
+// lose its message.
 inline void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   if (threads <= 1) return body(0, count, context);
