@@ -36,10 +36,11 @@ struct WeightGradientTile {
   static_assert(kPixels == kProductRows && kPixels == kColumns, "tiles may lie transposed");
   static constexpr int kInputAt = kProductRows * kLdZ * static_cast<int>(sizeof(E));
   static constexpr int kSharedBytes = kInputAt + kPixels * kLdX * static_cast<int>(sizeof(E));
+  static_assert(kSharedBytes <= kMaxSharedBytes, "starts on every GPU");
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads, 1) weight_gradient_kernel(WeightGradientParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) weight_gradient_kernel(WeightGradientParams p) {
   using Tile = WeightGradientTile<E>;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t slice = blockIdx.x;

@@ -51,6 +51,7 @@ struct WindowForwardTile {
   static constexpr int kPlacesAt = 3 * Rows::kBytes + kStageBytes;
   static constexpr int kLabelsAt = kPlacesAt + 2 * kRows * static_cast<int>(sizeof(RowPlace));
   static constexpr int kBiasAt = kLabelsAt + 2 * kRows * static_cast<int>(sizeof(RowLabel));
+  static_assert(kBiasAt <= kMaxSharedBytes, "starts on every GPU");
   static constexpr int kMaxBias = (kMaxSharedBytes - kBiasAt) / 4;  // what fits in shared memory
 };
 
