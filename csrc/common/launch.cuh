@@ -44,8 +44,8 @@ const char* launch_kernel(void (*kernel)(Formal...), dim3 grid, int threads, int
   // Beyond this a kernel must ask, and the answer is the kernel's, not the launch's: all ask for
   // the same, so that launches of different sizes from several threads do not undo one another.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // an error that is reported here is not left for the next caller
       return cudaGetErrorString(error);

@@ -11,9 +11,10 @@
 // (no TF32); three taps of a row share what a thread has read. Weights come through a ring of three
 // buffers, one tap (a row of taps) each, asynchronously, from a copy in the order [tap][k][m] that
 // pack_weight_kernel makes at each call: 9 C_in C_out elements, and then any layout and any number
-// of channels can be copied 16 bytes at a time; in 16 bits and channels_last so can the input, or by 8.
-// Sums pass through shared memory, so that skip, activation and the store run along memory, whatever
-// the layout, by runs of 16 or 8 bytes where alignment allows (one by one with gelu and silu).
+// of channels can be copied 16 bytes at a time; in 16 bits and channels_last so can the input, or
+// by 8. Sums pass through shared memory, so that skip, activation and the store run along memory,
+// whatever the layout, by runs of 16 or 8 bytes where alignment allows (one by one with gelu and
+// silu).
 //
 // Floor, per pixel, e bytes an element: e (C_in + C_out) bytes (+ e C_out for skip), 18 C_in C_out
 // FLOP. Here the input is read 1.27 times (the halo) for every 64 output channels, all weights once
@@ -268,17 +269,16 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1)
   const typename Tile::Inner pixels{p.size, n, h0, w0};
   uint64_t places = run_places<E>(p.y, stage.by_pixel) | run_places<E>(p.skip, stage.by_pixel);
   if (!fits_in_epilogue(p.activation)) places |= 1;
-  stage.template visit<E>(places, pixels, p.size.width, m_count, thread,
-                          [&](const Pixel& at, int c, int, auto& value) {
-                            constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
-                            if (p.skip.data != nullptr) add_run<E>(value, p.skip, at, m0 + c);
+  stage.template visit<E>(
+      places, pixels, p.size.width, m_count, thread, [&](const Pixel& at, int c, int, auto& value) {
+        constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
+        if (p.skip.data != nullptr) add_run<E>(value, p.skip, at, m0 + c);
 #pragma unroll
-                            for (int i = 0; i < kRun; ++i)
-                              value[i] = kRun == 1
-                                             ? activate(p.activation, value[i], p.slope)
-                                             : activate_in_epilogue(p.activation, p.slope, value[i]);
-                            put_run<E>(value, p.y, at, m0 + c);
-                          });
+        for (int i = 0; i < kRun; ++i)
+          value[i] = kRun == 1 ? activate(p.activation, value[i], p.slope)
+                               : activate_in_epilogue(p.activation, p.slope, value[i]);
+        put_run<E>(value, p.y, at, m0 + c);
+      });
 }
 
 }  // namespace sr_kernels
