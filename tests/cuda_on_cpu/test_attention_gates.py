@@ -65,6 +65,15 @@ def test_contrast_far_from_zero_and_constant_channels(case):
     check(case, inputs)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [16, 20])
+def test_channels_scaled_by_runs(c, dtype, layout):
+    """Runs of 16 bytes and of 8; images of several blocks, the last of them not full."""
+    size = (2, c, 13, 8 if c == 20 else 48)
+    check("channel_contrast", make_inputs("channel_contrast", size, dtype, layout))
+
+
 def test_a_maximum_that_several_channels_share():
     inputs = make_inputs("spatial", (1, 6, 4, 5))
     inputs["x"] = inputs["x"].round()
