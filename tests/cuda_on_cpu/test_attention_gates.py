@@ -62,7 +62,9 @@ def test_contrast_far_from_zero_and_constant_channels(case):
     inputs = make_inputs(case, (2, 9, 70, 90))  # several chunks of pixels
     with torch.no_grad():
         inputs["x"].mul_(0.01).add_(5.0)[:, 3] = 2.5
-    check(case, inputs)
+    # Logits of up to 8: a unit in the last place of one is 5e-7 of a gradient of 74, in stock too,
+    # whose own error here is smaller by luck.
+    check(case, inputs, gradient_atol=4e-5)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
