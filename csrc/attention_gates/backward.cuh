@@ -130,13 +130,13 @@ __global__ void __launch_bounds__(kBlockThreads) channel_gate_gradient_kernel(Ch
   const ChannelGate<E> gate{p, n, z, hidden};
   gate.find(thread);
   for (int c = thread; c < p.channels; c += kBlockThreads) {
-    const float logit = gate.logit(c), value = sigmoid(logit);
+    const float value = gate(c);
     float dgate;
     if (p.gate_grad != nullptr)
       dgate = parameter<E>(p.gate_grad, n * p.gate_grad_stride_n + c * p.gate_grad_stride_c);
     else
       dgate = gate.moments(c).dot;
-    const float d = dgate * value * sigmoid(-logit);  // 1 - value has few digits near 1
+    const float d = dgate * value * (1.0f - value);
     store_shared<float>(up + c, d);
     store_global<float>(p.up + n * p.channels + c, d);
     store_global<float>(p.gate + n * p.channels + c, value);

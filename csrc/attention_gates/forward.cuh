@@ -213,11 +213,9 @@ struct alignas(16) Moments {
 SR_DEVICE Moments merge(const Moments& a, const Moments& b) {
   if (b.count == 0.0f) return a;
   const float count = a.count + b.count, difference = b.mean - a.mean, share = b.count / count;
-  // Infinity passes through the weighted form of the mean; the other is the more exact.
-  const float mean = difference - difference == 0.0f ? a.mean + difference * share
-                                                     : a.mean * (a.count / count) + b.mean * share;
-  return {count, mean, a.squares + b.squares + difference * difference * a.count * share,
-          a.dot + b.dot};
+  // The weighted form of the mean: infinity passes.
+  return {count, a.mean * (a.count / count) + b.mean * share,
+          a.squares + b.squares + difference * difference * a.count * share, a.dot + b.dot};
 }
 
 struct ChannelParams {
@@ -279,16 +277,11 @@ __global__ void __launch_bounds__(kBlockThreads) moments_kernel(ChannelParams p)
   Moments* shared = shared_array<Moments>(0, kBlockThreads);
   store_shared(shared + walk_channel(p.x, thread) * kWalkPixels + walk_pixel(p.x, thread), total);
   __syncthreads();
-  // A warp for each channel: pairs of pairs, which round less than one after the other.
-  total = load_shared<Moments>(shared + thread);
-#pragma unroll
-  for (int step = kWalkPixels / 2; step > 0; step /= 2)
-    total = merge(total, {__shfl_down_sync(kFullWarp, total.count, step),
-                          __shfl_down_sync(kFullWarp, total.mean, step),
-                          __shfl_down_sync(kFullWarp, total.squares, step),
-                          __shfl_down_sync(kFullWarp, total.dot, step)});
-  const int channel = static_cast<int>(blockIdx.y) * kWalkChannels + thread / kWalkPixels;
-  if (thread % kWalkPixels != 0 || channel >= p.channels) return;
+  const int channel = static_cast<int>(blockIdx.y) * kWalkChannels + thread;
+  if (thread >= kWalkChannels || channel >= p.channels) return;
+  total = load_shared<Moments>(shared + thread * kWalkPixels);
+  for (int i = 1; i < kWalkPixels; ++i)
+    total = merge(total, load_shared<Moments>(shared + thread * kWalkPixels + i));
   store_global(p.parts + (n * p.channels + channel) * p.chunks + chunk, total);
 }
 
@@ -333,14 +326,13 @@ struct ChannelGate {
     }
     __syncthreads();
   }
-  SR_DEVICE float logit(int c) const {
+  SR_DEVICE float operator()(int c) const {
     float sum = parameter<E>(p.b_up, c);
     for (int r = 0; r < p.hidden; ++r)
       sum += parameter<E>(p.w_up, static_cast<int64_t>(c) * p.hidden + r) *
              load_shared<float>(hidden + r);
-    return sum;
+    return sigmoid(sum);
   }
-  SR_DEVICE float operator()(int c) const { return sigmoid(logit(c)); }
 };
 
 // One block an image.
