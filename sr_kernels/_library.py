@@ -11,7 +11,9 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -57,6 +59,28 @@ CUDA_LIBRARY = (
     if CPU_LIBRARY.loaded
     else LoadResult("_C_cuda", None, "not tried: it needs _C, which is not loaded")
 )
+
+
+@functools.cache
+def why_no_image(device: int | None) -> str:
+    """Why ``_C_cuda`` has no code for this GPU (None: the current one), or nothing."""
+    path = Path(__file__).with_name("_build.json")
+    built = json.loads(path.read_text())["cuda"]["archs"] if path.exists() else ""
+    if not built or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    for arch in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
+        found, kind, ptx = (int(arch[0]), int(arch[1])), arch[2], bool(arch[3])
+        if (major, minor) == found:
+            return ""
+        newer = (major, minor) > found
+        if newer and ((kind != "a" and major == found[0]) or (kind == "" and ptx)):
+            return ""
+    return (
+        f"_C_cuda was built for compute capability {built}, the GPU has {major}.{minor} "
+        "(SR_KERNELS_CUDA_ARCHS names others when it is built)"
+    )
+
 
 _CPU_ISAS = ("portable", "avx2", "avx512")
 

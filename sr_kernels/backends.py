@@ -111,7 +111,7 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
         elif device != backend:
             reason = f"the tensors are on {device}, backend {backend!r} needs {backend} tensors"
         else:
-            reason = ""
+            reason = _why_no_cuda(tensors[0].device.index) if backend == "cuda" else ""
     if reason:
         return False, reason
     for tensor in tensors:
@@ -121,6 +121,11 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
         if tensor.device.type != device:
             return False, f"tensors on different devices: {device} and {tensor.device.type}"
     return True, ""
+
+
+def _why_no_cuda(index: int | None) -> str:
+    """Why the CUDA kernels cannot run on this GPU, or nothing."""
+    return _library.why_no_image(index)
 
 
 def _why_no_triton(device: str) -> str:
@@ -140,6 +145,7 @@ def _why_no_triton(device: str) -> str:
 
 # Traced code takes the answer as a constant: an import cannot be traced. What
 # torch.compiler.assume_constant_result does, without importing all of torch._dynamo with it.
+_why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -222,7 +228,8 @@ def report() -> list[tuple[str, bool, str]]:
     elif not torch.cuda.is_available():
         rows.append(("cuda", False, "_C_cuda is loaded, but torch sees no CUDA device"))
     else:
-        rows.append(("cuda", True, "compiled kernels"))
+        reason = _library.why_no_image(None)
+        rows.append(("cuda", not reason, reason or "compiled kernels"))
     rows.append(("triton", *_triton_report()))
     if _library.CPU_LIBRARY.loaded:
         try:

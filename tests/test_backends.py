@@ -1,10 +1,12 @@
 """Which implementation runs, what is said when it is not the one hoped for, and every CPU copy."""
 
+import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,41 @@ def test_a_named_backend_that_cannot_run_raises_with_the_reason():
         sr_kernels.shift_conv2d(X, W)
     with pytest.raises(RuntimeError, match="the tensors are on meta"):
         backends.choose("shift_conv2d", (X.to("meta"),), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "fits"),
+    [
+        ("8.0;9.0a;10.0+PTX", (8, 0), True),
+        ("8.0;9.0a;10.0+PTX", (8, 9), True),  # the code of 8.0 runs on all of 8.x
+        ("8.0;9.0a;10.0+PTX", (9, 0), True),
+        ("8.0;9.0a;10.0+PTX", (10, 3), True),
+        ("8.0;9.0a;10.0+PTX", (12, 0), True),  # from PTX
+        ("8.0;9.0a;10.0+PTX", (7, 5), False),
+        ("9.0a", (10, 0), False),
+        ("9.0a+PTX", (12, 0), False),  # PTX of 9.0a is for 9.0 alone
+        ("8.6", (8, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f", (12, 0), False),
+        ("", (7, 5), True),  # nothing is known
+    ],
+)
+def test_a_gpu_that_the_cuda_kernels_were_not_built_for(
+    monkeypatch, tmp_path, built, capability, fits
+):
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"archs": built}}))
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", _library.LoadResult("_C_cuda", None, None))
+    _library.why_no_image.cache_clear()
+    try:
+        x = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16)
+        ok, reason = backends.can_run("cuda", "shift_conv2d", [x])
+    finally:
+        _library.why_no_image.cache_clear()
+    assert ok == fits
+    assert fits or f"built for compute capability {built}, the GPU has {capability[0]}." in reason
 
 
 def test_unknown_names_are_refused_with_the_list():

@@ -40,6 +40,24 @@ def test_registers_are_within_the_table(kernels, table):
         assert kernel.registers <= most, f"{name}, sm_{arch}: {kernel.registers} > {most}"
 
 
+# Kernels of 256 threads of which two blocks are to fit a multiprocessor's 65,536 registers.
+TWO_BLOCKS = {
+    "conv3x3_kernel<__half>",
+    "conv_kernel<__half>",
+    "block_kernel<__half, 1>",
+    "weight_gradient_kernel<__half>",
+    "weight_gradient_kernel<float>",
+    "gated_conv_kernel<__half>",
+}
+
+
+def test_two_blocks_share_a_multiprocessor_where_that_is_meant(kernels):
+    assert {name for name, _ in kernels} >= TWO_BLOCKS
+    for (name, arch), kernel in kernels.items():
+        if name in TWO_BLOCKS:
+            assert kernel.registers <= 128, (name, arch)
+
+
 def test_tensor_cores_where_they_are_meant(kernels):
     """16-bit products: HMMA from ldmatrix. float32: FFMA, never a matrix instruction (TF32)."""
     seen = 0
@@ -71,8 +89,8 @@ PRODUCTS = {
 }
 
 
-# Those that store tiles by runs of 16 bytes. conv3x3's threads store an element each, side by side.
-RUNS = PRODUCTS - {"weight_gradient_kernel", "window_statistics_kernel", "conv3x3_kernel"}
+# Those that store tiles by runs of 16 bytes.
+RUNS = PRODUCTS - {"weight_gradient_kernel", "window_statistics_kernel"}
 
 
 def test_tiles_move_sixteen_bytes_at_a_time(kernels):

@@ -52,6 +52,7 @@ struct AttentionBlockTile {
   static constexpr int kPlacesAt = kWeightsAt + kWeights * static_cast<int>(sizeof(E));
   static constexpr int kLabelsAt = kPlacesAt + 2 * kRows * static_cast<int>(sizeof(RowPlace));
   static constexpr int kSharedBytes = kLabelsAt + 2 * kRows * static_cast<int>(sizeof(RowLabel));
+  static_assert(kSharedBytes <= kMaxSharedBytes, "starts on every GPU");
   static_assert(Attention::kThreads == kBlockThreads && 2 * kD == kProductRows, "one of each");
 };
 

@@ -174,6 +174,31 @@ __global__ void __launch_bounds__(kBlockThreads) channel_gate_gradient_kernel(Ch
   }
 }
 
+// out = dx: grad gate + offset + slope (x - mean), without the first term where grad is absent.
+// Blocks of 8 channels and 256 pixels.
+constexpr int kGradientPixels = 256;
+template <typename E>
+__global__ void __launch_bounds__(kBlockThreads) channel_input_gradient_kernel(ChannelParams p) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int c = static_cast<int>(blockIdx.y) * kWalkChannels + walk_channel(p.x, thread);
+  if (c >= p.channels) return;
+  const ImageSize size{p.batch, p.height, p.width};
+  const PixelRun pixels(size, static_cast<int64_t>(blockIdx.x) * kGradientPixels);
+  for (int i = walk_pixel(p.x, thread); i < kGradientPixels; i += kWalkPixels) {
+    const Pixel at = pixels[i];
+    if (!at.exists) break;
+    const int64_t nc = at.n * p.channels + c;
+    float dx = load_global<float>(p.offset + nc);
+    if (p.contrast)
+      dx += load_global<float>(p.slope + nc) *
+            (to_float(load_element<E>(p.x, at.n, c, at.h, at.w)) - load_global<float>(p.mean + nc));
+    if (p.grad.data != nullptr)
+      dx +=
+          load_global<float>(p.gate + nc) * to_float(load_element<E>(p.grad, at.n, c, at.h, at.w));
+    store_element(p.out, at.n, c, at.h, at.w, from_float<E>(dx));
+  }
+}
+
 // Weights and biases of both layers, a thread each, images in order.
 template <typename E>
 __global__ void __launch_bounds__(kBlockThreads) channel_weight_gradient_kernel(ChannelParams p) {

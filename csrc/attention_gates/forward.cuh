@@ -4,8 +4,8 @@
 //   spatial_attention  y = u sigmoid(conv_k([max_c u, mean_c u]) + b), u = x   spatial_*_kernel
 //   pixel_spatial      the same with u = x sigmoid(W x + b); pixel_gate_kernel leaves u in y and
 //                      both statistics, so that x is read once
-//   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel,
-//   channel_attention  y = x gate                                   channel_gate_kernel and _scale
+//   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel, then
+//   channel_attention  y = x gate                   channel_gate_kernel or channel_scale_kernel
 //   gated_conv1x1      y = W (gate x) + b (+ residual)                         gated_conv_kernel
 //
 // Tile: products take 64 output channels and 128 consecutive pixels at a time, on tensor cores (16
@@ -13,14 +13,19 @@
 // the store run along memory in either layout. A gated convolution's pixels are of one image: its
 // gate is multiplied into the weight tile. The spatial kernels have a thread for each pixel, which
 // goes over its channels. z needs the mean of every channel: blocks of 8 channels and a share of
-// the pixels leave (count, mean, sum of squared deviations), which channel_gate_kernel merges in
-// order (Chan et al., 1979): no difference of large sums, no atomics, the same bits every time.
+// the pixels leave (count, mean, sum of squared deviations), which the next kernel merges in order
+// (Chan et al., 1979): no difference of large sums, no atomics, the same bits every time. Every
+// block of channel_scale_kernel merges them, and finds its image's gates, for itself, so that y
+// takes two launches; then it multiplies all channels of its share of the pixels by runs of 16 or 8
+// bytes.
 //
 // Floor, per pixel, C channels, e bytes an element: 2 e C bytes and 2 C C FLOP (pixel: also C
 // exponentials and divisions); spatial 2 e C bytes, of which y is written and read once more here;
-// channel attention 3 e C bytes where a feature map does not fit on chip, as here always: three
-// launches, no grid-wide waiting; gated convolution e (C_in + C_out) bytes (+ e C_out), 2 C_in
-// C_out FLOP. Measured fraction: unmeasured, never run on a GPU.
+// channel attention 2 e C bytes where the feature map stays on chip, across all blocks, between its
+// statistics and its product, else 3 e C. Here it is always 3 e C, of which the second-level cache
+// may serve the second reading: one launch would need a barrier of the whole grid. Gated
+// convolution e (C_in + C_out) bytes (+ e C_out), 2 C_in C_out FLOP. Measured fraction: unmeasured,
+// never run on a GPU.
 #pragma once
 
 #include "attention_gates/params.h"
@@ -219,34 +224,35 @@ struct ChannelParams {
   bool contrast;
   FeatureMap x, grad, out;
   const void *w_down, *b_down, *w_up, *b_up;
-  void* gate_out;  // (N, C), or nullptr
+  void* gate_out;  // (N, C)
   int chunks;      // of an image's pixels
   Moments* parts;  // (N, C, chunks)
-  float* gate;     // (N, C), as below
-  // Backward. gate_grad: (N, C) of the gate itself, else it comes from `parts`. What follows from
-  // it, for every image: z, the hidden values, and the gradients of what enters sigmoid and relu;
-  // dx = grad gate + offset + slope (x - mean).
+  int share;       // of an image's pixels, which a block of channel_scale_kernel takes
+  // Backward. gate, (N, C), as below. gate_grad: (N, C) of the gate itself, else it comes from
+  // `parts`. What follows from it, for every image: z, the hidden values, and the gradients of what
+  // enters sigmoid and relu; dx = grad gate + offset + slope (x - mean).
   const void* gate_grad;
   int64_t gate_grad_stride_n, gate_grad_stride_c;
-  float *z, *up, *mean, *offset, *slope;  // (N, C) each
-  float *hidden_values, *down;            // (N, hidden)
+  float *gate, *z, *up, *mean, *offset, *slope;  // (N, C) each
+  float *hidden_values, *down;                   // (N, hidden)
   void *dw_down, *db_down, *dw_up, *db_up;
 };
 
-// Grid: chunks, channels / 8, images.
+// Grid: chunks of every image, channels / 8.
 template <typename E>
 __global__ void __launch_bounds__(kBlockThreads) moments_kernel(ChannelParams p) {
   constexpr int kRun = 8;  // values at a time: their mean first, then the deviations from it
   const int thread = static_cast<int>(threadIdx.x);
   const int c = static_cast<int>(blockIdx.y) * kWalkChannels + walk_channel(p.x, thread);
-  const int64_t n = blockIdx.z, pixels = static_cast<int64_t>(p.height) * p.width;
-  const int64_t each = (pixels + p.chunks - 1) / p.chunks;
-  const int64_t first = blockIdx.x * each;
+  const int64_t n = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
+  const int64_t pixels = static_cast<int64_t>(p.height) * p.width;
+  const int64_t each = (pixels + p.chunks - 1) / p.chunks, first = chunk * each;
   const int64_t last = first + each < pixels ? first + each : pixels;
   Moments total{0.0f, 0.0f, 0.0f, 0.0f};
   const auto value = [&](const FeatureMap& map, int64_t i) {
-    const int64_t h = i / p.width, w = i % p.width;
-    return to_float(load_element<E>(map, n, c, h, w));
+    if (map.stride_h == p.width * map.stride_w)  // no division
+      return to_float(load_element<E>(map, n, c, 0, i));
+    return to_float(load_element<E>(map, n, c, i / p.width, i % p.width));
   };
 #pragma unroll 1
   for (int64_t i = first + walk_pixel(p.x, thread); c < p.channels && i < last;
@@ -276,7 +282,7 @@ __global__ void __launch_bounds__(kBlockThreads) moments_kernel(ChannelParams p)
   total = load_shared<Moments>(shared + thread * kWalkPixels);
   for (int i = 1; i < kWalkPixels; ++i)
     total = merge(total, load_shared<Moments>(shared + thread * kWalkPixels + i));
-  store_global(p.parts + (n * p.channels + channel) * p.chunks + blockIdx.x, total);
+  store_global(p.parts + (n * p.channels + channel) * p.chunks + chunk, total);
 }
 
 template <typename E>
@@ -336,41 +342,55 @@ __global__ void __launch_bounds__(kBlockThreads) channel_gate_kernel(ChannelPara
   float* z = shared_array<float>(0, p.channels + p.hidden);
   const ChannelGate<E> gate{p, static_cast<int64_t>(blockIdx.x), z, z + p.channels};
   gate.find(thread);
-  for (int c = thread; c < p.channels; c += kBlockThreads) {
-    const float value = gate(c);
-    const int64_t i = gate.n * p.channels + c;
-    if (p.gate_out != nullptr)
-      store_global<E>(static_cast<E*>(p.gate_out) + i, from_float<E>(value));
-    store_global<float>(p.gate + i, value);
-  }
+  for (int c = thread; c < p.channels; c += kBlockThreads)
+    store_global<E>(static_cast<E*>(p.gate_out) + gate.n * p.channels + c, from_float<E>(gate(c)));
 }
 
-// Forward: out = x gate. Backward: out = grad gate + offset + slope (x - mean), without the first
-// term where grad is absent. Blocks of 8 channels and 256 pixels.
-constexpr int kScalePixels = 256;
+// out = x gate. Grid: shares of every image's pixels.
 template <typename E>
 __global__ void __launch_bounds__(kBlockThreads) channel_scale_kernel(ChannelParams p) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int c = static_cast<int>(blockIdx.y) * kWalkChannels + walk_channel(p.x, thread);
-  if (c >= p.channels) return;
-  const ImageSize size{p.batch, p.height, p.width};
-  const PixelRun pixels(size, static_cast<int64_t>(blockIdx.x) * kScalePixels);
-  for (int i = walk_pixel(p.x, thread); i < kScalePixels; i += kWalkPixels) {
-    const Pixel at = pixels[i];
-    if (!at.exists) break;
-    const int64_t nc = at.n * p.channels + c;
-    const float x = to_float(load_element<E>(p.x, at.n, c, at.h, at.w));
-    const float gate = load_global<float>(p.gate + nc);
-    float y = x * gate;
-    if (p.offset != nullptr) {
-      y = load_global<float>(p.offset + nc);
-      const float slope = load_global<float>(p.slope + nc);
-      if (p.contrast) y += slope * (x - load_global<float>(p.mean + nc));
-      if (p.grad.data != nullptr)
-        y += gate * to_float(load_element<E>(p.grad, at.n, c, at.h, at.w));
+  const int64_t image = static_cast<int64_t>(p.height) * p.width;
+  const int64_t shares = (image + p.share - 1) / p.share, n = blockIdx.x / shares;
+  const ImageSize size{n + 1, p.height, p.width};  // a share ends where its image does
+  const PixelRun pixels(size, n * image + blockIdx.x % shares * p.share);
+  float* gates = shared_array<float>(0, p.channels + p.hidden);
+  const ChannelGate<E> gate{p, n, gates, gates + p.channels};
+  gate.find(thread);
+  for (int c = thread; c < p.channels; c += kBlockThreads)  // z has been used
+    store_shared<float>(gates + c, gate(c));
+  __syncthreads();
+
+  const bool by_pixel = p.x.stride_c == 1;
+  const uint64_t places = run_places<E>(p.x, by_pixel) | run_places<E>(p.out, by_pixel) |
+                          static_cast<uint64_t>(by_pixel ? p.channels : p.width);
+  with_access_width<E>(places, [&](auto constant) {
+    constexpr int kRun = constant;
+    const auto scale = [&](const Pixel& at, int c) {
+      const auto x = load_run<E, kRun>(p.x, at, c);
+      float y[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        y[i] = to_float(x.element[i]) * load_shared<float>(gates + c + (by_pixel ? i : 0));
+      put_run<E>(y, p.out, at, c);
+    };
+    if (by_pixel) {
+      for (int i = thread / kWalkChannels; i < p.share; i += kWalkPixels) {
+        const Pixel at = pixels[i];
+        if (!at.exists) break;
+#pragma unroll 2
+        for (int c = thread % kWalkChannels * kRun; c < p.channels; c += kWalkChannels * kRun)
+          scale(at, c);
+      }
+    } else {
+      for (int i = thread % 32 * kRun; i < p.share; i += 32 * kRun) {
+        const Pixel at = pixels[i];
+        if (!at.exists) break;
+#pragma unroll 2
+        for (int c = thread / 32; c < p.channels; c += kBlockThreads / 32) scale(at, c);
+      }
     }
-    store_element(p.out, at.n, c, at.h, at.w, from_float<E>(y));
-  }
+  });
 }
 
 // ------------------------------------------------------------------ gated convolution

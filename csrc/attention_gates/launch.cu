@@ -11,8 +11,7 @@ namespace sr_kernels {
 namespace {
 
 constexpr const char* kTooLarge =
-    "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^16, in channel "
-    "attention a batch below 65536)";
+    "the image is too large for a CUDA grid (H and W below 2^30, channels below 2^16)";
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,18 +26,18 @@ bool fits(const Params& p, int64_t channels) {
 
 // A launch of 256 threads a block.
 template <typename... Formal, typename... Params>
-const char* launch_blocks(void (*kernel)(Formal...), int64_t x, int64_t y, int64_t z,
-                          int shared_bytes, void* stream, const Params&... params) {
-  if (x > kMaxGridX || y > kMaxGridYZ || z > kMaxGridYZ) return kTooLarge;
-  if (x == 0 || y == 0 || z == 0) return nullptr;
-  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+const char* launch_blocks(void (*kernel)(Formal...), int64_t x, int64_t y, int shared_bytes,
+                          void* stream, const Params&... params) {
+  if (x > kMaxGridX || y > kMaxGridYZ) return kTooLarge;
+  if (x == 0 || y == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
   return launch_kernel(kernel, grid, kBlockThreads, shared_bytes, stream, params...);
 }
 // With a thread for each of `count` items.
 template <typename... Formal, typename... Params>
 const char* launch_threads(void (*kernel)(Formal...), int64_t count, void* stream,
                            const Params&... params) {
-  return launch_blocks(kernel, ceil_div(count, kBlockThreads), 1, 1, 0, stream, params...);
+  return launch_blocks(kernel, ceil_div(count, kBlockThreads), 1, 0, stream, params...);
 }
 
 // A dense map of an operator's own, in the type of x.
@@ -55,7 +54,7 @@ const char* run(const PixelAttentionParams& f, const FeatureMap& grad, const Fea
   const PixelGateParams p{
       size_of(f), static_cast<int>(f.channels), f.x, grad, f.weight, f.bias, out, dz, maximum,
       mean};
-  return launch_blocks(pixel_gate_kernel<E>, ceil_div(p.size.pixels(), ConvTile<E>::kPixels), 1, 1,
+  return launch_blocks(pixel_gate_kernel<E>, ceil_div(p.size.pixels(), ConvTile<E>::kPixels), 1,
                        ConvTile<E>::kSharedBytes, stream, p);
 }
 
@@ -87,7 +86,7 @@ const char* run(const PixelAttentionBackwardParams& p, WorkspacePieces& pieces, 
     c.residual = c.out = p.dx;
     SR_KERNELS_RETURN_IF_ERROR(
         launch_blocks(conv_kernel<E>, ceil_div(c.size.pixels(), ConvTile<E>::kPixels),
-                      ceil_div(f.channels, kProductRows), 1, ConvTile<E>::kSharedBytes, stream, c));
+                      ceil_div(f.channels, kProductRows), ConvTile<E>::kSharedBytes, stream, c));
   }
   return launch_weight_gradient<E>(b.gradient, size_of(f), b.dz, f.x, Shift(), Activation::kNone,
                                    0.0f, p.dweight, p.dbias, stream);
@@ -176,7 +175,7 @@ const char* run(const SpatialAttentionBackwardParams& g, WorkspacePieces& pieces
         launch_threads(spatial_input_gradient_kernel<E>, p.size.pixels(), stream, p));
   if (g.dweight != nullptr || g.dbias != nullptr) {
     const int taps = 2 * p.kernel * p.kernel + 1;
-    SR_KERNELS_RETURN_IF_ERROR(launch_blocks(spatial_weight_gradient_kernel<E>, p.slices, taps, 1,
+    SR_KERNELS_RETURN_IF_ERROR(launch_blocks(spatial_weight_gradient_kernel<E>, p.slices, taps,
                                              kBlockThreads / 32 * 4, stream, p));
     SR_KERNELS_RETURN_IF_ERROR(
         launch_threads(spatial_reduce_kernel<E>, taps, stream, static_cast<const float*>(p.taps),
@@ -204,7 +203,8 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f) {
   p.gate_out = f.gate;
   p.chunks = static_cast<int>(std::clamp<int64_t>(f.height * f.width / 2048, 1, 64));
   p.parts = pieces.take<Moments>(f.batch * f.channels * p.chunks);
-  p.gate = pieces.take<float>(f.batch * f.channels);
+  // What a block scales is more than what it reads to find the gates.
+  p.share = std::max(256, 16 * p.chunks);
   return p;
 }
 ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams& g) {
@@ -221,30 +221,32 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams
   p.db_down = g.db_down;
   p.dw_up = g.dw_up;
   p.db_up = g.db_up;
-  for (float** array : {&p.z, &p.up, &p.mean, &p.offset, &p.slope})
+  for (float** array : {&p.gate, &p.z, &p.up, &p.mean, &p.offset, &p.slope})
     *array = pieces.take<float>(p.batch * p.channels);
   for (float** array : {&p.hidden_values, &p.down}) *array = pieces.take<float>(p.batch * p.hidden);
   return p;
 }
 template <typename E>
-const char* run_channels(const ChannelParams& p, void* stream) {
-  const bool backward = p.offset != nullptr;
+const char* run_channels(const ChannelParams& p, bool backward, void* stream) {
   const int shared_bytes = (backward ? 2 : 1) * (p.channels + p.hidden) * 4;
   if (shared_bytes > kMaxSharedBytes)
     return "C + R channels of a gate must be fewer than 25344, backward 12672";
   const int64_t groups = ceil_div(p.channels, kWalkChannels);
-  SR_KERNELS_RETURN_IF_ERROR(launch_blocks(moments_kernel<E>, p.chunks, groups, p.batch,
+  const int64_t image = static_cast<int64_t>(p.height) * p.width;
+  SR_KERNELS_RETURN_IF_ERROR(launch_blocks(moments_kernel<E>, p.chunks * p.batch, groups,
                                            kBlockThreads * static_cast<int>(sizeof(Moments)),
                                            stream, p));
+  if (!backward)
+    return p.gate_out != nullptr
+               ? launch_blocks(channel_gate_kernel<E>, p.batch, 1, shared_bytes, stream, p)
+               : launch_blocks(channel_scale_kernel<E>, ceil_div(image, p.share) * p.batch, 1,
+                               shared_bytes, stream, p);
   SR_KERNELS_RETURN_IF_ERROR(
-      backward
-          ? launch_blocks(channel_gate_gradient_kernel<E>, p.batch, 1, 1, shared_bytes, stream, p)
-          : launch_blocks(channel_gate_kernel<E>, p.batch, 1, 1, shared_bytes, stream, p));
-  if (p.out.data != nullptr) {
-    const int64_t pixels = p.batch * p.height * p.width;
-    SR_KERNELS_RETURN_IF_ERROR(launch_blocks(
-        channel_scale_kernel<E>, ceil_div(pixels, kScalePixels), groups, 1, 0, stream, p));
-  }
+      launch_blocks(channel_gate_gradient_kernel<E>, p.batch, 1, shared_bytes, stream, p));
+  if (p.out.data != nullptr)
+    SR_KERNELS_RETURN_IF_ERROR(launch_blocks(channel_input_gradient_kernel<E>,
+                                             ceil_div(image * p.batch, kGradientPixels), groups, 0,
+                                             stream, p));
   if (p.dw_down == nullptr && p.db_down == nullptr && p.dw_up == nullptr && p.db_up == nullptr)
     return nullptr;
   const int64_t weights = static_cast<int64_t>(p.channels) * p.hidden;
@@ -258,7 +260,7 @@ template <typename E>
 const char* launch_gated(const GatedParams& p, void* stream) {
   const int64_t tiles =
       ceil_div(static_cast<int64_t>(p.height) * p.width, ConvTile<E>::kPixels) * p.batch;
-  return launch_blocks(gated_conv_kernel<E>, tiles, ceil_div(p.m_count, kProductRows), 1,
+  return launch_blocks(gated_conv_kernel<E>, tiles, ceil_div(p.m_count, kProductRows),
                        ConvTile<E>::kSharedBytes, stream, p);
 }
 template <typename E>
@@ -363,14 +365,15 @@ const char* launch_gate(const ChannelAttentionParams& p, void* workspace, void* 
   if (!fits(p, p.channels + p.hidden)) return kTooLarge;
   WorkspacePieces pieces(workspace);
   const ChannelParams c = take(pieces, p);
-  return for_kind(p.kind, [&](auto element) { return run_channels<decltype(element)>(c, stream); });
+  return for_kind(p.kind,
+                  [&](auto element) { return run_channels<decltype(element)>(c, false, stream); });
 }
 const char* launch_gate(const ChannelAttentionBackwardParams& p, void* workspace, void* stream) {
   if (!fits(p.forward, p.forward.channels + p.forward.hidden)) return kTooLarge;
   WorkspacePieces pieces(workspace);
   const ChannelParams c = take(pieces, p);
   return for_kind(p.forward.kind,
-                  [&](auto element) { return run_channels<decltype(element)>(c, stream); });
+                  [&](auto element) { return run_channels<decltype(element)>(c, true, stream); });
 }
 const char* launch_gate(const GatedConvParams& p, void* stream) {
   if (!fits(p, p.c_in + p.c_out)) return kTooLarge;

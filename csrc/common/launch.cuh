@@ -19,9 +19,6 @@ namespace sr_kernels {
 constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kMaxGridX = 0x7fffffff;
 
-// Shared memory that a block can have on every architecture from sm_80 to sm_120, in bytes.
-constexpr int kMaxSharedBytes = 99 * 1024;
-
 // function(E{}) for the element type E of `kind`; returns an error text, nullptr for success.
 template <typename Function>
 const char* for_kind(ScalarKind kind, const Function& function) {
@@ -44,9 +41,11 @@ template <typename... Formal, typename... Params>
 const char* launch_kernel(void (*kernel)(Formal...), dim3 grid, int threads, int shared_bytes,
                           void* stream, const Params&... params) {
 #if defined(__CUDACC__)
-  if (shared_bytes > 48 * 1024) {  // beyond this a kernel must ask
+  // Beyond this a kernel must ask, and the answer is the kernel's, not the launch's: all ask for
+  // the same, so that launches of different sizes from several threads do not undo one another.
+  if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // an error that is reported here is not left for the next caller
       return cudaGetErrorString(error);

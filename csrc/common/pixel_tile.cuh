@@ -5,6 +5,7 @@
 // run is one access: 16 bytes, 8, or one element where alignment allows no more.
 #pragma once
 
+#include "common/activation.h"
 #include "common/tile_product.cuh"
 
 namespace sr_kernels {
@@ -151,6 +152,25 @@ SR_DEVICE void put_run(const float (&value)[kCount], const FeatureMap& map, cons
 #pragma unroll
   for (int i = 0; i < kCount; ++i) run.element[i] = from_float<E>(value[i]);
   store_run(map, at, channel, run);
+}
+
+// Activations of an instruction or two are applied to sums in registers; exp and erf, inlined for
+// each of them, would push them out.
+SR_DEVICE bool fits_in_epilogue(Activation activation) {
+  return activation != Activation::kGelu && activation != Activation::kSilu;
+}
+SR_DEVICE float activate_in_epilogue(Activation activation, float slope, float z) {
+  if (activation == Activation::kRelu) return activate(Activation::kRelu, z, slope);
+  if (activation == Activation::kLeakyRelu) return activate(Activation::kLeakyRelu, z, slope);
+  return z;
+}
+
+// Their derivatives.
+SR_DEVICE float derivative_in_epilogue(Activation activation, float slope, float z) {
+  if (activation == Activation::kRelu) return activation_derivative(Activation::kRelu, z, slope);
+  if (activation == Activation::kLeakyRelu)
+    return activation_derivative(Activation::kLeakyRelu, z, slope);
+  return 1.0f;
 }
 
 // Sums of a product, 64 channels x kPixels pixels, on their way to a feature map: float32 in shared

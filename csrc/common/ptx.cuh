@@ -20,6 +20,10 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 
 // ------------------------------------------------------------------ memory
 
+// Dynamic shared memory that a block can have, in bytes: what sm_86, sm_89 and sm_120 allow, the
+// least from sm_80 on. No tile is larger, so that every kernel starts on all of them.
+constexpr int kMaxSharedBytes = 99 * 1024;
+
 // `count` elements of the block's dynamic shared memory, from byte_offset on (a multiple of 16).
 // What is behind the pointer is touched with the functions below only.
 template <typename T>

@@ -11,8 +11,10 @@
 // (no TF32); three taps of a row share what a thread has read. Weights come through a ring of three
 // buffers, one tap (a row of taps) each, asynchronously, from a copy in the order [tap][k][m] that
 // pack_weight_kernel makes at each call: 9 C_in C_out elements, and then any layout and any number
-// of channels can be copied 16 bytes at a time. Sums pass through shared memory, so that bias,
-// skip, activation and the store run along memory, whatever the layout.
+// of channels can be copied 16 bytes at a time; in 16 bits and channels_last so can the input, or
+// by 8. Sums pass through shared memory, so that skip, activation and the store run along memory,
+// whatever the layout, by runs of 16 or 8 bytes where alignment allows (one by one with gelu and
+// silu).
 //
 // Floor, per pixel, e bytes an element: e (C_in + C_out) bytes (+ e C_out for skip), 18 C_in C_out
 // FLOP. Here the input is read 1.27 times (the halo) for every 64 output channels, all weights once
@@ -20,7 +22,6 @@
 // Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
-#include "common/activation.h"
 #include "common/pixel_tile.cuh"
 
 namespace sr_kernels {
@@ -69,12 +70,10 @@ struct Conv3x3Tile {
   static constexpr int kInputElements = kTensorCores ? kHaloPixels * kLdPixel : kK * kLdChannel;
   static constexpr int kInputAt = kBuffers * kBufferElements * static_cast<int>(sizeof(E));
   static constexpr int kOperandBytes = kInputAt + kInputElements * static_cast<int>(sizeof(E));
-  // Of the sums: elements from a channel to the next, or from a pixel, channels_last.
-  static constexpr int kLdStage = kPixels + 8, kLdStagePixel = kProductRows + 4;
-  static constexpr int kStageElements = kPixels * kLdStagePixel;
-  static_assert(kStageElements >= kProductRows * kLdStage, "the stage holds either order");
-  static constexpr int kSharedBytes =
-      kOperandBytes > kStageElements * 4 ? kOperandBytes : kStageElements * 4;
+  using Stage = SumStage<kPixels>;
+  using Inner = RectanglePixels<kEdge, kEdge, 0>;
+  static constexpr int kSharedBytes = kOperandBytes > Stage::kBytes ? kOperandBytes : Stage::kBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes, "starts on every GPU");
   static SR_HOST_DEVICE int padded(int channels) {
     return (channels + kStepK - 1) / kStepK * kStepK;
   }
@@ -149,15 +148,6 @@ struct Conv3x3Product<float> : TileProduct<float, Conv3x3Tile<float>::kPixels> {
   }
 };
 
-// Whether runs of four channels from a multiple of four on lie side by side and aligned.
-template <typename E>
-SR_DEVICE bool in_quads(const FeatureMap& map, int channels) {
-  const uint64_t places = reinterpret_cast<uint64_t>(map.data) / sizeof(E) |
-                          static_cast<uint64_t>(map.stride_n | map.stride_h | map.stride_w) |
-                          static_cast<uint64_t>(channels);
-  return map.stride_c == 1 && places % 4 == 0;
-}
-
 // Channels k0 ... of the tile with its halo, whose first pixel is (n, h0, w0); zero outside of the
 // image, and up to a whole step of the product. The caller commits and waits.
 template <typename E>
@@ -167,12 +157,12 @@ SR_DEVICE void load_halo(E* input, const Conv3x3KernelParams& p, int64_t n, int 
   const int k_count = p.c_in - k0 < Tile::kK ? p.c_in - k0 : Tile::kK;
   const int k_padded = Tile::padded(k_count);
   const bool channels_last = p.x.stride_c == 1;
-  const auto for_each = [&](int width, const auto& function) {  // of `width` channels
-    const int runs = Tile::kK / width;
+  const auto for_each = [&](auto width, const auto& function) {  // of `width` channels
+    constexpr int kRuns = Tile::kK / width;
 #pragma unroll 4
-    for (int i = thread; i < Tile::kHaloPixels * runs; i += kBlockThreads) {
-      const int pixel = channels_last ? i / runs : i % Tile::kHaloPixels;
-      const int k = (channels_last ? i % runs : i / Tile::kHaloPixels) * width;
+    for (int i = thread; i < Tile::kHaloPixels * kRuns; i += kBlockThreads) {
+      const int pixel = channels_last ? i / kRuns : i % Tile::kHaloPixels;
+      const int k = (channels_last ? i % kRuns : i / Tile::kHaloPixels) * width;
       if (k >= k_padded) continue;
       const int h = h0 + pixel / Tile::kHaloEdge, w = w0 + pixel % Tile::kHaloEdge;
       const bool there = p.size.has(h, w);
@@ -182,21 +172,27 @@ SR_DEVICE void load_halo(E* input, const Conv3x3KernelParams& p, int64_t n, int 
     }
   };
   if constexpr (!Tile::kTensorCores) {
-    for_each(1, [&](int pixel, int k, int count, const E* from) {
+    for_each(std::integral_constant<int, 1>{}, [&](int pixel, int k, int count, const E* from) {
       copy_async<4>(input + k * Tile::kLdChannel + pixel / Tile::kHaloEdge * Tile::kLdRow +
                         pixel % Tile::kHaloEdge,
                     from, count > 0);
     });
-  } else if (in_quads<E>(p.x, p.c_in)) {
-    for_each(4, [&](int pixel, int k, int count, const E* from) {
-      copy_async<8>(input + pixel * Tile::kLdPixel + k, from, count > 0);
-    });
   } else {
-    for_each(2, [&](int pixel, int k, int count, const E* from) {
-      Vector<E, 2> pair{{from_float<E>(0.0f), from_float<E>(0.0f)}};
-      if (count > 0) pair.element[0] = load_global<E>(from);
-      if (count > 1) pair.element[1] = load_global<E>(from + p.x.stride_c);
-      store_shared(input + pixel * Tile::kLdPixel + k, pair);
+    with_access_width<E>(run_places<E>(p.x, true) | p.c_in, [&](auto width) {
+      constexpr int kRun = width;
+      if constexpr (kRun > 1) {
+        for_each(width, [&](int pixel, int k, int count, const E* from) {
+          copy_async<kRun* static_cast<int>(sizeof(E))>(input + pixel * Tile::kLdPixel + k, from,
+                                                        count > 0);
+        });
+      } else {
+        for_each(std::integral_constant<int, 2>{}, [&](int pixel, int k, int count, const E* from) {
+          Vector<E, 2> pair{{from_float<E>(0.0f), from_float<E>(0.0f)}};
+          if (count > 0) pair.element[0] = load_global<E>(from);
+          if (count > 1) pair.element[1] = load_global<E>(from + p.x.stride_c);
+          store_shared(input + pixel * Tile::kLdPixel + k, pair);
+        });
+      }
     });
   }
 }
@@ -265,55 +261,24 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1)
   copy_async_wait<0>();  // nothing: the last groups were empty
   __syncthreads();
 
-  float* stage = shared_array<float>(0, Tile::kStageElements);
-  const bool channels_last = p.y.stride_c == 1;
-  const int stride_m = channels_last ? 1 : Tile::kLdStage;
-  const int stride_p = channels_last ? Tile::kLdStagePixel : 1;
-  product.visit(thread, [&](int m, int pixel, float first, float second) {
-    float* to = stage + m * stride_m + pixel * stride_p;
-    store_shared<float>(to, first);
-    store_shared<float>(to + stride_p, second);
-  });
-  __syncthreads();
-
   const int m_count = p.c_out - m0 < kProductRows ? p.c_out - m0 : kProductRows;
-  const auto finish = [&](float z, int m, float skip) {
-    if (p.bias != nullptr) z += to_float(load_global<E>(static_cast<const E*>(p.bias) + m));
-    return activate(p.activation, z + skip, p.slope);
-  };
-  if (in_quads<E>(p.y, p.c_out) && (p.skip.data == nullptr || in_quads<E>(p.skip, p.c_out))) {
-    constexpr int kQuads = kProductRows / 4;
-#pragma unroll 1
-    for (int i = thread; i < Tile::kPixels * kQuads; i += kBlockThreads) {
-      const int pixel = i / kQuads, c = i % kQuads * 4;
-      const int h = h0 + pixel / Tile::kEdge, w = w0 + pixel % Tile::kEdge;
-      if (c >= m_count || !p.size.has(h, w)) continue;
-      const auto sums = load_shared<Vector<float, 4>>(stage + pixel * Tile::kLdStagePixel + c);
-      Vector<E, 4> skip{};
-      if (p.skip.data != nullptr)
-        skip = load_global<Vector<E, 4>>(static_cast<const E*>(p.skip.data) +
-                                         element_offset(p.skip, n, m0 + c, h, w));
-      Vector<E, 4> y;
+  const typename Tile::Stage stage(p.y);
+  stage.put(product, p.bias == nullptr ? nullptr : static_cast<const E*>(p.bias) + m0, m_count,
+            thread);
+  __syncthreads();
+  const typename Tile::Inner pixels{p.size, n, h0, w0};
+  uint64_t places = run_places<E>(p.y, stage.by_pixel) | run_places<E>(p.skip, stage.by_pixel);
+  if (!fits_in_epilogue(p.activation)) places |= 1;
+  stage.template visit<E>(
+      places, pixels, p.size.width, m_count, thread, [&](const Pixel& at, int c, int, auto& value) {
+        constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
+        if (p.skip.data != nullptr) add_run<E>(value, p.skip, at, m0 + c);
 #pragma unroll
-      for (int x = 0; x < 4; ++x)
-        y.element[x] =
-            from_float<E>(finish(sums.element[x], m0 + c + x,
-                                 p.skip.data == nullptr ? 0.0f : to_float(skip.element[x])));
-      store_global(static_cast<E*>(p.y.data) + element_offset(p.y, n, m0 + c, h, w), y);
-    }
-    return;
-  }
-  for (int i = walk_pixel(p.y, thread); i < Tile::kPixels; i += kWalkPixels) {
-    const int h = h0 + i / Tile::kEdge, w = w0 + i % Tile::kEdge;
-    if (!p.size.has(h, w)) continue;
-#pragma unroll 1
-    for (int c = walk_channel(p.y, thread); c < m_count; c += kWalkChannels) {
-      float skip = 0.0f;
-      if (p.skip.data != nullptr) skip = to_float(load_element<E>(p.skip, n, m0 + c, h, w));
-      const float z = load_shared<float>(stage + c * stride_m + i * stride_p);
-      store_element<E>(p.y, n, m0 + c, h, w, from_float<E>(finish(z, m0 + c, skip)));
-    }
-  }
+        for (int i = 0; i < kRun; ++i)
+          value[i] = kRun == 1 ? activate(p.activation, value[i], p.slope)
+                               : activate_in_epilogue(p.activation, p.slope, value[i]);
+        put_run<E>(value, p.y, at, m0 + c);
+      });
 }
 
 }  // namespace sr_kernels

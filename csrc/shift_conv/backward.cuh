@@ -9,8 +9,13 @@
 // `slices` depends on the sizes alone, not on the GPU.
 //
 // Floor: dz and x once, e (C_out + C_in) bytes and 2 C_in C_out FLOP a pixel; dz is read
-// C_in / 64 times here (rounded up), x C_out / 64 times. Measured fraction: unmeasured, never run
-// on a GPU.
+// C_in / 64 times here (rounded up), x C_out / 64 times.
+//
+// The block's backward is a sequence, with z = W0 S(x) + b0, made again, and dz in memory for as
+// long as the call lasts. Its floor, with both on chip, per pixel, C channels in and out, H hidden:
+// 3 e C bytes and 10 C H FLOP. Here the FLOP are 10 C H and the bytes, up to C 64 and H 128, e (8 C
+// + 6 H): z, dz and dx take e (4 C + 4 H), both weight gradients e (4 C + 2 H).
+// Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "shift_conv/forward.cuh"
@@ -36,10 +41,11 @@ struct WeightGradientTile {
   static_assert(kPixels == kProductRows && kPixels == kColumns, "tiles may lie transposed");
   static constexpr int kInputAt = kProductRows * kLdZ * static_cast<int>(sizeof(E));
   static constexpr int kSharedBytes = kInputAt + kPixels * kLdX * static_cast<int>(sizeof(E));
+  static_assert(kSharedBytes <= kMaxSharedBytes, "starts on every GPU");
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads, 1) weight_gradient_kernel(WeightGradientParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) weight_gradient_kernel(WeightGradientParams p) {
   using Tile = WeightGradientTile<E>;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t slice = blockIdx.x;

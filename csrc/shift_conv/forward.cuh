@@ -41,25 +41,6 @@ struct Shift {
   }
 };
 
-// Activations of an instruction or two are applied to sums in registers; exp and erf, inlined for
-// each of them, would push them out.
-SR_DEVICE bool fits_in_epilogue(Activation activation) {
-  return activation != Activation::kGelu && activation != Activation::kSilu;
-}
-SR_DEVICE float activate_in_epilogue(Activation activation, float slope, float z) {
-  if (activation == Activation::kRelu) return activate(Activation::kRelu, z, slope);
-  if (activation == Activation::kLeakyRelu) return activate(Activation::kLeakyRelu, z, slope);
-  return z;
-}
-
-// Their derivatives.
-SR_DEVICE float derivative_in_epilogue(Activation activation, float slope, float z) {
-  if (activation == Activation::kRelu) return activation_derivative(Activation::kRelu, z, slope);
-  if (activation == Activation::kLeakyRelu)
-    return activation_derivative(Activation::kLeakyRelu, z, slope);
-  return 1.0f;
-}
-
 // Channels first_channel ... of S(x) at the given pixels into shared memory, element (c, p) to
 // tile[c * stride_c + p * stride_p], for c < rows (a multiple of 4, in 16 bits of 8); zero outside
 // the image and from `channels` on. With an activation, act(S(x)). One of the strides is 1; a run
@@ -264,6 +245,7 @@ struct ConvTile {
   static constexpr int kInputAt = kProductRows * kLdW * static_cast<int>(sizeof(E));
   static constexpr int kOperandBytes = kInputAt + Input::bytes(kK);
   static constexpr int kSharedBytes = kOperandBytes > Stage::kBytes ? kOperandBytes : Stage::kBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes, "starts on every GPU");
 };
 
 template <typename E>
@@ -375,12 +357,15 @@ struct BlockTile {
   static constexpr int kInputAt =
       kHiddenAt + kProductRows * kLdHidden * static_cast<int>(sizeof(E));
 
-  static SR_HOST_DEVICE int input_rows(int c_in) { return round_up(c_in, kStepOfK<E>); }
-  static int64_t shared_bytes(int c_in) {
+  static SR_HOST_DEVICE constexpr int input_rows(int c_in) { return round_up(c_in, kStepOfK<E>); }
+  static constexpr int64_t shared_bytes(int c_in) {
     const int64_t bytes = kInputAt + Input::bytes(input_rows(c_in));
     return bytes > Stage::kBytes ? bytes : Stage::kBytes;
   }
 };
+static_assert(BlockTile<float, 1>::shared_bytes(64) <= kMaxSharedBytes &&
+                  BlockTile<__half, 3>::shared_bytes(192) <= kMaxSharedBytes,
+              "what the sums have registers for starts on every GPU");
 
 template <typename E, int kOut>
 __global__ void __launch_bounds__(kBlockThreads, kOut == 1 && sizeof(E) == 2 ? 2 : 1)

@@ -59,6 +59,7 @@ struct WindowBackwardTile {
   static constexpr int kStageAt = kStatisticsAt + kRows * static_cast<int>(sizeof(RowStatistics));
   // float32 always stages its scores, 16 bits for the bias gradient alone.
   static constexpr int kBiasAt = kStageAt + kThreads / 32 * Stage::kBytes;
+  static_assert(kBiasAt <= kMaxSharedBytes, "starts on every GPU");
   static constexpr int kRoom = (kMaxSharedBytes - kBiasAt) / 4;
   // Rows of a bias table that leave room for the table itself, for that and a gradient a warp.
   static constexpr int kMaxBias = kRoom;

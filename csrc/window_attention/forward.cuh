@@ -19,9 +19,11 @@
 //
 // Floor, per pixel and head, e bytes an element, t tokens a window: e (2 d_qk + 2 d_v) bytes (d_qk
 // less where the keys are the queries) + 4 for the log-sum-exp, 2 t (d_qk + d_v) FLOP, t
-// exponentials. Here t is padded to 16 and the dimensions to 16 (32 in float32) in the products; a
-// window of more tokens than rows is read once for every piece of it. Measured fraction:
-// unmeasured, never run on a GPU.
+// exponentials. Where the keys are the queries the scores are symmetric, and half of their FLOP
+// would do: here they are loaded once, but computed in full, since a warp has rows of its own. Here
+// t is padded to 16 and the dimensions to 16 (32 in float32) in the products; a window of more
+// tokens than rows is read once for every piece of it. Measured fraction: unmeasured, never run on
+// a GPU.
 #pragma once
 
 #include "window_attention/window_tile.cuh"
@@ -51,6 +53,7 @@ struct WindowForwardTile {
   static constexpr int kPlacesAt = 3 * Rows::kBytes + kStageBytes;
   static constexpr int kLabelsAt = kPlacesAt + 2 * kRows * static_cast<int>(sizeof(RowPlace));
   static constexpr int kBiasAt = kLabelsAt + 2 * kRows * static_cast<int>(sizeof(RowLabel));
+  static_assert(kBiasAt <= kMaxSharedBytes, "starts on every GPU");
   static constexpr int kMaxBias = (kMaxSharedBytes - kBiasAt) / 4;  // what fits in shared memory
 };
 

@@ -44,6 +44,7 @@ void run(int kind, const Array& x, const Array& q, bool reuse, const Array& w_in
 
 PYBIND11_MODULE(attention_block, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
+  m.def("shared_bytes", [] { return AttentionBlockTile<__half>::kSharedBytes; });
   m.def("grouped_attention_block",
         [](int kind, Object x_, Object w_in_, Object b_in_, Object w_out_, Object b_out_,
            std::vector<int> windows, bool shifted, bool, Object y_, Object q_) {

@@ -95,10 +95,29 @@ void run_grouped_backward(int kind, const Array& grad, const Array& qv, const Ar
   run_backward(backward);
 }
 
+// Bytes that a block asks for, without a bias.
+template <typename E, int kD>
+void add_shared_bytes(py::dict& bytes, const char* head) {
+  bytes[py::str(cuda_on_cpu::text("window_attention_kernel<", head))] =
+      WindowForwardTile<E, kD>::kBiasAt;
+  bytes[py::str(cuda_on_cpu::text("window_gradient_kernel<", head))] =
+      WindowBackwardTile<E, kD>::kBiasAt;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(window_attention, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
+  m.def("shared_bytes", [] {
+    py::dict bytes;
+    add_shared_bytes<float, 32>(bytes, "float, 32>");
+    add_shared_bytes<float, 64>(bytes, "float, 64>");
+    add_shared_bytes<float, 128>(bytes, "float, 128>");
+    add_shared_bytes<__half, 32>(bytes, "__half, 32>");
+    add_shared_bytes<__half, 64>(bytes, "__half, 64>");
+    add_shared_bytes<__half, 128>(bytes, "__half, 128>");
+    return bytes;
+  });
   m.def("window_attention", [](int kind, Object q_, Object k_, Object v_, Object bias_,
                                int window_h, int window_w, int64_t shift_h, int64_t shift_w,
                                int64_t heads, double scale, bool mask, Object out_, Object lse_) {

@@ -19,6 +19,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -53,7 +54,23 @@ def why_not() -> str | None:
     return None
 
 
-def build(name: str, *, sanitize: bool = False) -> Path:
+class Fault(NamedTuple):
+    """A change in a header of csrc: `right`, which it has once, becomes `wrong`."""
+
+    name: str
+    header: str
+    right: str
+    wrong: str
+
+    def write(self, folder: Path) -> None:
+        text = (ROOT / "csrc" / self.header).read_text()
+        assert text.count(self.right) == 1, f"{self.header} has no longer: {self.right}"
+        target = folder / self.header
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text.replace(self.right, self.wrong))
+
+
+def build(name: str, *, sanitize: bool = False, planted: Fault | None = None) -> Path:
     """The library of `name`: compiled unless one of the same sources is there."""
     import pybind11
 
@@ -65,7 +82,7 @@ def build(name: str, *, sanitize: bool = False) -> Path:
         flags += ["-mfma", "-ffp-contract=fast"]  # multiply and add with one rounding, as nvcc does
     flags += ["-I", str(ROOT / "csrc"), "-I", str(HERE), "-isystem", str(includes)]
     flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-    digest = hashlib.sha256(" ".join(flags).encode())
+    digest = hashlib.sha256(" ".join(flags).encode() + repr(planted).encode())
     read = {source, *HERE.glob("*.h"), *ROOT.glob("csrc/common/*")}
     read |= {p for p in ROOT.glob("csrc/*/*") if p.suffix in (".cuh", ".h", ".cu")}
     for path in sorted(read):
@@ -73,6 +90,9 @@ def build(name: str, *, sanitize: bool = False) -> Path:
     folder = ROOT / "build" / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
     kind = "-sanitized" if sanitize else ""
+    if planted is not None:
+        kind += f"-{planted.name}"
+        flags = ["-I", str(folder / f"{name}{kind}"), *flags, "-O0"]  # before csrc; soon compiled
     # A stem for each kind and content; the module inside has the name alone.
     target = folder / f"{name}{kind}-{digest.hexdigest()[:16]}.so"
     with open(folder / f".{name}{kind}.lock", "w") as lock:
@@ -80,6 +100,8 @@ def build(name: str, *, sanitize: bool = False) -> Path:
         if not target.exists():
             for old in folder.glob(f"{name}{kind}-????????????????.so"):
                 old.unlink()
+            if planted is not None:
+                planted.write(folder / f"{name}{kind}")
             partial = target.with_suffix(".partial")
             subprocess.run(["g++", *flags, "-o", str(partial), str(source)], check=True)
             partial.rename(target)
@@ -96,8 +118,11 @@ def sanitizer_runtimes() -> str:
     )
 
 
-def load(name: str, *, sanitize: bool = False) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, build(name, sanitize=sanitize))
+def load(name: str, *, sanitize: bool = False, planted: Fault | None = None) -> ModuleType:
+    path = build(name, sanitize=sanitize, planted=planted)
+    # pybind11 knows modules by their full names, and has each once.
+    full_name = name if planted is None else f"{planted.name}.{name}"
+    spec = importlib.util.spec_from_file_location(full_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

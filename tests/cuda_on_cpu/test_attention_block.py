@@ -13,7 +13,7 @@ def on_emulated_kernels(kernels):
     module = kernels("attention_block")
     module.set_schedule("shuffled", 0)
     with emulated(module, ["grouped_attention_block", "apply_grouped_attention_block"]):
-        yield
+        yield module
     module.set_schedule("forward", 0)
 
 
@@ -38,6 +38,10 @@ def test_wide_blocks(channels, dtype):
     check_block(
         block_inputs((1, channels, 4, 8), dtype, logits=0.3), windows=(2, 4, 4), shifted=True
     )
+
+
+def test_shared_memory_is_within_the_table(on_emulated_kernels):
+    assert on_emulated_kernels.shared_bytes() <= 64512  # a block of attention_block_kernel
 
 
 def test_under_the_sanitizers(build):

@@ -51,6 +51,14 @@ def test_at_the_edges_of_a_tile(size, dtype):
     check_conv(conv_inputs((2, 20, *size), 24, dtype))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c", "width"), [(24, 24), (20, 20)])
+def test_runs_that_leave_a_tile_half_full(c, width, dtype, layout):
+    """Runs of 16 bytes and of 8, of pixels or of channels."""
+    check_conv(conv_inputs((2, c, 3, width), c, dtype, layout), activation="leaky_relu")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_activations(activation, layout):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from sr_kernels import reference
+
 HERE = Path(__file__).resolve().parent
 N = 64
 # (number in planted.cpp, what the error says)
@@ -118,6 +120,67 @@ def test_reductions_and_votes(planted, values, order, seed):
 def test_a_launch_that_a_gpu_would_refuse(planted, y, threads, shared, message):
     with pytest.raises(RuntimeError, match=message):
         planted.refused(y, threads, shared)
+
+
+# A kernel of the package, a line of it, what stands there instead, what the error says.
+REAL_FAULTS = {
+    "no-wait": (
+        "conv3x3",
+        "conv3x3/forward.cuh",
+        "copy_async_wait<1>();",
+        "copy_async_wait<2>();",
+        "is read while an asynchronous copy fills it",
+    ),
+    "whole-run-loaded": (
+        "window_attention",
+        "window_attention/window_tile.cuh",
+        "if (kRun > 1 && (count >= kRun || count <= 0)) {",
+        "if (kRun > 1) {",
+        "out-of-bounds global asynchronous copy of 16 bytes",
+    ),
+    "whole-run-stored": (
+        "window_attention",
+        "window_attention/window_tile.cuh",
+        "if (kRun > 1 && c + kRun <= channels) {",
+        "if (kRun > 1) {",
+        "out-of-bounds global write of 16 bytes",
+    ),
+}
+
+
+def convolution(kernels):
+    x = torch.randn(1, 16, 5, 9).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 16, 3, 3).half() / 12
+    packed = weight.permute(2, 3, 1, 0).reshape(1, 9, 16, 64).contiguous()
+    y = torch.empty(1, 64, 5, 9, dtype=torch.float16)
+    kernels.conv3x3(*(t.view(torch.uint16).numpy() for t in (x, packed, y)))
+    return y, torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+
+
+def attention(kernels):
+    """Twelve of the sixteen channels of channels_last maps: a run of 16 bytes, one of 8, and then
+    another's channels; of the last pixel, the end."""
+    q, v, out = torch.randn(3, 1, 4, 8, 16).half().permute(0, 1, 4, 2, 3)[:, :, :12]
+    kernels.window_attention(
+        *(t.view(torch.uint16).numpy() for t in (q, v)), 4, out.view(torch.uint16).numpy()
+    )
+    return out, reference.window_attention(q.double(), q.double(), v.double(), window=4, scale=1.0)
+
+
+@pytest.mark.parametrize("fault", [None, *REAL_FAULTS])
+def test_a_fault_in_one_of_the_kernels_is_caught(build, fault):
+    torch.manual_seed(0)
+    runs = {"conv3x3": convolution, "window_attention": attention}
+    if fault is None:
+        kernels = build.load("two_kernels")
+        for run in runs.values():
+            ours, expected = run(kernels)
+            assert (ours - expected).abs().max() < 2e-3
+        return
+    kernel, *change, message = REAL_FAULTS[fault]
+    kernels = build.load("two_kernels", planted=build.Fault(fault, *change))
+    with pytest.raises(RuntimeError, match=message):
+        runs[kernel](kernels)
 
 
 def run_script(script, *arguments, **environment):

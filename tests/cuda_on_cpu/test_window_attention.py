@@ -174,6 +174,30 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(on_emulated_ke
         assert all(map(bitwise_equal, results[0], other))
 
 
+# Bytes a block without a bias: more is a decision.
+SHARED_BYTES = {
+    "window_attention_kernel<float, 32>": 39936,
+    "window_attention_kernel<float, 64>": 64512,
+    "window_attention_kernel<float, 128>": 56832,
+    "window_attention_kernel<__half, 32>": 36864,
+    "window_attention_kernel<__half, 64>": 30720,
+    "window_attention_kernel<__half, 128>": 55296,
+    "window_gradient_kernel<float, 32>": 46080,
+    "window_gradient_kernel<float, 64>": 78848,
+    "window_gradient_kernel<float, 128>": 72192,
+    "window_gradient_kernel<__half, 32>": 67584,
+    "window_gradient_kernel<__half, 64>": 50176,
+    "window_gradient_kernel<__half, 128>": 78848,
+}
+
+
+def test_shared_memory_is_within_the_table(on_emulated_kernels):
+    found = on_emulated_kernels.shared_bytes()
+    assert set(found) == set(SHARED_BYTES)
+    for kernel, most in SHARED_BYTES.items():
+        assert found[kernel] <= most, kernel
+
+
 def test_a_head_that_is_too_wide_is_refused():
     x = make_tensor((1, 129, 2, 2))
     with pytest.raises(RuntimeError, match="heads of at most 128 channels"):
