@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -219,8 +220,10 @@ def _patch_inside(
             report.entries.append(PatchEntry(path, cls.__name__, None, why))
             continue
         inside = f"part of {path or 'the network'}, replaced as one"
-        if swap.replacement_of(module) is not None:
+        if (replacement := swap.replacement_of(module)) is not None:
             entry = PatchEntry(path, cls.__name__, None, "is patched already")
+            if replacement.recogniser.of_parts:
+                inside = ""
         elif cls.__module__.split(".")[0] == "sr_kernels":
             inside = "is of this package already"
             entry = PatchEntry(path, cls.__name__, None, inside)
@@ -244,7 +247,7 @@ def _patch_inside(
             whole.append((f"{path}." if path else "", inside))
         report.entries.append(entry)
     last = [r for r in recognisers() if r.of_parts]
-    for number, (path, module) in enumerate(modules):
+    for number, (path, module) in reversed(list(enumerate(modules))):  # from the inside
         if report.entries[number].reason == _UNKNOWN:
             report.entries[number] = _patch_one(path, module, report, last, verdicts)
 
@@ -254,16 +257,39 @@ def _classes_asked_for(model: nn.Module) -> dict[str, str]:
     and which forward: of such a class a subclass would not do."""
     asked: dict[str, str] = {}
     for cls in {swap.original_class(module) for module in model.modules()}:
-        if cls.__module__.startswith("torch."):
-            continue
-        for name, function in vars(cls).items():
+        todo = [
+            function
+            for base in cls.__mro__
+            for name, function in vars(base).items()
+            if "forward" in name and not cls.__module__.startswith("torch.")
+        ]
+        seen: set[Any] = set()
+        while todo:  # forwards, and what of the same package they call
+            function = inspect.unwrap(getattr(value := todo.pop(), "__func__", value))
             code = getattr(function, "__code__", None)
-            if code is None or "forward" not in name:
+            if code is None or code in seen or function.__module__.startswith("torch."):
                 continue
-            called = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-            if "type" in called or "__class__" in code.co_names:
-                asked |= dict.fromkeys(code.co_names, f"{cls.__name__}.{name}")
+            seen.add(code)
+            names = _names(code)
+            found = [function.__globals__[n] for n in names if n in function.__globals__]
+            if {"type", "__class__"} & names:
+                inside = [vars(v).get(n) for v in found if isinstance(v, ModuleType) for n in names]
+                kinds = [v.__name__ for v in (*found, *inside) if isinstance(v, type)]
+                asked |= dict.fromkeys((*names, *kinds), f"{cls.__name__}.forward")
+            package = function.__module__.split(".")[0]
+            todo += [v for n in names if isinstance(v := getattr(cls, n, None), FunctionType)]
+            todo += [
+                v
+                for v in found
+                if isinstance(v, FunctionType) and v.__module__.split(".")[0] == package
+            ]
     return asked
+
+
+def _names(code: CodeType) -> set[str]:
+    """Globals and attributes that a function and those written inside it name."""
+    inside = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*map(_names, inside))
 
 
 def _first_inside(

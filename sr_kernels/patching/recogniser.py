@@ -282,5 +282,9 @@ def needs_gradient(module: nn.Module, *tensors: Any) -> bool:
     return any(
         parameter is not None and parameter.requires_grad
         for part in parts(module)
-        for parameter in part._parameters.values()
+        # DataParallel's replicas have plain attributes in the place of parameters.
+        for parameter in (
+            *part._parameters.values(),
+            *vars(part).get("_former_parameters", {}).values(),
+        )
     )

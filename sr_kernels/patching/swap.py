@@ -407,14 +407,12 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
     """Whether ``module`` is what it was when it was recognised, and no hook waits inside it; nor a
     transform of torch.func around it, whose tensors have no memory to look at.
 
-    While a graph is captured only hooks are looked for.
+    While a graph is captured only these two are looked for.
     """
-    if _has_any_global_hook():
+    if _has_any_global_hook() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch.compiler.is_compiling():
         return not any(_intercepted(part) for part in parts(module) if part is not module)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     return _matches(module, replacement)
 
 

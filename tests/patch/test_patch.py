@@ -1087,13 +1087,120 @@ class AsksForTypes(nn.Module):
         return x
 
 
-def test_a_network_that_asks_for_exact_types() -> None:
-    network, z = AsksForTypes().eval(), torch.rand(1, 16, 5, 5)
+class InheritsTheForward(AsksForTypes):
+    pass
+
+
+class AsksInside(AsksForTypes):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, known in zip(
+            self.layers, [type(one) is tp.CALayer for one in self.layers], strict=True
+        ):
+            x = layer(x) if known else 1 - layer(x)
+        return x
+
+
+class AsksInAMethod(AsksForTypes):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_all(x)
+
+    def run_all(self, x: Tensor) -> Tensor:
+        return AsksForTypes.forward(self, x)
+
+
+Renamed = tp.CALayer
+
+
+class AsksByAnotherName(AsksForTypes):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if layer.__class__ is Renamed else 1 - layer(x)
+        return x
+
+
+def applied(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) if type(layer) is tp.CALayer else 1 - layer(x)
+
+
+class AsksInAFunction(AsksForTypes):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = applied(layer, x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AsksForTypes,
+        InheritsTheForward,
+        AsksInside,
+        AsksInAMethod,
+        AsksByAnotherName,
+        AsksInAFunction,
+    ],
+)
+def test_a_network_that_asks_for_exact_types(kind: type[AsksForTypes]) -> None:
+    network, z = kind().eval(), torch.rand(1, 16, 5, 5)
     y = output(network, z)
     report = patch(network)
     assert [e.path for e in report.replaced] == ["layers.1"]
-    assert "AsksForTypes.forward asks" in {e.path: e.reason for e in report.entries}["layers.0"]
+    reasons = {e.path: e.reason for e in report.entries}
+    assert f"{kind.__name__}.forward asks" in reasons["layers.0"]
     close(output(network, z), y)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_transforms_in_a_graph(transform: str) -> None:
+    """torch.func inside of torch.compile, which has no values to look at."""
+    torch._dynamo.reset()
+    gate, z = tp.CALayer(32, 4).eval(), torch.rand(1, 32, 5, 5)
+
+    def run(x: Tensor) -> Tensor:
+        if transform == "jvp":
+            return torch.func.jvp(gate, (x,), (torch.ones_like(x),))[1]
+        return torch.func.grad(lambda v: gate(v).square().sum())(x)
+
+    expected = run(z)
+    assert patch(gate).replaced
+    close(torch.compile(run, backend="eager")(z), expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tp.ELAB(15, 2, 0, (2, 4, 8)),
+        lambda: nn.Sequential(*(tp.ELAB(15, 2, i % 2, (2, 4, 8)) for i in range(2))),
+        lambda: nn.Conv2d(15, 15, 3, padding=1),
+    ],
+)
+def test_replicas_with_gradients(build: Callable[[], nn.Module]) -> None:
+    """Of an input that needs none, as behind frozen layers."""
+    module, z = build().eval(), torch.rand(1, 15, 16, 16)
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    wanted = torch.autograd.grad(module(z).square().sum(), weights)
+    assert patch(module).replaced
+
+    def replica(part: nn.Module) -> nn.Module:
+        twin = part._replicate_for_data_parallel()
+        twin._former_parameters = {}
+        for name, parameter in part._parameters.items():
+            value = None if parameter is None else parameter.view_as(parameter)
+            setattr(twin, name, value)
+            twin._former_parameters[name] = value
+        for name, child in part._modules.items():
+            twin._modules[name] = None if child is None else replica(child)
+        return twin
+
+    found = torch.autograd.grad(replica(module)(z).square().sum(), weights)
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+
+
+def test_a_part_that_was_exchanged_is_patched_again(body: nn.Sequential) -> None:
+    assert patch(body).replaced
+    body[2] = tp.ELAB(15, 2, 0, (2, 4, 8)).eval()
+    assert [e.path for e in patch(body).replaced if "." not in e.path] == ["2"]
 
 
 def test_a_forward_that_is_exchanged_on_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
