@@ -409,11 +409,17 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
 
     While a graph is captured only these two are looked for.
     """
-    if _has_any_global_hook() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _has_any_global_hook() or _transforming():
         return False
     if torch.compiler.is_compiling():
         return not any(_intercepted(part) for part in parts(module) if part is not module)
     return _matches(module, replacement)
+
+
+@torch.compiler.assume_constant_result  # Dynamo, which enters transforms, has a guard of its own
+def _transforming() -> bool:
+    """Whether torch.func is at work around this call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # ------------------------------------------------------------------------ tensors that are fixed
