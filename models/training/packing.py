@@ -75,8 +75,6 @@ def pack(
     if side < GRID or side % GRID:
         raise ValueError(f"side is {side}; expected a multiple of {GRID}")
     files = image_files(map(Path, folders))
-    # More than could fit need not be kept in memory.
-    of_each = max(1, -(-_RATIO * limit // (3 * side * side * len(files))))
     left_out = LeftOut(note)
     crops: list[_Crop] = []
     by = scale or 1
@@ -84,12 +82,14 @@ def pack(
         if min(high.shape[:2]) < GRID:
             left_out.small += 1
         else:
-            crops.extend(_most_textured(image, low, high, by, side, of_each))
+            crops.extend(_squares(image, low, high, by, side))
+        if sum(crop.high.size for crop in crops) > 2 * _RATIO * limit:
+            crops = _first(crops, _RATIO * limit)  # more could not fit
     counted = left_out.sum_up(GRID)
     if not crops:
         raise ValueError(f"no image in {', '.join(folders)} is left: {counted}")
 
-    crops.sort(key=lambda crop: (crop.turn, -crop.texture))
+    crops = _first(crops, _RATIO * limit)
     chosen: list[tuple[_Crop, Encoded]] = []
     size = HEAD_BYTES
     for crop in crops:
@@ -113,6 +113,17 @@ def pack(
     )
 
 
+def _first(crops: list[_Crop], limit: int) -> list[_Crop]:
+    """Those whose turn comes first, of so many values in all; at least one."""
+    kept: list[_Crop] = []
+    for crop in sorted(crops, key=lambda crop: (crop.turn, -crop.texture)):
+        if kept and limit < 0:
+            break
+        kept.append(crop)
+        limit -= crop.high.size
+    return kept
+
+
 def _starts(length: int, side: int) -> list[int]:
     """Where squares begin that lie side by side in the middle."""
     count = max(1, length // side)
@@ -120,10 +131,8 @@ def _starts(length: int, side: int) -> list[int]:
     return [first + k * side for k in range(count)]
 
 
-def _most_textured(
-    image: int, low: Pixels | None, high: Pixels, scale: int, side: int, count: int
-) -> list[_Crop]:
-    """That many squares of the image; copies, so that the image need not stay in memory."""
+def _squares(image: int, low: Pixels | None, high: Pixels, scale: int, side: int) -> list[_Crop]:
+    """All squares of the image; copies, so that the image need not stay in memory."""
     corners = [(y, x) for y in _starts(high.shape[0], side) for x in _starts(high.shape[1], side)]
 
     def cut(pixels: Pixels, number: int, by: int) -> Pixels:
@@ -131,7 +140,7 @@ def _most_textured(
         return pixels[y // by : (y + side) // by, x // by : (x + side) // by].copy()
 
     squares = [(texture(cut(high, number, 1)), number) for number in range(len(corners))]
-    best = sorted(squares, key=lambda square: -square[0])[:count]
+    best = sorted(squares, key=lambda square: -square[0])
     return [
         _Crop(
             image,

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--output {target}: expected a name that ends in .zip")
     if side < GRID or side % GRID:
         raise UsageError(f"--side {side}: expected a multiple of {GRID}")
-    if not 0 < arguments.size < float("inf"):
+    if not 0 < arguments.size * 2**20 < float("inf"):
         raise UsageError(f"--size {arguments.size}: expected a number > 0")
     if bool(arguments.lr_data) != (arguments.scale is not None):
         raise UsageError("--lr-data and --scale go together: expected both or neither")

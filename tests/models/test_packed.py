@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from sr_kernels.models.evaluate import Pair
 from sr_kernels.models.imresize import downscale
-from sr_kernels.models.training import PackedFileError, Trainer, pack
+from sr_kernels.models.training import PackedFileError, Trainer, pack, packing
 from sr_kernels.models.training.data import load_pairs
 from sr_kernels.models.training.packing import GRID
 from trainer_checks import quiet, same, tiny, write_image
@@ -163,6 +163,21 @@ def test_the_file_is_full_and_not_larger(low: bool, tmp_path: Path) -> None:
     assert written == sorted(written)
     assert 0.9 < written[-1] <= 1
     assert len(load(tmp_path / "a.zip", 4)) == done.crops == len(written)
+
+
+@pytest.mark.parametrize("ratio", [4, 1])
+def test_few_large_images_among_small_ones(
+    ratio: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The large one fills what they leave, also where not everything is kept in memory."""
+    monkeypatch.setattr(packing, "_RATIO", ratio)
+    for number in range(30):
+        write_noise(tmp_path / "a" / f"{number}.png", 24, 24, number)
+    write_noise(tmp_path / "a" / "large.png", 480, 480)
+    limit = 250_000
+    done = pack([str(tmp_path / "a")], [], tmp_path / "a.zip", side=48, limit=limit, note=quiet)
+    assert done.images == 31
+    assert limit - 9000 < (tmp_path / "a.zip").stat().st_size <= limit
 
 
 def test_equal_images_make_equal_files(images: Path, packed: Path, tmp_path: Path) -> None:
