@@ -250,9 +250,8 @@ __global__ void __launch_bounds__(kBlockThreads) moments_kernel(ChannelParams p)
   const int64_t last = first + each < pixels ? first + each : pixels;
   Moments total{0.0f, 0.0f, 0.0f, 0.0f};
   const auto value = [&](const FeatureMap& map, int64_t i) {
-    if (map.stride_h == p.width * map.stride_w)  // no division
-      return to_float(load_element<E>(map, n, c, 0, i));
-    return to_float(load_element<E>(map, n, c, i / p.width, i % p.width));
+    const int64_t h = i / p.width, w = i % p.width;
+    return to_float(load_element<E>(map, n, c, h, w));
   };
 #pragma unroll 1
   for (int64_t i = first + walk_pixel(p.x, thread); c < p.channels && i < last;
