@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.functional as F
+from sr_kernels._checks import writes_in_place
 from sr_kernels.nn import GMSA, LFE, PixelAttention, ShiftConv2d, set_backend
 
 from .elan import ELAB, ELAN, mirror_pad
@@ -241,10 +242,7 @@ class ELANPlan(Plan):
     def _body(self, x: Tensor) -> Tensor:
         """The ELABs, in the memory of x where that saves something."""
         spare = queries = None
-        # Not on a GPU, whose allocator keeps what is freed; not under autocast, whose operators
-        # choose their dtype; not in a graph, which is best without writes.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not traced and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if writes_in_place(x):
             spare, queries = torch.empty_like(x), x.new_empty(x.shape)
         for block in self.body:
             assert isinstance(block, nn.ModuleList)

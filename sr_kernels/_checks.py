@@ -118,6 +118,14 @@ def divisible(x: torch.Tensor, window: tuple[int, int], name: str) -> None:
         )
 
 
+def writes_in_place(x: torch.Tensor) -> bool:
+    """Whether inference on x is to write into given memory: not on a GPU, whose allocator keeps
+    what is freed; not under autocast, whose operators choose their dtype; not in a graph, which is
+    best without writes."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 def output(out: torch.Tensor, x: torch.Tensor, channels: int, name: str = "out") -> None:
     """What an operator may write its result into, instead of into a new tensor."""
     feature_map(out, name)

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,18 @@ _DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _F) -> _F:
+    """A decorator: traced code takes what ``function`` answers as a constant.
+
+    It does what torch.compiler.assume_constant_result does, without importing torch._dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class FallbackWarning(UserWarning):
@@ -123,11 +135,13 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
     return True, ""
 
 
+@constant_in_graphs  # an import cannot be traced
 def _why_no_cuda(index: int | None) -> str:
     """Why the CUDA kernels cannot run on this GPU, or nothing."""
     return _library.why_no_image(index)
 
 
+@constant_in_graphs
 def _why_no_triton(device: str) -> str:
     """Why Triton's kernels cannot run on tensors of this device, or nothing."""
     if device not in ("cuda", "cpu"):
@@ -141,12 +155,6 @@ def _why_no_triton(device: str) -> str:
             "start Python with TRITON_INTERPRET=1"
         )
     return "" if device == "cpu" else _library.why_no_launch()
-
-
-# Traced code takes the answer as a constant: an import cannot be traced. What
-# torch.compiler.assume_constant_result does, without importing all of torch._dynamo with it.
-_why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # On a GPU `auto` takes torch's own convolution for these: a library tuned for each GPU, which no

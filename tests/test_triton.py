@@ -477,19 +477,24 @@ def test_tune_keeps_the_default_where_nothing_is_clearly_faster(configs):
     assert list(tuned.entries.values()) == [configs.DEFAULTS["conv"]]
 
 
-def test_tune_skips_what_does_not_fit_and_refuses_what_is_wrong(configs):
-    from sr_kernels.triton import tuning
+class TooLarge(Exception):
+    pass
 
-    class TooLarge(Exception):
-        pass
 
-    def too_large(config):
-        if config["BLOCK_P"] > 64:
+def fitting(most):
+    def run(config):
+        if config["BLOCK_P"] > most:
             raise TooLarge
         return 1.0
 
+    return run
+
+
+def test_tune_skips_what_does_not_fit_and_refuses_what_is_wrong(configs):
+    from sr_kernels.triton import tuning
+
     device = configs.Device("Fake", (9, 0), 1000)
-    problem, used = problem_of(configs, tuning, too_large)
+    problem, used = problem_of(configs, tuning, fitting(64))
     tuned = tuning.tune([problem], device, lambda run: -used[-1]["BLOCK_P"], unfit=(TooLarge,))
     assert next(iter(tuned.entries.values()))["BLOCK_P"] <= 64
     problem, _ = problem_of(configs, tuning, lambda config: float(config["BLOCK_P"]))
@@ -501,20 +506,12 @@ def test_tune_where_a_default_does_not_fit(configs):
     """From the smallest tiles; what does not fit with these either does not stop the others."""
     from sr_kernels.triton import tuning
 
-    class TooLarge(Exception):
-        pass
-
-    def too_large(config):
-        if config["BLOCK_P"] > 32:
-            raise TooLarge
-        return 1.0
-
     def never():
         configs.configuration("block", torch.empty(1, 60, 2, 2), c=60)
         raise TooLarge
 
     device = configs.Device("Fake", (9, 0), 1000)
-    problem, used = problem_of(configs, tuning, too_large)
+    problem, used = problem_of(configs, tuning, fitting(32))
     said = []
     tuned = tuning.tune(
         [tuning.Problem("huge", never), problem],

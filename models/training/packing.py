@@ -77,14 +77,18 @@ def pack(
     files = image_files(map(Path, folders))
     left_out = LeftOut(note)
     crops: list[_Crop] = []
+    values = 0
     by = scale or 1
     for image, (low, high) in enumerate(read_images(files, low_folders, by, left_out, reading)):
         if min(high.shape[:2]) < GRID:
             left_out.small += 1
         else:
-            crops.extend(_squares(image, low, high, by, side))
-        if sum(crop.high.size for crop in crops) > 2 * _RATIO * limit:
+            squares = _squares(image, low, high, by, side)
+            crops += squares
+            values += sum(crop.high.size for crop in squares)
+        if values > 2 * _RATIO * limit:
             crops = _first(crops, _RATIO * limit)  # more could not fit
+            values = sum(crop.high.size for crop in crops)
     counted = left_out.sum_up(GRID)
     if not crops:
         raise ValueError(f"no image in {', '.join(folders)} is left: {counted}")

@@ -257,17 +257,15 @@ def _classes_asked_for(model: nn.Module) -> dict[str, str]:
     and which forward: of such a class a subclass would not do."""
     asked: dict[str, str] = {}
     for cls in {swap.original_class(module) for module in model.modules()}:
-        todo = [
-            function
-            for base in cls.__mro__
-            for name, function in vars(base).items()
-            if "forward" in name and not cls.__module__.startswith("torch.")
-        ]
+        if cls.__module__.startswith("torch."):
+            continue
+        members = [member for base in cls.__mro__ for member in vars(base).items()]
+        todo = [function for name, function in members if "forward" in name]
         seen: set[Any] = set()
         while todo:  # forwards, and what of the same package they call
             function = inspect.unwrap(getattr(value := todo.pop(), "__func__", value))
             code = getattr(function, "__code__", None)
-            if code is None or code in seen or function.__module__.startswith("torch."):
+            if code is None or code in seen or _package(function) == "torch":
                 continue
             seen.add(code)
             names = _names(code)
@@ -276,14 +274,15 @@ def _classes_asked_for(model: nn.Module) -> dict[str, str]:
                 inside = [vars(v).get(n) for v in found if isinstance(v, ModuleType) for n in names]
                 kinds = [v.__name__ for v in (*found, *inside) if isinstance(v, type)]
                 asked |= dict.fromkeys((*names, *kinds), f"{cls.__name__}.forward")
-            package = function.__module__.split(".")[0]
-            todo += [v for n in names if isinstance(v := getattr(cls, n, None), FunctionType)]
-            todo += [
-                v
-                for v in found
-                if isinstance(v, FunctionType) and v.__module__.split(".")[0] == package
-            ]
+            methods = (getattr(cls, name, None) for name in names)
+            todo += [v for v in methods if isinstance(v, FunctionType)]
+            near = [v for v in found if isinstance(v, FunctionType)]
+            todo += [v for v in near if _package(v) == _package(function)]
     return asked
+
+
+def _package(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "").split(".")[0]  # None: of exec
 
 
 def _names(code: CodeType) -> set[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import functional as F
-from sr_kernels._checks import memory_format_of
+from sr_kernels._checks import memory_format_of, writes_in_place
 from sr_kernels.nn import shift_weight
 from sr_kernels.scores import WindowScores
 
@@ -603,14 +603,6 @@ def _learns(module: nn.Module, x: Tensor, pairs: _Pairs) -> bool:
     )
 
 
-def _in_place(x: Tensor) -> bool:
-    """Whether operators are to write into given memory: not on a GPU, whose allocator keeps what is
-    freed; not under autocast, whose operators choose their dtype; not in a graph, which is best
-    without writes."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-
-
 def _infer(x: Tensor, blocks: Sequence[_Pairs]) -> Tensor:
     """Blocks one behind the other without gradients: two operators for each pair, BatchNorm folded
     into the projection.
@@ -621,7 +613,7 @@ def _infer(x: Tensor, blocks: Sequence[_Pairs]) -> Tensor:
     ELAB shares. The result lies where the attentions wrote, which the last of them no longer reads.
     """
     inside = attended = queries = last = None
-    if _in_place(x):
+    if writes_in_place(x):
         inside = torch.empty_like(x, memory_format=torch.channels_last)
         last = attended = torch.empty_like(x, memory_format=memory_format_of(x))
         if last.is_contiguous():

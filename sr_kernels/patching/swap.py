@@ -416,7 +416,7 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
     return _matches(module, replacement)
 
 
-@torch.compiler.assume_constant_result  # Dynamo, which enters transforms, has a guard of its own
+@backends.constant_in_graphs  # Dynamo, which enters transforms, has a guard of its own
 def _transforming() -> bool:
     """Whether torch.func is at work around this call."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1150,6 +1150,17 @@ def test_a_network_that_asks_for_exact_types(kind: type[AsksForTypes]) -> None:
     close(output(network, z), y)
 
 
+def test_a_forward_of_no_module() -> None:
+    """As exec makes functions whose globals have no name: the others are looked at all the same."""
+    scope: dict[str, Any] = {}
+    exec("def forward(self, x):\n    return self.gate(x)", scope)
+    forward = types.FunctionType(scope["forward"].__code__, {})
+    assert forward.__module__ is None
+    network = type("Made", (nn.Module,), {"forward": forward})()
+    network.gate = tp.CALayer(16, 4)
+    assert [entry.path for entry in patch(network.eval()).replaced] == ["gate"]
+
+
 @pytest.mark.parametrize("transform", ["jvp", "grad"])
 def test_transforms_in_a_graph(transform: str) -> None:
     """torch.func inside of torch.compile, which has no values to look at."""
