@@ -39,6 +39,7 @@ def serve(threads: int) -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     torch.set_num_threads(threads)
+    measure.keep_freed_memory()
     print(json.dumps(_loaded()), file=answers, flush=True)
     call: Any = None
     clock = measure.Clock("cpu")

@@ -27,7 +27,7 @@ Sampler = Callable[[int, bool], float]
 # A sample lasts at least this long: shorter ones would measure the clock and the scheduler.
 SAMPLE_SECONDS = 0.02
 # Each time that samples are taken; fewer where one takes longer than LONG_SECONDS.
-MIN_ROUNDS, MIN_LONG_ROUNDS, MAX_ROUNDS = 5, 3, 30
+MIN_ROUNDS, MIN_LONG_ROUNDS, MAX_ROUNDS = 2, 1, 10
 LONG_SECONDS = 2.0
 
 
@@ -130,46 +130,58 @@ def graphed(call: Call) -> Call:
     return graph.replay
 
 
-def interleaved(
-    samplers: Mapping[str, Sampler],
-    *,
-    seconds: float,
-    least: int = MIN_ROUNDS,
-    pause: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, list[float]]:
-    """Samples of all in turn, for about `seconds` each, but at least `least` rounds; of calls
-    longer than LONG_SECONDS at least MIN_LONG_ROUNDS.
+class Rounds:
+    """Samples of all in turn, as often as one comes back for more.
 
+    samplers: by name; who has gone from there between two calls is sampled no more.
     pause: seconds of sleep before each sample, for runtimes whose threads go on spinning for a
     while after a call and would slow the next one down.
     """
-    repeats, estimate = {}, {}
-    with quiet():
-        for name, sampler in samplers.items():
-            began = time.perf_counter()
-            once = max(sampler(1, True), 1e-7)
-            wall = time.perf_counter() - began
-            # What a sample costs besides (overwriting a GPU's cache) has its limit too.
-            repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
-            estimate[name] = once * repeats[name]
-        slowest = max(estimate.values())
-        if slowest > LONG_SECONDS:
-            least = min(least, MIN_LONG_ROUNDS)
-        rounds = max(least, min(MAX_ROUNDS, round(seconds / slowest)))
-        samples: dict[str, list[float]] = {name: [] for name in samplers}
-        names = list(samplers)
-        for turn in range(rounds):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                if pause:
-                    time.sleep(pause)
-                # Not for calls that are longer than that can matter.
-                warm = estimate[name] < 2 * SAMPLE_SECONDS
-                samples[name].append(samplers[name](repeats[name], warm))
-            if progress is not None:
-                progress(turn + 1, rounds)
-    return samples
+
+    def __init__(self, samplers: Mapping[str, Sampler], *, pause: float = 0.0) -> None:
+        self._samplers, self._pause = samplers, pause
+        self._repeats: dict[str, int] = {}
+        self._estimate: dict[str, float] = {}
+        self._turn = 0
+
+    def sample(
+        self,
+        seconds: float,
+        *,
+        least: int = MIN_ROUNDS,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, list[float]]:
+        """For about `seconds` each, but at least `least` rounds; of calls longer than LONG_SECONDS
+        at least MIN_LONG_ROUNDS."""
+        names = list(self._samplers)
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        with quiet():
+            for name in names:
+                if name not in self._estimate:
+                    self._look_at(name)
+            slowest = max(self._estimate[name] for name in names)
+            if slowest > LONG_SECONDS:
+                least = min(least, MIN_LONG_ROUNDS)
+            rounds = max(least, min(MAX_ROUNDS, round(seconds / slowest)))
+            for done in range(rounds):
+                start = self._turn % len(names)
+                self._turn += 1
+                for name in names[start:] + names[:start]:
+                    time.sleep(self._pause)
+                    # Not for calls that are longer than that can matter.
+                    warm = self._estimate[name] < 2 * SAMPLE_SECONDS
+                    samples[name].append(self._samplers[name](self._repeats[name], warm))
+                if progress is not None:
+                    progress(done + 1, rounds)
+        return samples
+
+    def _look_at(self, name: str) -> None:
+        began = time.perf_counter()
+        once = max(self._samplers[name](1, True), 1e-7)
+        wall = time.perf_counter() - began
+        # What a sample costs besides (overwriting a GPU's cache) has its limit too.
+        self._repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
+        self._estimate[name] = once * self._repeats[name]
 
 
 class OtherLoad:
@@ -238,6 +250,19 @@ def private() -> int:
             r"^Private_\w+:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE
         )
     )
+
+
+def keep_freed_memory() -> None:
+    """From here on the C library keeps what this process frees, but for blocks above 32 MB.
+
+    A program that frees a block of that size is brought there by glibc itself, which otherwise goes
+    by how the heap happens to lie: some processes give their buffers back after every call and meet
+    thousands of page faults in the next, others of the same program none.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    trim_threshold, mmap_threshold = -1, -3  # <malloc.h>
+    if not (libc.mallopt(mmap_threshold, 32 << 20) and libc.mallopt(trim_threshold, -1)):
+        raise OSError("the C library's mallopt does not take the thresholds")
 
 
 def reset_peak() -> None:

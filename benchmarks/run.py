@@ -35,9 +35,11 @@ __all__ = ["PHOTOGRAPH", "Measurement", "Settings", "run"]
 ORACLE_PIXELS = {"forward": 600 * 1024, "backward": 8 * 64 * 64, "both": 8 * 64 * 64}
 NETWORK_ORACLE_PIXELS = {**ORACLE_PIXELS, "forward": 400 * 640}
 
-# Each case is sampled twice, and between its two halves every other case of its group once: what a
-# machine does differently from minute to minute is then in the spread. Of a group everything stays
-# in memory meanwhile, so it ends early when that becomes this share of the machine's.
+# Each case is visited so often for samples, and between two visits every other case of its group
+# once: what a machine does differently from minute to minute is then in the spread. Of a group
+# everything stays in memory meanwhile, so it ends early when that becomes this share of the
+# machine's.
+VISITS = 6
 GROUP, GROUP_MEMORY = 20, 0.4
 # Two providers of a case prepare at once, up to this many pixels.
 CROWD_PIXELS = 400 * 640
@@ -50,7 +52,7 @@ PAUSE, FOREIGN_PAUSE = 0.01, 0.05
 class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
-    least: rounds of each of the two halves, at least.  compile_networks: torch.compile of whole
+    least: rounds of each visit, at least.  compile_networks: torch.compile of whole
     networks, too, which takes minutes.  weights: by network.  image: the photograph.
     apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
     only.
@@ -107,14 +109,14 @@ def run(
     failed: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="sr_kernels-bench-") as folder:
 
-        def half(number: int, measurement: Measurement, index: int) -> bool:
-            """Prepares it if need be, and takes half of its samples; whether that was possible."""
+        def visit(number: int, measurement: Measurement, index: int) -> bool:
+            """Takes a part of the samples; whether that was possible."""
             case = measurement.case
             try:
                 if number == 1:
                     measurement.prepare()
-                label = f"{index + 1}/{len(cases)} {case}, half {number} of 2"
-                measurement.sample(settings.seconds / 2, progress(label))
+                label = f"{index + 1}/{len(cases)} {case}, {number} of {VISITS}"
+                measurement.sample(settings.seconds / VISITS, progress(label))
             except Exception as problem:
                 # Of the case itself (a size that windows do not divide, no memory for the
                 # definition): the cases behind it are measured all the same.
@@ -136,15 +138,18 @@ def run(
                     index, case = rest.pop(0)
                     new = Measurement(case, settings, Path(folder), run=name)
                     group.append((index, new))
-                    if not half(1, new, index):
+                    if not visit(1, new, index):
                         group.pop()[1].close()
                 for device in devices:
                     again = ceilings.measure(device, (*limits[device].flops,), toy=toy)
                     limits[device] = limits[device].best(again)
-                for index, measurement in group:
-                    if half(2, measurement, index):
-                        say("\n".join(report(everything[measurement.case])))
-                    measurement.close()
+                for number in range(2, VISITS + 1):
+                    for index, measurement in list(group):
+                        if not visit(number, measurement, index):
+                            group.remove((index, measurement))
+                            measurement.close()
+                for _, measurement in group:
+                    say("\n".join(report(everything[measurement.case])))
             finally:
                 for _, measurement in group:
                     measurement.close()
@@ -193,6 +198,7 @@ class Measurement:
         self._rows: dict[str, Row] = {}
         self._stations: dict[str, Here | Apart] = {}
         self._samplers: dict[str, dict[str, measure.Sampler]] = {}
+        self._rounds: dict[str, measure.Rounds] = {}
         self._samples: dict[tuple[str, str], list[float]] = {}
         self._busy: dict[str, float] = {}
         self._run = run
@@ -250,6 +256,12 @@ class Measurement:
                 self._rows[f"{name} {cache}"] = replace(
                     self._rows[name], cache=cache, status="failed", reason=why, error=None
                 )
+        pause = 0.0
+        if self.apart:
+            foreign = [p for p in this.providers if p.foreign and p.name in self._stations]
+            pause = FOREIGN_PAUSE if foreign else PAUSE
+        for cache, samplers in self._samplers.items():
+            self._rounds[cache] = measure.Rounds(samplers, pause=pause)
         return self
 
     def _make_ready(self, providers: Sequence[Provider]) -> None:
@@ -322,22 +334,12 @@ class Measurement:
 
     def sample(self, seconds: float, progress: Callable[[int, int], None] | None = None) -> None:
         """Samples of all in turn, for about so many seconds of each, added to those there are."""
-        pause = 0.0
-        if self.apart:
-            foreign = [p for p in self._subject.providers if p.foreign and p.name in self._stations]
-            pause = FOREIGN_PAUSE if foreign else PAUSE
-        for cache in self._samplers:
-            while samplers := self._samplers[cache]:
+        for cache, rounds in self._rounds.items():
+            while self._samplers[cache]:
                 others = measure.OtherLoad()
                 ours = -sum(station.cpu_seconds for station in self._stations.values())
                 try:
-                    samples = measure.interleaved(
-                        samplers,
-                        seconds=seconds,
-                        least=self._settings.least,
-                        pause=pause,
-                        progress=progress,
-                    )
+                    samples = rounds.sample(seconds, least=self._settings.least, progress=progress)
                 except Failed as problem:
                     self._bury(problem)
                     continue

@@ -1,10 +1,10 @@
 """Where a provider runs while it is verified and measured: a process of its own, or this one.
 
 On a CPU each has a fresh process (`Apart`). It meets there what it meets in a program that uses
-nothing else: a heap that nobody has grown before it, and no other runtime's threads. That decides
-more than it seems: stock's ELAN-light takes a third less time in a process whose heap a larger
-computation has left behind, since its buffers then cost no page faults. A provider that is killed
-takes only its own process with it, and what it took at its peak can be read.
+nothing else, and no other runtime's threads; what it took at its peak can be read, and a provider
+that is killed takes only its own process with it. Timed, it keeps what it has freed
+(`measure.keep_freed_memory`): whether buffers cost page faults decides more than it seems, a factor
+of three for stock's shift convolution, and is chance in a heap that is left to itself.
 
 On a GPU all share this process (`Here`): the contexts of several would take turns on the device.
 """
@@ -222,6 +222,7 @@ def _serve(
             Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
         torch.set_num_threads(threads)
         running, grown, note = _started(build, case, name, best_format, memory)
+        measure.keep_freed_memory()
         torch.save({n: t.detach() for n, t in running.results(case.mode).items()}, file)
         sampler = measure.Clock("cpu").sampler(running.call(case.mode))
         gc.collect()

@@ -16,7 +16,7 @@ DESCRIPTION = """\
 Measure operators and networks against stock PyTorch, torch.compile, library kernels, ONNX Runtime
 and OpenVINO. A provider is verified against the definition in float64 before it gets a time; all
 are timed in turn, on a CPU each in a process of its own; rows are in OUT/results.csv as soon as a
-case's half of the samples is done, so an interrupted run loses no row already measured. Run it on
+case's first samples are taken, so an interrupted run loses no row already measured. Run it on
 an idle machine.
 
 Needs the extra packages of sr_kernels[bench].
@@ -37,7 +37,7 @@ case, whichever is slowest, by ceilings measured in the same run, over the row's
 """
 DEFAULT_OUT = Path("benchmarks") / "results"
 QUICK_SECONDS, FULL_SECONDS = 0.6, 3.0
-QUICK_ROUNDS = 3
+QUICK_ROUNDS = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help=f"of samples per provider (default: {FULL_SECONDS:g}, with --quick "
-        f"{QUICK_SECONDS:g}); never fewer than 10 samples, or 6 with --quick and of calls that "
+        f"{QUICK_SECONDS:g}); never fewer than 12 samples, or 6 with --quick and of calls that "
         "take seconds",
     )
     how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")

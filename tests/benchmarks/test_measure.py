@@ -20,12 +20,11 @@ def test_percentiles_are_numpys():
 
 def test_long_calls_get_fewer_rounds():
     def rounds(seconds):
-        samples = measure.interleaved({"a": lambda repeats, warm: seconds}, seconds=0.0)
-        return len(samples["a"])
+        return len(measure.Rounds({"a": lambda repeats, warm: seconds}).sample(0.0)["a"])
 
-    assert [rounds(s) for s in (0.1, 1.9, 2.1, 60.0)] == [5, 5, 3, 3]
-    few = measure.interleaved({"a": lambda repeats, warm: 0.1}, seconds=0.0, least=2)
-    assert len(few["a"]) == 2
+    assert [rounds(s) for s in (0.1, 1.9, 2.1, 60.0)] == [2, 2, 1, 1]
+    few = measure.Rounds({"a": lambda repeats, warm: 0.1}).sample(0.0, least=1)
+    assert len(few["a"]) == 1
 
 
 def test_the_order_rotates():
@@ -38,21 +37,23 @@ def test_the_order_rotates():
 
         return sample
 
-    samples = measure.interleaved({name: sampler(name) for name in "abc"}, seconds=0.5)
-    assert {len(values) for values in samples.values()} == {5}
-    rounds = ["".join(order[-15:][i : i + 3]) for i in range(0, 15, 3)]
-    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+    rounds = measure.Rounds({name: sampler(name) for name in "abc"})
+    for seconds in (0.3, 0.2):  # the second goes on where the first was
+        samples = rounds.sample(seconds)
+        assert {len(values) for values in samples.values()} == {round(10 * seconds)}
+    in_rounds = ["".join(order[-15:][i : i + 3]) for i in range(0, 15, 3)]
+    assert in_rounds == ["abc", "bca", "cab", "abc", "bca"]
 
 
 def test_times_are_seconds_per_call():
     clock = measure.Clock("cpu")
-    samples = measure.interleaved(
+    rounds = measure.Rounds(
         {
             "slow": clock.sampler(lambda: time.sleep(0.004)),
             "fast": clock.sampler(lambda: time.sleep(0.001)),
-        },
-        seconds=0.1,
+        }
     )
+    samples = rounds.sample(0.1)
     timings = {name: measure.summarize(values) for name, values in samples.items()}
     assert 0.004 <= timings["slow"].median < 0.02
     assert 0.001 <= timings["fast"].median < timings["slow"].median
@@ -96,6 +97,24 @@ def test_private_memory_leaves_out_what_is_shared(tmp_path):
         assert measure.resident() - resident > 90 * megabyte
         assert 30 * megabyte < measure.private() - before < 50 * megabyte
         other.communicate()
+
+
+def test_freed_memory_is_kept():
+    """Maps are made and freed: without page faults, after the first time."""
+    program = (
+        "import resource, sys, torch\n"
+        "from sr_kernels.benchmarks import measure\n"
+        "if sys.argv[1] == 'keep': measure.keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(4):\n"
+        "    before = faults(); [torch.ones(1 << 21) for _ in range(6)]\n"  # 6 maps of 8 MB
+        "print(faults() - before)\n"
+    )
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", program, word]))
+        for word in ("keep", "leave")
+    ]
+    assert faults[0] < 500 < faults[1]
 
 
 def test_other_load_does_not_count_ourselves():

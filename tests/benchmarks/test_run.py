@@ -376,10 +376,11 @@ def test_rows_are_written_case_by_case(toy_settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize(("group", "order"), [(2, "abab" + "cc"), (9, "abcabc")])
-def test_a_group_is_sampled_twice(tmp_path, monkeypatch, group, order):
-    """What the machine does in between is in the spread; and the second half adds to the first."""
+@pytest.mark.parametrize(("group", "order"), [(2, "ababab" + "ccc"), (9, "abcabcabc")])
+def test_a_group_is_visited_in_turn(tmp_path, monkeypatch, group, order):
+    """What the machine does in between is in the spread; and each visit adds to the others."""
     monkeypatch.setattr(run, "GROUP", group)
+    monkeypatch.setattr(run, "VISITS", 3)
     chosen = [Case("channel_gate", 1, 8, side, 8) for side in (8, 16, 32)]
     seen = []
     sample = run.Measurement.sample
@@ -393,7 +394,7 @@ def test_a_group_is_sampled_twice(tmp_path, monkeypatch, group, order):
     rows, failed = _run(chosen, settings, tmp_path)
     assert "".join(seen) == order
     assert not failed
-    assert {row.samples for row in rows} == {2 * measure.MIN_ROUNDS}
+    assert {row.samples for row in rows} == {3 * measure.MIN_ROUNDS}
     assert len(table.read(tmp_path)) == len(rows) == 6
 
 
