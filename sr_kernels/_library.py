@@ -136,7 +136,7 @@ def triton() -> TritonResult:
             version = importlib.import_module("triton").__version__
         except ImportError:
             return TritonResult(None, "triton is not installed")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))  # "3.4rc1" is 3.4
     if numbers < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return TritonResult(version, f"triton {version} is older than {oldest}")

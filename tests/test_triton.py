@@ -189,6 +189,8 @@ def test_an_old_triton_is_refused(monkeypatch):
     monkeypatch.setattr(_library.importlib.metadata, "version", lambda name: "3.3.1")
     result = _library.triton.__wrapped__()
     assert result.error == "triton 3.3.1 is older than 3.4"
+    monkeypatch.setattr(_library.importlib.metadata, "version", lambda name: "3.4rc1")
+    assert _library.triton.__wrapped__().loaded
 
 
 class GpuTensor:

@@ -30,6 +30,7 @@ Upscale pictures with ELAN and MAFDN on hand-written kernels; measure and train 
   sr-kernels upscale photos/ -o large/  a whole folder tree
   sr-kernels evaluate --weights mafdn_x4 --data Kodak24     PSNR and SSIM
   sr-kernels train elan_light_x4_short --data images/ --out run/
+  sr-kernels pack images/ -o crops.zip  training crops for a machine without images
   sr-kernels bench --quick              measure the kernels against everything else
   sr-kernels tune                       fit the Triton kernels to this machine's GPU
   sr-kernels env                        what runs here, and why the rest does not
