@@ -45,12 +45,16 @@ def compare(first: Path, second: Path) -> tuple[list[str], float]:
     """A line per row that both tables have, and the share of them that agree.
 
     Raises:
-        ValueError: a table has no timed row, the two have none in common; or as `table.read`.
+        ValueError: a table has no timed row, more than a tenth of the rows are in one table only;
+            or as `table.read`.
     """
     one, other = _timed(first), _timed(second)
     pairs = [(row, other[key]) for key, row in one.items() if key in other]
-    if not pairs:
-        raise ValueError(f"{first} and {second} have no timed row in common")
+    if len(pairs) < ENOUGH * max(len(one), len(other)):
+        raise ValueError(
+            f"{first} has {len(one)} timed rows and {second} {len(other)}, of which only "
+            f"{len(pairs)} are the same: measure the same in both"
+        )
     agreeing = sum(overlap(a, b) for a, b in pairs)
     lines = [_line(a, b) for a, b in pairs]
     alone = len(one) + len(other) - 2 * len(pairs)

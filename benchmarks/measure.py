@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import re
 import time
@@ -176,11 +177,15 @@ class Rounds:
         return samples
 
     def _look_at(self, name: str) -> None:
-        began = time.perf_counter()
-        once = max(self._samplers[name](1, True), 1e-7)
-        wall = time.perf_counter() - began
+        once = wall = float("inf")
+        for _ in range(3):  # one may have been disturbed
+            began = time.perf_counter()
+            once = min(once, max(self._samplers[name](1, True), 1e-7))
+            wall = min(wall, time.perf_counter() - began)
+            if wall > SAMPLE_SECONDS:
+                break
         # What a sample costs besides (overwriting a GPU's cache) has its limit too.
-        self._repeats[name] = max(1, min(round(SAMPLE_SECONDS / once), round(0.4 / wall)))
+        self._repeats[name] = max(1, min(math.ceil(SAMPLE_SECONDS / once), round(0.4 / wall)))
         self._estimate[name] = once * self._repeats[name]
 
 

@@ -124,7 +124,7 @@ def run(
                 failed.append(case)
                 return False
             everything[case] = measurement.rows(limits[case.device])
-            table.add(out, everything[case])
+            table.add(out, everything[case], unfinished=number < VISITS)
             if number == 1:
                 timed = sum(row.median_ms is not None for row in everything[case])
                 say(f"{label}: {timed} of {len(everything[case])} rows timed")
@@ -248,8 +248,12 @@ class Measurement:
             this.best_format = self._faster_format()
         self._make_ready([p for p in chosen if p not in eager])
         self.__dict__.pop("_truth", None)  # it may be large
-        for name, station in self._stations.items():
-            samplers, missing = station.samplers()
+        for name, station in list(self._stations.items()):
+            try:
+                samplers, missing = station.samplers()
+            except Failed as problem:
+                self._bury(problem)
+                continue
             for cache, sampler in samplers.items():
                 self._samplers.setdefault(cache, {})[name] = sampler
             for cache, why in missing.items():
@@ -324,9 +328,9 @@ class Measurement:
         """Which of stock's two formats torch.compile gets: a short race."""
         times = {}
         for name, station in list(self._stations.items()):
-            samplers, _ = station.samplers()
-            sampler = samplers.get("hot") or samplers["warm"]
             try:
+                samplers, _ = station.samplers()
+                sampler = samplers.get("hot") or samplers["warm"]
                 times[name.removeprefix("eager")] = min(sampler(1, True), sampler(1, False))
             except Failed as problem:
                 self._bury(problem)

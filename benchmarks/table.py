@@ -173,8 +173,10 @@ def _check(folder: Path) -> None:
             return
 
 
-def add(folder: Path, rows: Iterable[Row]) -> None:
+def add(folder: Path, rows: Iterable[Row], *, unfinished: bool = False) -> None:
     """Adds rows to the file; those with the same key go. Safe against a second writer.
+
+    unfinished: more samples are to come, so that another run's row stays if it has more of them.
 
     A row that is not "ok" also takes away what its provider had there in other caches and with
     other versions: a provider that has become wrong keeps no times.
@@ -185,12 +187,15 @@ def add(folder: Path, rows: Iterable[Row]) -> None:
     _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     new = list(rows)
-    replaced = {row.key for row in new}
+    runs = {row.run for row in new}
     failed = {_failed(row) for row in new if row.status != "ok"}
     with _locked(folder):
-        kept = [
-            row for row in read(folder) if row.key not in replaced and _failed(row) not in failed
-        ]
+        old = [row for row in read(folder) if _failed(row) not in failed]
+        if unfinished:
+            samples = {row.key: row.samples or 0 for row in old if row.run not in runs}
+            new = [row for row in new if samples.get(row.key, 0) <= (row.samples or 0)]
+        replaced = {row.key for row in new}
+        kept = [row for row in old if row.key not in replaced]
         with whole_or_nothing(folder / FILE_NAME) as file:
             stream = io.TextIOWrapper(file, newline="")
             writer = csv.writer(stream, lineterminator="\n")

@@ -88,12 +88,13 @@ class Here:
         """By state of the cache, what takes a sample; and why there is none."""
         assert self._running is not None
         mode = self._case.mode
-        call = self._running.call(mode)
+        with self._failing():
+            call = self._running.call(mode)
         if self._case.device == "cpu":
-            return {"warm": measure.Clock("cpu").sampler(call)}, {}
+            return {"warm": self._sampler(measure.Clock("cpu").sampler(call))}, {}
         result = {
-            "hot": measure.Clock("cuda").sampler(call),
-            "cold": measure.Clock("cuda", cold=True).sampler(call),
+            "hot": self._sampler(measure.Clock("cuda").sampler(call)),
+            "cold": self._sampler(measure.Clock("cuda", cold=True).sampler(call)),
         }
         if mode == "backward":  # it goes through a graph of autograd's that was made outside
             return result, {}
@@ -101,9 +102,24 @@ class Here:
             replay = measure.graphed(call)
         except Exception as problem:
             return result, {"graph": f"{type(problem).__name__}: {problem}"}
-        sampler = measure.Clock("cuda").sampler(replay)
+        sampler = self._sampler(measure.Clock("cuda").sampler(replay))
         result["graph"] = lambda repeats, warm: sampler(repeats, warm) / measure.GRAPH_CALLS
         return result, {}
+
+    def _sampler(self, sampler: Sampler) -> Sampler:
+        def sample(repeats: int, warm: bool) -> float:
+            with self._failing():
+                return sampler(repeats, warm)
+
+        return sample
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What goes wrong is this provider's, and not the case's."""
+        try:
+            yield
+        except Exception as problem:
+            raise Failed(self._provider.name, _said(problem)) from problem
 
     def close(self) -> None:
         self._running = None
@@ -238,7 +254,7 @@ def _serve(
         if isinstance(error, Unavailable):
             answer = ("unavailable", str(error))
         else:
-            answer = ("failed", "".join(traceback.format_exception_only(error)).strip())
+            answer = ("failed", _said(error))
         with contextlib.suppress(ConnectionError):
             pipe.send(answer)
     finally:
@@ -276,6 +292,10 @@ def _started(
     measure.reset_peak()
     call()
     return running, max(0, measure.peak() - before), ""
+
+
+def _said(error: Exception) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def _find(subject: Subject, name: str, best_format: str) -> Provider:

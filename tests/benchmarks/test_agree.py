@@ -49,6 +49,9 @@ def test_tables_with_nothing_in_common_are_refused(row, tmp_path, capsys):
     table.add(tmp_path / "a", [row])
     table.add(tmp_path / "b", [replace(row, threads=1)])
     assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "have no timed row in common" in capsys.readouterr().err
+    assert "of which only 0 are the same" in capsys.readouterr().err
+    table.add(tmp_path / "b", [row])  # one of two is not enough
+    assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "of which only 1 are the same" in capsys.readouterr().err
     assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "holds no timed row: measure first" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
@@ -396,6 +397,32 @@ def test_a_group_is_visited_in_turn(tmp_path, monkeypatch, group, order):
     assert not failed
     assert {row.samples for row in rows} == {3 * measure.MIN_ROUNDS}
     assert len(table.read(tmp_path)) == len(rows) == 6
+
+
+def test_a_provider_that_raises_while_it_is_sampled(toy_settings, tmp_path, monkeypatch):
+    """In this process, as on a GPU: the others and the case go on without it."""
+    of, taken = measure.Clock.sampler, itertools.count()
+
+    def sampler(self, call):
+        inner = of(self, call)
+
+        def sample(repeats, warm):
+            if next(taken) == 12:
+                raise RuntimeError("no memory any more")
+            return inner(repeats, warm)
+
+        return sample
+
+    monkeypatch.setattr(measure.Clock, "sampler", sampler)
+    chosen = [Case("channel_gate", 1, 8, side, 8) for side in (8, 16)]
+    settings = replace(toy_settings, apart=False, providers=("eager", "cpu"))
+    rows, failed = _run(chosen, settings, tmp_path)
+    assert not failed
+    broken = [row for row in rows if row.status != "ok"]
+    assert [row.reason for row in broken] == ["RuntimeError: no memory any more"]
+    whole = run.VISITS * toy_settings.least
+    assert [row.samples for row in rows if row.status == "ok"] == [whole] * 7
+    assert len(table.read(tmp_path)) == 8
 
 
 def test_a_group_ends_where_memory_does(toy_settings, tmp_path, monkeypatch):

@@ -30,6 +30,19 @@ def test_measuring_again_replaces_the_row(tmp_path, row):
     assert len(table.read(tmp_path)) == 3
 
 
+def test_a_run_that_is_cut_off_leaves_the_complete_row(tmp_path, row):
+    whole = replace(row, samples=12)
+    table.add(tmp_path, [whole])
+    again = replace(row, run="20991231T000000Z-1", median_ms=11.0)
+    table.add(tmp_path, [replace(again, samples=2)], unfinished=True)
+    assert table.read(tmp_path) == [whole]
+    fresh = replace(again, samples=2, provider="eager")
+    table.add(tmp_path, [fresh], unfinished=True)
+    assert table.read(tmp_path) == [whole, fresh]
+    table.add(tmp_path, [replace(again, samples=6)])
+    assert table.read(tmp_path) == [fresh, replace(again, samples=6)]
+
+
 def test_a_provider_that_became_wrong_keeps_no_times(tmp_path, row):
     hot, cold = replace(row, cache="hot"), replace(row, cache="cold", versions="torch 0.1")
     others = [replace(hot, provider="eager"), replace(cold, date="1999-01-01")]
