@@ -6,8 +6,8 @@
 //                      both statistics, so that x is read once
 //   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel, then
 //                                                                              channel_gate_kernel
-//   channel_attention  y = x gate         channel_attention_kernel where the maps stay on chip, else
-//                                         moments_kernel, channel_scale_kernel
+//   channel_attention  y = x gate               channel_attention_kernel where maps stay on chip,
+//                                               else moments_kernel and channel_scale_kernel
 //   gated_conv1x1      y = W (gate x) + b (+ residual)                         gated_conv_kernel
 //
 // Tile: products take 64 output channels and 128 consecutive pixels at a time, on tensor cores (16
@@ -22,10 +22,10 @@
 // that the GPU holds at once (on_chip_shares, below; 99 KiB a block at most): a block of
 // channel_attention_kernel keeps its share, and once it has left its moments and waited for all
 // others a warp merges those of a channel, then, past a second barrier, every block finds its
-// image's gates and multiplies what it kept. Otherwise it is two: blocks of 8 channels and a chunk of
-// the pixels leave moments, every block of channel_scale_kernel merges them and finds its image's
-// gates for itself, and it multiplies all channels of its share of the pixels by runs of 16 or 8
-// bytes.
+// image's gates and multiplies what it kept. Otherwise it is two: blocks of 8 channels and a chunk
+// of the pixels leave moments, every block of channel_scale_kernel merges them and finds its
+// image's gates for itself, and it multiplies all channels of its share of the pixels by runs of 16
+// or 8 bytes.
 //
 // Floor, per pixel, C channels, e bytes an element: 2 e C bytes and 2 C C FLOP (pixel: also C
 // exponentials and divisions); spatial 2 e C bytes, of which y is written and read once more here;
@@ -230,10 +230,10 @@ struct ChannelParams {
   bool contrast;
   FeatureMap x, grad, out;
   const void *w_down, *b_down, *w_up, *b_up;
-  void* gate_out;  // (N, C)
-  int chunks;      // of an image's pixels
-  Moments* parts;  // (N, C, chunks)
-  int share;       // of an image's pixels, which a block takes that writes y
+  void* gate_out;    // (N, C)
+  int chunks;        // of an image's pixels
+  Moments* parts;    // (N, C, chunks)
+  int share;         // of an image's pixels, which a block takes that writes y
   int shared_bytes;  // of a block of channel_attention_kernel; 0: two launches
   float* z;          // (N, C), the statistic
   // Backward. gate, (N, C), as below. gate_grad: (N, C) of the gate itself, else it comes from
@@ -242,7 +242,7 @@ struct ChannelParams {
   const void* gate_grad;
   int64_t gate_grad_stride_n, gate_grad_stride_c;
   float *gate, *up, *mean, *offset, *slope;  // (N, C) each
-  float *hidden_values, *down;                   // (N, hidden)
+  float *hidden_values, *down;               // (N, hidden)
   void *dw_down, *db_down, *dw_up, *db_up;
 };
 
@@ -423,7 +423,7 @@ __global__ void __launch_bounds__(kBlockThreads) channel_scale_kernel(ChannelPar
 
 // ------------------------------------------------------------------ channel attention on chip
 
-// A block's shared memory: sums of threads, its image's z or gates and hidden values, its share of x.
+// A block's shared memory: sums of threads, its image's z or gates and hidden values, then x.
 SR_HOST_DEVICE int channel_sums_floats(int channels) {
   return round_up(channels > 4 * kBlockThreads ? channels : 4 * kBlockThreads, 4);
 }
@@ -469,7 +469,9 @@ struct ChannelTile {
   int stride;     // of the first of these
   int pixels, channels;
 
-  SR_DEVICE E* at(int i, int c) const { return data + (by_pixel ? i * stride + c : c * stride + i); }
+  SR_DEVICE E* at(int i, int c) const {
+    return data + (by_pixel ? i * stride + c : c * stride + i);
+  }
 
   // store(c, sum) of every channel's values or, where kSquares, of their squared deviations from
   // means[c], by some thread. In an order that sizes and layout alone decide: not the alignment of
@@ -537,7 +539,7 @@ struct ChannelTile {
 // out = x gate, with x kept in shared memory meanwhile. Grid: chunks of every image, all blocks at
 // once.
 template <typename E>
-__global__ void __launch_bounds__(kBlockThreads) channel_attention_kernel(ChannelParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) channel_attention_kernel(ChannelParams p) {
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t image = static_cast<int64_t>(p.height) * p.width;
   const int64_t n = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks, first = chunk * p.share;
@@ -553,20 +555,20 @@ __global__ void __launch_bounds__(kBlockThreads) channel_attention_kernel(Channe
       by_pixel ? p.channels : p.share, count, p.channels};
   const ChannelGate<E> gate{p, n, z, z + p.channels};
 
-  with_access_width<E>(run_places<E>(p.x, by_pixel) | static_cast<uint64_t>(run_of),
-                       [&](auto constant) {
-    constexpr int kRun = constant, kBytes = kRun * static_cast<int>(sizeof(E));
-    visit_runs<kRun>(by_pixel, pixels, count, p.channels, thread,
-                     [&](const Pixel& at, int i, int c) {
-                       if constexpr (kBytes < 4)
-                         store_shared(tile.at(i, c), load_run<E, kRun>(p.x, at, c));
-                       else
-                         copy_async<kBytes>(tile.at(i, c),
-                                            static_cast<const E*>(p.x.data) +
-                                                element_offset(p.x, at.n, c, at.h, at.w),
-                                            true);
-                     });
-  });
+  with_access_width<E>(
+      run_places<E>(p.x, by_pixel) | static_cast<uint64_t>(run_of), [&](auto constant) {
+        constexpr int kRun = constant, kBytes = kRun * static_cast<int>(sizeof(E));
+        visit_runs<kRun>(
+            by_pixel, pixels, count, p.channels, thread, [&](const Pixel& at, int i, int c) {
+              if constexpr (kBytes < 4)
+                store_shared(tile.at(i, c), load_run<E, kRun>(p.x, at, c));
+              else
+                copy_async<kBytes>(
+                    tile.at(i, c),
+                    static_cast<const E*>(p.x.data) + element_offset(p.x, at.n, c, at.h, at.w),
+                    true);
+            });
+      });
   finish_copies();
 
   const auto put = [&](int c, float mean, float squares) {
@@ -581,8 +583,8 @@ __global__ void __launch_bounds__(kBlockThreads) channel_attention_kernel(Channe
       put(c, mean, 0.0f);
   });
   if (p.contrast)
-    tile.template sum<true>(
-        z, sums, thread, [&](int c, float sum) { put(c, load_shared<float>(z + c), sum); });
+    tile.template sum<true>(z, sums, thread,
+                            [&](int c, float sum) { put(c, load_shared<float>(z + c), sum); });
   sync_grid();
 
   // A warp of the grid for each channel of each image.
@@ -604,15 +606,15 @@ __global__ void __launch_bounds__(kBlockThreads) channel_attention_kernel(Channe
     store_shared<float>(z + c, load_global<float>(p.z + n * p.channels + c));
   gate.find_hidden(thread);
   gate.find_gates(thread);
-  with_access_width<E>(run_places<E>(p.out, by_pixel) | static_cast<uint64_t>(run_of),
-                       [&](auto constant) {
-    constexpr int kRun = constant;
-    visit_runs<kRun>(by_pixel, pixels, count, p.channels, thread,
-                     [&](const Pixel& at, int i, int c) {
-                       scale_run<E, kRun>(p, by_pixel, z, at, c,
-                                          load_shared<Vector<E, kRun>>(tile.at(i, c)));
-                     });
-  });
+  with_access_width<E>(
+      run_places<E>(p.out, by_pixel) | static_cast<uint64_t>(run_of), [&](auto constant) {
+        constexpr int kRun = constant;
+        visit_runs<kRun>(by_pixel, pixels, count, p.channels, thread,
+                         [&](const Pixel& at, int i, int c) {
+                           scale_run<E, kRun>(p, by_pixel, z, at, c,
+                                              load_shared<Vector<E, kRun>>(tile.at(i, c)));
+                         });
+      });
 }
 
 // ------------------------------------------------------------------ gated convolution

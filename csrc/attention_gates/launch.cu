@@ -192,12 +192,11 @@ OnChipShares shares_on_chip(const ChannelAttentionParams& f) {
   if (f.gate != nullptr) return shares;
   for_kind(f.kind, [&](auto element) -> const char* {
     using E = decltype(element);
-    shares = on_chip_shares(f.batch, f.height * f.width, static_cast<int>(f.channels),
-                            static_cast<int>(f.hidden), static_cast<int>(sizeof(E)),
-                            cooperative_multiprocessors(), [](int shared_bytes) {
-                              return resident_blocks(channel_attention_kernel<E>, kBlockThreads,
-                                                     shared_bytes);
-                            });
+    shares = on_chip_shares(
+        f.batch, f.height * f.width, static_cast<int>(f.channels), static_cast<int>(f.hidden),
+        static_cast<int>(sizeof(E)), cooperative_multiprocessors(), [](int shared_bytes) {
+          return resident_blocks(channel_attention_kernel<E>, kBlockThreads, shared_bytes);
+        });
     return nullptr;
   });
   return shares;

@@ -10,9 +10,9 @@
 namespace sr_kernels {
 
 // A barrier of all threads of all blocks, of a kernel that launch_cooperative started: what any of
-// them wrote to global memory before is there for all of them afterwards. Its counter is of the
-// driver, one for each launch: there is none of ours to be zeroed, which would be a launch more, and
-// none that two streams or two replays of a graph could share.
+// them wrote to global memory before is there for all of them afterwards. Its counter is the
+// driver's, who keeps launches in other streams and replays of a graph apart: one of ours would
+// have to be zeroed each time, which is a launch more.
 #if defined(__CUDACC__)
 SR_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 #else
@@ -38,15 +38,15 @@ inline int cooperative_multiprocessors() {
 #endif
 }
 
-// Blocks of the kernel that a multiprocessor of the current device holds at once.
+// Blocks of the kernel that a multiprocessor of the current device holds at once; 0 after an error,
+// as above.
 template <typename Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes) {
 #if defined(__CUDACC__)
   int blocks = 0;
   if (allow_shared_bytes(kernel, shared_bytes) != nullptr) return 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
-                                                    static_cast<size_t>(shared_bytes)) !=
-      cudaSuccess) {
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &blocks, kernel, threads, static_cast<size_t>(shared_bytes)) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

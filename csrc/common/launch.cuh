@@ -36,8 +36,8 @@ const char* for_kind(ScalarKind kind, const Function& function) {
 }
 
 #if defined(__CUDACC__)
-// Beyond 48 KiB a kernel must ask, and the answer is the kernel's, not the launch's: all ask for the
-// same, so that launches of different sizes from several threads do not undo one another.
+// Beyond 48 KiB a kernel must ask, and the answer is the kernel's, not the launch's: all ask for
+// the same, so that launches of different sizes from several threads do not undo one another.
 template <typename... Formal>
 const char* allow_shared_bytes(void (*kernel)(Formal...), int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return nullptr;

@@ -113,9 +113,9 @@ PYBIND11_MODULE(attention_gates, m) {
   // (chunks, share, shared_bytes)
   m.def("on_chip_shares", [](int64_t batch, int64_t pixels, int channels, int hidden,
                              int element_bytes, int multiprocessors, int shared_bytes) {
-    const OnChipShares found = on_chip_shares(
-        batch, pixels, channels, hidden, element_bytes, multiprocessors,
-        [=](int bytes) { return std::min(4, shared_bytes / (bytes + 1024)); });
+    const OnChipShares found =
+        on_chip_shares(batch, pixels, channels, hidden, element_bytes, multiprocessors,
+                       [=](int bytes) { return std::min(4, shared_bytes / (bytes + 1024)); });
     return py::make_tuple(found.chunks, found.share, found.shared_bytes);
   });
   m.def("pixel_attention", [](int kind, Object x_, Object weight_, Object bias_, Object y_) {

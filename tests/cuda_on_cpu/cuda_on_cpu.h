@@ -694,7 +694,7 @@ class Block {
 };
 
 inline std::vector<std::unique_ptr<Block>> blocks;  // kept from launch to launch
-inline Block* block = nullptr;                       // that whose thread is running
+inline Block* block = nullptr;                      // that whose thread is running
 
 inline void Block::entry() {
   block->body();

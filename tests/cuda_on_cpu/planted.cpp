@@ -190,8 +190,7 @@ void grid_sum_kernel(GridSum p) {
   float sum = 0.0f;
   for (int i = 0; i < static_cast<int>(gridDim.x); ++i)
     sum += load_global<float>(p.parts + i * kThreads + thread);
-  if (p.fault == kOverwrittenInGrid)
-    store_global<float>(p.parts + block * kThreads + thread, 0.0f);
+  if (p.fault == kOverwrittenInGrid) store_global<float>(p.parts + block * kThreads + thread, 0.0f);
   if (p.fault == kNoGridBarrier) __syncthreads();
   sum -= load_shared<float>(own + kThreads - 1 - thread);
   sync_grid();
