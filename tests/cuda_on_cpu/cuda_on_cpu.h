@@ -62,6 +62,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -291,6 +292,17 @@ class Block {
     addresses_ = static_cast<char*>(nowhere);
     storage_.resize(kMaxSharedBytes);
     cells_.resize(kMaxSharedBytes / kCellBytes);
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    munmap(addresses_, kMaxSharedBytes);
+    for (const auto& fiber : fibers_) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // of frames that never returned
+#endif
+      munmap(fiber->stack, kStackBytes);
+    }
   }
 
   [[noreturn]] void fail(const std::string& what) const {

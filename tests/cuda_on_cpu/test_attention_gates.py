@@ -186,8 +186,8 @@ def test_one_launch_has_the_same_bits_in_any_order(on_emulated_kernels, case, la
     assert all(bitwise_equal(results[0], other) for other in results[1:])
 
 
-# Of a GPU like an H100 or an A100, with up to four blocks a multiprocessor: batch, pixels, channels,
-# bytes an element; then blocks an image, pixels and bytes of each.
+# A GPU like an H100 or an A100, up to four blocks a multiprocessor; batch, pixels, channels and
+# bytes an element; then blocks an image, and pixels and bytes of each.
 H100, A100 = (132, 228 * KIB), (108, 164 * KIB)
 DEALT = [
     (H100, (1, 320 * 180, 60, 2), (129, 448, 58160)),  # one block a multiprocessor

@@ -313,7 +313,10 @@ def test_a_batch_beyond_a_grid_dimension(cases, name):
     inputs = case.inputs(*size, channels=2 * case.windows + 2)
     out = case.run(inputs)
     last = {k: t[-2:] if t.shape[0] == n else t for k, t in inputs.items()}
-    assert bitwise_equal(out[-2:], case.run(last))
+    if name.startswith("channel_"):  # fewer images stay on chip: their sums have another order
+        torch.testing.assert_close(out[-2:], case.run(last))
+    else:
+        assert bitwise_equal(out[-2:], case.run(last))
 
 
 def test_out_is_written_in_place(device, backend):
