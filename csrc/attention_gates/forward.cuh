@@ -437,9 +437,9 @@ struct OnChipShares {
   int chunks, share, shared_bytes;
 };
 
-// The shares of the fewest blocks a multiprocessor, which leave the fewest moments to merge, and
-// with less shared memory beside x. resident(shared_bytes): blocks that a multiprocessor holds at
-// once. multiprocessors: 0 where none of them can wait for another.
+// Takes the fewest blocks a multiprocessor that can keep all of x: they leave the fewest moments to
+// merge. resident(shared_bytes): blocks that a multiprocessor holds at once. multiprocessors: 0
+// where blocks cannot wait for each other.
 template <typename Resident>
 OnChipShares on_chip_shares(int64_t batch, int64_t pixels, int channels, int hidden,
                             int element_bytes, int multiprocessors, const Resident& resident) {
