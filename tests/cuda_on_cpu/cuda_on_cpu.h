@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, every thread of a block a fiber, one block after the other; those of
-// a cooperative launch in turn, from one barrier of the grid to the next.
+// Runs CUDA kernels on the CPU, every thread of a block a fiber, one block after the other; those
+// of a cooperative launch in turn, from one barrier of the grid to the next.
 //
 // How a kernel author uses it. Write the kernel against csrc/common/*.cuh: those headers include
 // this one where the compiler is not nvcc, and everything that plain C++ lacks has one name there
