@@ -40,22 +40,24 @@ def test_registers_are_within_the_table(kernels, table):
         assert kernel.registers <= most, f"{name}, sm_{arch}: {kernel.registers} > {most}"
 
 
-# Kernels of 256 threads of which two blocks are to fit a multiprocessor's 65,536 registers.
-TWO_BLOCKS = {
-    "conv3x3_kernel<__half>",
-    "conv_kernel<__half>",
-    "block_kernel<__half, 1>",
-    "weight_gradient_kernel<__half>",
-    "weight_gradient_kernel<float>",
-    "gated_conv_kernel<__half>",
+# Of how many blocks of 256 threads a multiprocessor's 65,536 registers are to be enough.
+BLOCKS = {
+    "conv3x3_kernel<__half>": 2,
+    "conv_kernel<__half>": 2,
+    "block_kernel<__half, 1>": 2,
+    "weight_gradient_kernel<__half>": 2,
+    "weight_gradient_kernel<float>": 2,
+    "gated_conv_kernel<__half>": 2,
+    "channel_attention_kernel<__half>": 4,  # of a batch, as many images fit on chip
+    "channel_attention_kernel<float>": 4,
 }
 
 
-def test_two_blocks_share_a_multiprocessor_where_that_is_meant(kernels):
-    assert {name for name, _ in kernels} >= TWO_BLOCKS
+def test_blocks_share_a_multiprocessor_where_that_is_meant(kernels):
+    assert {name for name, _ in kernels} >= set(BLOCKS)
     for (name, arch), kernel in kernels.items():
-        if name in TWO_BLOCKS:
-            assert kernel.registers <= 128, (name, arch)
+        if name in BLOCKS:
+            assert kernel.registers <= 65536 // 256 // BLOCKS[name], (name, arch)
 
 
 def test_tensor_cores_where_they_are_meant(kernels):
@@ -89,8 +91,9 @@ PRODUCTS = {
 }
 
 
-# Those that store tiles by runs of 16 bytes.
-RUNS = PRODUCTS - {"weight_gradient_kernel", "window_statistics_kernel"}
+# Those that load tiles into shared memory, and those that store them by runs of 16 bytes.
+TILES = PRODUCTS | {"channel_attention_kernel"}
+RUNS = TILES - {"weight_gradient_kernel", "window_statistics_kernel"}
 
 
 def test_tiles_move_sixteen_bytes_at_a_time(kernels):
@@ -98,7 +101,7 @@ def test_tiles_move_sixteen_bytes_at_a_time(kernels):
     weights that are not aligned."""
     seen = 0
     for (name, arch), kernel in kernels.items():
-        if not kernel.sass or name.split("<")[0] not in PRODUCTS:
+        if not kernel.sass or name.split("<")[0] not in TILES:
             continue
         seen += 1
         assert re.search(r"\bLDGSTS\.E[.\w]*\.128", kernel.sass), (name, arch)
@@ -107,11 +110,11 @@ def test_tiles_move_sixteen_bytes_at_a_time(kernels):
     assert seen > 0
 
 
-@pytest.mark.parametrize("kernel", sorted(PRODUCTS))
+@pytest.mark.parametrize("kernel", sorted(TILES))
 def test_shared_memory_is_addressed_as_such(kernels, kernel):
     """An access through a generic pointer costs an address check: a sign that it was lost somewhere
-    that the memory is shared."""
+    that the memory is shared. The barrier of a grid (LD.E.STRONG.GPU) has one by intention."""
     for (name, arch), compiled in kernels.items():
         if name.split("<")[0] == kernel and compiled.sass:
-            generic = re.findall(r"\b(?:LD|ST)\.E[.\w]*\b", compiled.sass)
+            generic = re.findall(r"\b(?:LD|ST)\.E(?!\.STRONG)[.\w]*\b", compiled.sass)
             assert not generic, (name, arch, generic[:3])

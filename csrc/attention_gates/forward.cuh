@@ -5,31 +5,37 @@
 //   pixel_spatial      the same with u = x sigmoid(W x + b); pixel_gate_kernel leaves u in y and
 //                      both statistics, so that x is read once
 //   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel, then
-//   channel_attention  y = x gate                   channel_gate_kernel or channel_scale_kernel
+//                                                                              channel_gate_kernel
+//   channel_attention  y = x gate               channel_attention_kernel where maps stay on chip,
+//                                               else moments_kernel and channel_scale_kernel
 //   gated_conv1x1      y = W (gate x) + b (+ residual)                         gated_conv_kernel
 //
 // Tile: products take 64 output channels and 128 consecutive pixels at a time, on tensor cores (16
 // bit) or by FFMA (float32, no TF32); the sums pass through shared memory, so that the sigmoid and
 // the store run along memory in either layout. A gated convolution's pixels are of one image: its
 // gate is multiplied into the weight tile. The spatial kernels have a thread for each pixel, which
-// goes over its channels. z needs the mean of every channel: blocks of 8 channels and a share of
-// the pixels leave (count, mean, sum of squared deviations), which the next kernel merges in order
-// (Chan et al., 1979): no difference of large sums, no atomics, the same bits every time. Every
-// block of channel_scale_kernel merges them, and finds its image's gates, for itself, so that y
-// takes two launches; then it multiplies all channels of its share of the pixels by runs of 16 or 8
-// bytes.
+// goes over its channels. z needs the mean of every channel: blocks leave (count, mean, sum of
+// squared deviations) of their pixels, which are merged in order (Chan et al., 1979): no difference
+// of large sums, no atomics, the same bits every time.
+//
+// Channel attention is one launch where shares of all images fit the shared memory of all blocks
+// that the GPU holds at once (on_chip_shares, below; 99 KiB a block at most): a block of
+// channel_attention_kernel keeps its share, and once it has left its moments and waited for all
+// others a warp merges those of a channel, then, past a second barrier, every block finds its
+// image's gates and multiplies what it kept. Otherwise it is two: blocks of 8 channels and a chunk
+// of the pixels leave moments, every block of channel_scale_kernel merges them and finds its
+// image's gates for itself, and it multiplies all channels of its share of the pixels by runs of 16
+// or 8 bytes.
 //
 // Floor, per pixel, C channels, e bytes an element: 2 e C bytes and 2 C C FLOP (pixel: also C
 // exponentials and divisions); spatial 2 e C bytes, of which y is written and read once more here;
-// channel attention 2 e C bytes where the feature map stays on chip, across all blocks, between its
-// statistics and its product, else 3 e C. Here it is always 3 e C, of which the second-level cache
-// may serve the second reading: one launch would need a barrier of the whole grid. Gated
-// convolution e (C_in + C_out) bytes (+ e C_out), 2 C_in C_out FLOP. Measured fraction: unmeasured,
-// never run on a GPU.
+// channel attention 2 e C bytes: as many as it takes in one launch; in two 3 e C, of which the
+// second-level cache may serve the second reading. Gated convolution e (C_in + C_out) bytes
+// (+ e C_out), 2 C_in C_out FLOP. Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "attention_gates/params.h"
-#include "common/launch.cuh"
+#include "common/cooperative.cuh"
 #include "common/reduce.cuh"
 #include "shift_conv/forward.cuh"
 
@@ -224,17 +230,19 @@ struct ChannelParams {
   bool contrast;
   FeatureMap x, grad, out;
   const void *w_down, *b_down, *w_up, *b_up;
-  void* gate_out;  // (N, C)
-  int chunks;      // of an image's pixels
-  Moments* parts;  // (N, C, chunks)
-  int share;       // of an image's pixels, which a block of channel_scale_kernel takes
+  void* gate_out;    // (N, C)
+  int chunks;        // of an image's pixels
+  Moments* parts;    // (N, C, chunks)
+  int share;         // of an image's pixels, which a block takes that writes y
+  int shared_bytes;  // of a block of channel_attention_kernel; 0: two launches
+  float* z;          // (N, C), the statistic
   // Backward. gate, (N, C), as below. gate_grad: (N, C) of the gate itself, else it comes from
-  // `parts`. What follows from it, for every image: z, the hidden values, and the gradients of what
+  // `parts`. What follows from it, for every image: the hidden values, and the gradients of what
   // enters sigmoid and relu; dx = grad gate + offset + slope (x - mean).
   const void* gate_grad;
   int64_t gate_grad_stride_n, gate_grad_stride_c;
-  float *gate, *z, *up, *mean, *offset, *slope;  // (N, C) each
-  float *hidden_values, *down;                   // (N, hidden)
+  float *gate, *up, *mean, *offset, *slope;  // (N, C) each
+  float *hidden_values, *down;               // (N, hidden)
   void *dw_down, *db_down, *dw_up, *db_up;
 };
 
@@ -310,10 +318,15 @@ struct ChannelGate {
 
   // All threads; z and hidden are there afterwards.
   SR_DEVICE void find(int thread) const {
-    for (int c = thread; c < p.channels; c += kBlockThreads) {
-      const Moments m = moments(c);
-      store_shared<float>(z + c, m.mean + (p.contrast ? deviation(m) : 0.0f));
-    }
+    for (int c = thread; c < p.channels; c += kBlockThreads)
+      store_shared<float>(z + c, statistic(moments(c)));
+    find_hidden(thread);
+  }
+  SR_DEVICE float statistic(const Moments& m) const {
+    return m.mean + (p.contrast ? deviation(m) : 0.0f);
+  }
+  // From a z that the threads store.
+  SR_DEVICE void find_hidden(int thread) const {
     __syncthreads();
     for (int r = thread / 32; r < p.hidden; r += kBlockThreads / 32) {
       float sum = 0.0f;
@@ -332,6 +345,11 @@ struct ChannelGate {
              load_shared<float>(hidden + r);
     return sigmoid(sum);
   }
+  // Then the gates, in place of z.
+  SR_DEVICE void find_gates(int thread) const {
+    for (int c = thread; c < p.channels; c += kBlockThreads) store_shared<float>(z + c, (*this)(c));
+    __syncthreads();
+  }
 };
 
 // One block an image.
@@ -345,6 +363,40 @@ __global__ void __launch_bounds__(kBlockThreads) channel_gate_kernel(ChannelPara
     store_global<E>(static_cast<E*>(p.gate_out) + gate.n * p.channels + c, from_float<E>(gate(c)));
 }
 
+// function(at, i, c) for what a thread takes of `count` pixels and all channels: runs of kRun
+// channels, where `by_pixel`, or pixels, from pixel `at`, the i-th, and channel c on.
+template <int kRun, typename Function>
+SR_DEVICE void visit_runs(bool by_pixel, const PixelRun& pixels, int count, int channels,
+                          int thread, const Function& function) {
+  if (by_pixel) {
+    for (int i = thread / kWalkChannels; i < count; i += kWalkPixels) {
+      const Pixel at = pixels[i];
+      if (!at.exists) break;
+#pragma unroll 2
+      for (int c = thread % kWalkChannels * kRun; c < channels; c += kWalkChannels * kRun)
+        function(at, i, c);
+    }
+  } else {
+    for (int i = thread % 32 * kRun; i < count; i += 32 * kRun) {
+      const Pixel at = pixels[i];
+      if (!at.exists) break;
+#pragma unroll 2
+      for (int c = thread / 32; c < channels; c += kBlockThreads / 32) function(at, i, c);
+    }
+  }
+}
+
+// out = x gate for a run. gates: shared, by channel.
+template <typename E, int kRun>
+SR_DEVICE void scale_run(const ChannelParams& p, bool by_pixel, const float* gates, const Pixel& at,
+                         int c, const Vector<E, kRun>& x) {
+  float y[kRun];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    y[i] = to_float(x.element[i]) * load_shared<float>(gates + c + (by_pixel ? i : 0));
+  put_run<E>(y, p.out, at, c);
+}
+
 // out = x gate. Grid: shares of every image's pixels.
 template <typename E>
 __global__ void __launch_bounds__(kBlockThreads) channel_scale_kernel(ChannelParams p) {
@@ -356,40 +408,213 @@ __global__ void __launch_bounds__(kBlockThreads) channel_scale_kernel(ChannelPar
   float* gates = shared_array<float>(0, p.channels + p.hidden);
   const ChannelGate<E> gate{p, n, gates, gates + p.channels};
   gate.find(thread);
-  for (int c = thread; c < p.channels; c += kBlockThreads)  // z has been used
-    store_shared<float>(gates + c, gate(c));
-  __syncthreads();
-
+  gate.find_gates(thread);
   const bool by_pixel = p.x.stride_c == 1;
   const uint64_t places = run_places<E>(p.x, by_pixel) | run_places<E>(p.out, by_pixel) |
                           static_cast<uint64_t>(by_pixel ? p.channels : p.width);
   with_access_width<E>(places, [&](auto constant) {
     constexpr int kRun = constant;
-    const auto scale = [&](const Pixel& at, int c) {
-      const auto x = load_run<E, kRun>(p.x, at, c);
-      float y[kRun];
+    visit_runs<kRun>(by_pixel, pixels, p.share, p.channels, thread,
+                     [&](const Pixel& at, int, int c) {
+                       scale_run<E, kRun>(p, by_pixel, gates, at, c, load_run<E, kRun>(p.x, at, c));
+                     });
+  });
+}
+
+// ------------------------------------------------------------------ channel attention on chip
+
+// A block's shared memory: sums of threads, its image's z or gates and hidden values, then x.
+SR_HOST_DEVICE int channel_sums_floats(int channels) {
+  return round_up(channels > 4 * kBlockThreads ? channels : 4 * kBlockThreads, 4);
+}
+SR_HOST_DEVICE int channel_tile_offset(int channels, int hidden) {
+  return 4 * (channel_sums_floats(channels) + round_up(channels + hidden, 4));
+}
+
+// What a block keeps: `share` pixels of an image, which has `chunks` of them. 0 chunks: all blocks
+// that a GPU holds at once cannot keep all images.
+struct OnChipShares {
+  int chunks, share, shared_bytes;
+};
+
+// Takes the fewest blocks a multiprocessor that can keep all of x: they leave the fewest moments to
+// merge. resident(shared_bytes): blocks that a multiprocessor holds at once. multiprocessors: 0
+// where blocks cannot wait for each other.
+template <typename Resident>
+OnChipShares on_chip_shares(int64_t batch, int64_t pixels, int channels, int hidden,
+                            int element_bytes, int multiprocessors, const Resident& resident) {
+  constexpr int64_t kLeastBytes = 8192;  // of x: more than the moments that a block leaves
+  constexpr int64_t kStep = 32;          // pixels, a multiple of every run
+  if (batch == 0 || pixels == 0 || channels == 0) return {};
+  const int64_t pixel_bytes = static_cast<int64_t>(channels) * element_bytes;
+  for (int64_t each = 1; each <= 2048 / kBlockThreads; ++each) {
+    const int64_t blocks = each * multiprocessors / batch;  // of an image
+    if (blocks == 0) continue;
+    const int64_t even = (pixels - 1) / blocks + 1, least = (kLeastBytes - 1) / pixel_bytes + 1;
+    const int64_t share = ((even > least ? even : least) - 1) / kStep * kStep + kStep;
+    if (share > kMaxSharedBytes) continue;
+    const int64_t bytes = channel_tile_offset(channels, hidden) + share * pixel_bytes;
+    if (bytes <= kMaxSharedBytes && resident(static_cast<int>(bytes)) >= each)
+      return {static_cast<int>((pixels - 1) / share + 1), static_cast<int>(share),
+              static_cast<int>(bytes)};
+  }
+  return {};
+}
+
+// A share of an image in shared memory, in the order of the feature map.
+template <typename E>
+struct ChannelTile {
+  E* data;
+  bool by_pixel;  // [pixel][channel], else [channel][pixel]
+  int stride;     // of the first of these
+  int pixels, channels;
+
+  SR_DEVICE E* at(int i, int c) const {
+    return data + (by_pixel ? i * stride + c : c * stride + i);
+  }
+
+  // store(c, sum) of every channel's values or, where kSquares, of their squared deviations from
+  // means[c], by some thread. In an order that sizes and layout alone decide: not the alignment of
+  // the feature map. sums: channel_sums_floats(channels) shared floats, free afterwards.
+  template <bool kSquares, typename Store>
+  SR_DEVICE void sum(const float* means, float* sums, int thread, const Store& store) const {
+    if ((by_pixel ? channels : pixels) % 4 == 0)
+      sum_runs<4, kSquares>(means, sums, thread, store);
+    else
+      sum_runs<1, kSquares>(means, sums, thread, store);
+    __syncthreads();
+  }
+
+ private:
+  template <int kRun, bool kSquares, typename Store>
+  SR_DEVICE void sum_runs(const float* means, float* sums, int thread, const Store& store) const {
+    const auto add = [&](float (&total)[kRun], int i, int c, const float (&center)[kRun]) {
+      const auto x = load_shared<Vector<E, kRun>>(at(i, c));
 #pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        y[i] = to_float(x.element[i]) * load_shared<float>(gates + c + (by_pixel ? i : 0));
-      put_run<E>(y, p.out, at, c);
-    };
-    if (by_pixel) {
-      for (int i = thread / kWalkChannels; i < p.share; i += kWalkPixels) {
-        const Pixel at = pixels[i];
-        if (!at.exists) break;
-#pragma unroll 2
-        for (int c = thread % kWalkChannels * kRun; c < p.channels; c += kWalkChannels * kRun)
-          scale(at, c);
+      for (int r = 0; r < kRun; ++r) {
+        const float value = to_float(x.element[r]) - center[r];
+        total[r] += kSquares ? value * value : value;
       }
-    } else {
-      for (int i = thread % 32 * kRun; i < p.share; i += 32 * kRun) {
-        const Pixel at = pixels[i];
-        if (!at.exists) break;
-#pragma unroll 2
-        for (int c = thread / 32; c < p.channels; c += kBlockThreads / 32) scale(at, c);
+    };
+    if (by_pixel) {  // a thread stays with a run of channels
+      const int runs = channels / kRun, columns = runs < kBlockThreads ? runs : kBlockThreads;
+      const int walkers = kBlockThreads / columns, walker = thread / columns;
+#pragma unroll 1
+      for (int run = thread % columns; run < runs && walker < walkers; run += columns) {
+        float total[kRun] = {}, center[kRun] = {};
+#pragma unroll
+        for (int r = 0; r < kRun && kSquares; ++r)
+          center[r] = load_shared<float>(means + run * kRun + r);
+#pragma unroll 4
+        for (int i = walker; i < pixels; i += walkers) add(total, i, run * kRun, center);
+#pragma unroll
+        for (int r = 0; r < kRun; ++r)
+          store_shared<float>(sums + walker * channels + run * kRun + r, total[r]);
+      }
+      __syncthreads();
+      for (int c = thread; c < channels; c += kBlockThreads) {
+        float total = 0.0f;
+#pragma unroll 4
+        for (int i = 0; i < walkers; ++i) total += load_shared<float>(sums + i * channels + c);
+        store(c, total);
+      }
+    } else {  // a warp with a channel
+#pragma unroll 1
+      for (int c = thread / 32; c < channels; c += kBlockThreads / 32) {
+        float total[kRun] = {}, center[kRun] = {};
+#pragma unroll
+        for (int r = 0; r < kRun && kSquares; ++r) center[r] = load_shared<float>(means + c);
+#pragma unroll 4
+        for (int i = thread % 32 * kRun; i < pixels; i += 32 * kRun) add(total, i, c, center);
+        float sum = total[0];
+#pragma unroll
+        for (int r = 1; r < kRun; ++r) sum += total[r];
+        sum = warp_sum(sum);
+        if (thread % 32 == 0) store(c, sum);
       }
     }
+  }
+};
+
+// out = x gate, with x kept in shared memory meanwhile. Grid: chunks of every image, all blocks at
+// once.
+template <typename E>
+__global__ void __launch_bounds__(kBlockThreads, 4) channel_attention_kernel(ChannelParams p) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t image = static_cast<int64_t>(p.height) * p.width;
+  const int64_t n = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks, first = chunk * p.share;
+  const int count = static_cast<int>(image - first < p.share ? image - first : p.share);
+  const PixelRun pixels(ImageSize{n + 1, p.height, p.width}, n * image + first);
+  const bool by_pixel = p.x.stride_c == 1;
+  const int run_of = by_pixel ? p.channels : p.width;  // a multiple of every run
+
+  float* sums = shared_array<float>(0, channel_sums_floats(p.channels));
+  float* z = shared_array<float>(4 * channel_sums_floats(p.channels), p.channels + p.hidden);
+  const ChannelTile<E> tile{
+      shared_array<E>(channel_tile_offset(p.channels, p.hidden), p.share * p.channels), by_pixel,
+      by_pixel ? p.channels : p.share, count, p.channels};
+  const ChannelGate<E> gate{p, n, z, z + p.channels};
+
+  with_access_width<E>(
+      run_places<E>(p.x, by_pixel) | static_cast<uint64_t>(run_of), [&](auto constant) {
+        constexpr int kRun = constant, kBytes = kRun * static_cast<int>(sizeof(E));
+        visit_runs<kRun>(
+            by_pixel, pixels, count, p.channels, thread, [&](const Pixel& at, int i, int c) {
+              if constexpr (kBytes < 4)
+                store_shared(tile.at(i, c), load_run<E, kRun>(p.x, at, c));
+              else
+                copy_async<kBytes>(
+                    tile.at(i, c),
+                    static_cast<const E*>(p.x.data) + element_offset(p.x, at.n, c, at.h, at.w),
+                    true);
+            });
+      });
+  finish_copies();
+
+  const auto put = [&](int c, float mean, float squares) {
+    store_global(p.parts + (n * p.channels + c) * p.chunks + chunk,
+                 Moments{static_cast<float>(count), mean, squares, 0.0f});
+  };
+  tile.template sum<false>(nullptr, sums, thread, [&](int c, float sum) {
+    const float mean = sum / static_cast<float>(count);
+    if (p.contrast)
+      store_shared<float>(z + c, mean);
+    else
+      put(c, mean, 0.0f);
   });
+  if (p.contrast)
+    tile.template sum<true>(z, sums, thread,
+                            [&](int c, float sum) { put(c, load_shared<float>(z + c), sum); });
+  sync_grid();
+
+  // A warp of the grid for each channel of each image.
+  constexpr int kWarps = kBlockThreads / 32;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + thread / 32;
+       i < p.batch * p.channels; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+    Moments total{0.0f, 0.0f, 0.0f, 0.0f};
+    for (int part = thread % 32; part < p.chunks; part += 32)
+      total = merge(total, load_global<Moments>(p.parts + i * p.chunks + part));
+    for (int step = 16; step > 0; step /= 2)  // lanes without parts are the last ones
+      total = merge(total, {__shfl_down_sync(kFullWarp, total.count, step),
+                            __shfl_down_sync(kFullWarp, total.mean, step),
+                            __shfl_down_sync(kFullWarp, total.squares, step), 0.0f});
+    if (thread % 32 == 0) store_global<float>(p.z + i, gate.statistic(total));
+  }
+  sync_grid();
+
+  for (int c = thread; c < p.channels; c += kBlockThreads)
+    store_shared<float>(z + c, load_global<float>(p.z + n * p.channels + c));
+  gate.find_hidden(thread);
+  gate.find_gates(thread);
+  with_access_width<E>(
+      run_places<E>(p.out, by_pixel) | static_cast<uint64_t>(run_of), [&](auto constant) {
+        constexpr int kRun = constant;
+        visit_runs<kRun>(by_pixel, pixels, count, p.channels, thread,
+                         [&](const Pixel& at, int i, int c) {
+                           scale_run<E, kRun>(p, by_pixel, z, at, c,
+                                              load_shared<Vector<E, kRun>>(tile.at(i, c)));
+                         });
+      });
 }
 
 // ------------------------------------------------------------------ gated convolution

@@ -186,7 +186,23 @@ const char* run(const SpatialAttentionBackwardParams& g, WorkspacePieces& pieces
 
 // ------------------------------------------------------------------ channel attention
 
-ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f) {
+// How the current device keeps all of x on chip; 0 chunks where it does not, or y is not wanted.
+OnChipShares shares_on_chip(const ChannelAttentionParams& f) {
+  OnChipShares shares{};
+  if (f.gate != nullptr) return shares;
+  for_kind(f.kind, [&](auto element) -> const char* {
+    using E = decltype(element);
+    shares = on_chip_shares(
+        f.batch, f.height * f.width, static_cast<int>(f.channels), static_cast<int>(f.hidden),
+        static_cast<int>(sizeof(E)), cooperative_multiprocessors(), [](int shared_bytes) {
+          return resident_blocks(channel_attention_kernel<E>, kBlockThreads, shared_bytes);
+        });
+    return nullptr;
+  });
+  return shares;
+}
+// What forward and backward have in common.
+ChannelParams channel_params(const ChannelAttentionParams& f) {
   ChannelParams p{};
   p.batch = f.batch;
   p.height = static_cast<int>(f.height);
@@ -202,13 +218,24 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f) {
   p.b_up = f.b_up;
   p.gate_out = f.gate;
   p.chunks = static_cast<int>(std::clamp<int64_t>(f.height * f.width / 2048, 1, 64));
-  p.parts = pieces.take<Moments>(f.batch * f.channels * p.chunks);
+  return p;
+}
+ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f) {
+  ChannelParams p = channel_params(f);
   // What a block scales is more than what it reads to find the gates.
   p.share = std::max(256, 16 * p.chunks);
+  if (const OnChipShares shares = shares_on_chip(f); shares.chunks > 0) {
+    p.chunks = shares.chunks;
+    p.share = shares.share;
+    p.shared_bytes = shares.shared_bytes;
+    p.z = pieces.take<float>(f.batch * f.channels);
+  }
+  p.parts = pieces.take<Moments>(f.batch * f.channels * p.chunks);
   return p;
 }
 ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams& g) {
-  ChannelParams p = take(pieces, g.forward);
+  ChannelParams p = channel_params(g.forward);
+  p.parts = pieces.take<Moments>(p.batch * p.channels * p.chunks);
   p.out = g.dx;
   if (g.grad_of_gate) {
     p.gate_grad = g.grad.data;
@@ -228,6 +255,10 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams
 }
 template <typename E>
 const char* run_channels(const ChannelParams& p, bool backward, void* stream) {
+  if (p.shared_bytes > 0)
+    return launch_cooperative(channel_attention_kernel<E>,
+                              dim3(static_cast<unsigned>(p.chunks * p.batch)), kBlockThreads,
+                              p.shared_bytes, stream, p);
   const int shared_bytes = (backward ? 2 : 1) * (p.channels + p.hidden) * 4;
   if (shared_bytes > kMaxSharedBytes)
     return "C + R channels of a gate must be fewer than 25344, backward 12672";

@@ -35,22 +35,27 @@ const char* for_kind(ScalarKind kind, const Function& function) {
   return "CUDA kernels take float32, float16 and bfloat16";
 }
 
+#if defined(__CUDACC__)
+// Beyond 48 KiB a kernel must ask, and the answer is the kernel's, not the launch's: all ask for
+// the same, so that launches of different sizes from several threads do not undo one another.
+template <typename... Formal>
+const char* allow_shared_bytes(void (*kernel)(Formal...), int shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return nullptr;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // an error that is reported here is not left for the next caller
+  return cudaGetErrorString(error);
+}
+#endif
+
 // Starts kernel(params...) on `stream` (a cudaStream_t). Returns an error text, nullptr for
 // success.
 template <typename... Formal, typename... Params>
 const char* launch_kernel(void (*kernel)(Formal...), dim3 grid, int threads, int shared_bytes,
                           void* stream, const Params&... params) {
 #if defined(__CUDACC__)
-  // Beyond this a kernel must ask, and the answer is the kernel's, not the launch's: all ask for
-  // the same, so that launches of different sizes from several threads do not undo one another.
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // an error that is reported here is not left for the next caller
-      return cudaGetErrorString(error);
-    }
-  }
+  SR_KERNELS_RETURN_IF_ERROR(allow_shared_bytes(kernel, shared_bytes));
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -107,6 +107,17 @@ void channel_backward(int kind, Object grad_, Object x_, Object w_down_, Object 
 
 PYBIND11_MODULE(attention_gates, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
+  m.def("set_device", &cuda_on_cpu::set_device);
+  m.def("launches",
+        [] { return py::make_tuple(cuda_on_cpu::launches, cuda_on_cpu::cooperative_launches); });
+  // (chunks, share, shared_bytes)
+  m.def("on_chip_shares", [](int64_t batch, int64_t pixels, int channels, int hidden,
+                             int element_bytes, int multiprocessors, int shared_bytes) {
+    const OnChipShares found =
+        on_chip_shares(batch, pixels, channels, hidden, element_bytes, multiprocessors,
+                       [=](int bytes) { return std::min(4, shared_bytes / (bytes + 1024)); });
+    return py::make_tuple(found.chunks, found.share, found.shared_bytes);
+  });
   m.def("pixel_attention", [](int kind, Object x_, Object weight_, Object bias_, Object y_) {
     const Array x(x_), weight(weight_), bias(bias_), y(y_);
     PixelAttentionParams p = pixel_params(kind, x, weight, bias);

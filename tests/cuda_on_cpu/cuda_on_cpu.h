@@ -1,4 +1,5 @@
-// Runs CUDA kernels on the CPU, one block after the other, every thread of a block a fiber.
+// Runs CUDA kernels on the CPU, every thread of a block a fiber, one block after the other; those
+// of a cooperative launch in turn, from one barrier of the grid to the next.
 //
 // How a kernel author uses it. Write the kernel against csrc/common/*.cuh: those headers include
 // this one where the compiler is not nvcc, and everything that plain C++ lacks has one name there
@@ -13,7 +14,9 @@
 //   * all 32 lanes of a warp take part in every warp-wide instruction, and all threads of the block
 //   in
 //     every `__syncthreads()`; threads do not return before the last of these;
-//   * blocks know nothing of each other's progress: no grid-wide waiting;
+//   * blocks know nothing of each other's progress, unless launch_cooperative
+//   (common/cooperative.cuh)
+//     starts them: then all are alive at once, and `sync_grid()` waits for all of their threads;
 //   * `launch_kernel` (common/launch.cuh) starts it, so that launch.cu, grid arithmetic included,
 //   is
 //     compiled and run here as it stands. Bind it as bind_shift_conv.cpp does, with `Memory` around
@@ -24,7 +27,9 @@
 // filling; two threads at one place of which one writes, with no barrier between (`__syncwarp` is
 // one within a warp); a misaligned access; a global access outside of every array given with
 // `Memory`; a barrier or warp-wide instruction that not all threads reach, or reach at different
-// places; a launch that a GPU would refuse. Threads and blocks run in an order that can be turned
+// places, and one of the grid that not all blocks reach; in a cooperative launch, two blocks at one
+// place of global memory of which one writes, with no barrier of the grid between; a launch that a
+// GPU (`set_device`) would refuse. Threads and blocks run in an order that can be turned
 // round or shuffled, so that results that hang on it show as well. An error ends the launch as a
 // C++ exception that names block and thread.
 //
@@ -49,6 +54,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -56,6 +62,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -84,6 +91,20 @@ namespace cuda_on_cpu {
 // What every architecture from sm_80 to sm_120 has: 99 KiB a block.
 constexpr int kMaxSharedBytes = 99 * 1024;
 constexpr int kMaxThreads = 1024;
+
+// The GPU: its multiprocessors (0: none that launches cooperatively) and the shared memory of each.
+struct Device {
+  int multiprocessors = 4, shared_bytes = 228 * 1024;
+};
+inline Device device;
+inline void set_device(int multiprocessors, int shared_bytes) {
+  device = {multiprocessors, shared_bytes};
+}
+// Blocks that a multiprocessor holds at once. The driver keeps 1 KiB of each for itself.
+inline int resident_blocks(int threads, int64_t shared_bytes) {
+  return static_cast<int>(
+      std::min<int64_t>(2048 / threads, device.shared_bytes / (shared_bytes + 1024)));
+}
 
 template <typename... Parts>
 std::string text(const Parts&... parts) {
@@ -146,6 +167,42 @@ class Memory {
  private:
   bool registered_ = true;
 };
+
+// What the blocks of a cooperative launch do in global memory between two barriers of the grid.
+class GridWatch {
+ public:
+  void barrier() { ++time_; }
+
+  // A block that is at one of these places, too, with one of both writing; -1: none.
+  int64_t touch(const char* begin, int bytes, int64_t block, bool writes) {
+    for (int i = 0; i < bytes; i += kPlaceBytes) {
+      Place& at = places_[reinterpret_cast<uintptr_t>(begin + i) / kPlaceBytes];
+      if (at.write_time == time_ && at.writer != block) return at.writer;
+      const bool read = at.read_time == time_;
+      if (writes) {
+        if (read && (at.readers > 1 || at.reader != block)) return at.reader;
+        at.writer = block;
+        at.write_time = time_;
+      } else {
+        at.readers = !read ? 1 : at.reader == block ? at.readers : 2;
+        at.reader = block;
+        at.read_time = time_;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int kPlaceBytes = 2;
+  struct Place {
+    int64_t writer = 0, reader = 0;
+    uint32_t write_time = 0, read_time = 0;
+    int readers = 0;  // 2: several
+  };
+  std::unordered_map<uintptr_t, Place> places_;
+  uint32_t time_ = 1;
+};
+inline std::unique_ptr<GridWatch> grid_watch;  // there while a cooperative launch lasts
 
 // ------------------------------------------------------------------ fibers
 
@@ -236,6 +293,17 @@ class Block {
     storage_.resize(kMaxSharedBytes);
     cells_.resize(kMaxSharedBytes / kCellBytes);
   }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    munmap(addresses_, kMaxSharedBytes);
+    for (const auto& fiber : fibers_) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // of frames that never returned
+#endif
+      munmap(fiber->stack, kStackBytes);
+    }
+  }
 
   [[noreturn]] void fail(const std::string& what) const {
     throw std::runtime_error(text("block (", blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z,
@@ -244,18 +312,26 @@ class Block {
 
   // ---- running
 
-  void run(int thread_count, int shared, const std::function<void()>& body) {
+  // From the first thread to the last, of a launch whose blocks do not wait for each other.
+  void run(int64_t number, int thread_count, int shared, const std::function<void()>& body) {
+    begin(number, thread_count, shared, body);
+    advance();
+  }
+
+  // A block, of which nothing has run yet.
+  void begin(int64_t number, int thread_count, int shared, const std::function<void()>& body) {
+    number_ = number;
     threads = thread_count;
     shared_bytes = shared;
     body_ = &body;
     failure_ = nullptr;
     time_ = 1;
+    done_ = 0;
     barrier_line_ = 0;
     warps.assign(threads / 32, Warp());
     std::memset(storage_.data(), 0xff, storage_.size());
     std::fill(cells_.begin(), cells_.begin() + (shared + 1) / kCellBytes, Cell());
     arrays_.clear();
-    ready_.clear();
     while (static_cast<int>(fibers_.size()) < threads) fibers_.push_back(new_fiber());
     std::vector<Thread*> order;
     for (int i = 0; i < threads; ++i) {
@@ -264,28 +340,44 @@ class Block {
     }
     schedule.arrange(order);
     ready_.assign(order.begin(), order.end());
-    int done = 0;
+  }
+
+  // Until all threads have returned, or (false) wait for the other blocks.
+  bool advance() {
     while (!ready_.empty()) {
       Thread* next = ready_.front();
       ready_.pop_front();
       resume(*next);
       if (failure_) std::rethrow_exception(failure_);
-      if (next->state == State::kDone) ++done;
-      if (at_barrier_ == threads) release_barrier();
+      if (next->state == State::kDone) ++done_;
+      if (at_barrier_ == threads && barrier_name_ == kOfBlock) release_barrier();
     }
-    if (done < threads) stuck(done);
+    if (done_ < threads && at_barrier_ < threads) stuck();
+    return done_ == threads;
   }
 
   // ---- barriers
 
-  void sync_threads(const char* file, int line) {
-    if (barrier_line_ != 0 && (line != barrier_line_ || std::strcmp(file, barrier_file_) != 0))
-      fail(text("is at the __syncthreads of ", file, ":", line, ", others at that of ",
-                barrier_file_, ":", barrier_line_));
-    barrier_line_ = line;
-    barrier_file_ = file;
-    ++at_barrier_;
-    wait(State::kAtBarrier);
+  void sync_threads(const char* file, int line) { sync(kOfBlock, file, line); }
+  void sync_grid(const char* file, int line) {
+    if (!grid_watch) fail("is at a sync_grid, but the launch is not cooperative");
+    sync(kOfGrid, file, line);
+  }
+  bool waits() const { return barrier_line_ != 0; }
+  std::string barrier() const {
+    return text(barrier_name_, " (", barrier_file_, ":", barrier_line_, ")");
+  }
+  void release_barrier() {
+    at_barrier_ = 0;
+    barrier_line_ = 0;
+    ++time_;
+    std::vector<Thread*> order;
+    for (int i = 0; i < threads; ++i) {
+      fibers_[i]->state = State::kReady;
+      order.push_back(fibers_[i].get());
+    }
+    schedule.arrange(order);
+    ready_.assign(order.begin(), order.end());
   }
 
   // Every lane brings a slot; the last one to arrive combines them all.
@@ -382,7 +474,10 @@ class Block {
     if (reinterpret_cast<uintptr_t>(begin) % bytes != 0)
       fail(text("misaligned global ", what, " of ", bytes, " bytes at ", pointer));
     for (const Range& range : allocations)
-      if (begin >= range.begin && begin + bytes <= range.end) return;
+      if (begin >= range.begin && begin + bytes <= range.end) {
+        if (grid_watch) watch(range, begin, bytes, what);
+        return;
+      }
     if (allocations.empty()) fail("global access, but no array was given with Memory");
     const Range* nearest = &allocations[0];
     const auto distance = [begin](const Range& r) {
@@ -395,6 +490,15 @@ class Block {
   }
 
  private:
+  void watch(const Range& range, const char* begin, int bytes, const std::string& what) const {
+    if (what == "atomic") return;
+    const int64_t other = grid_watch->touch(begin, bytes, number_, what == "write");
+    if (other >= 0)
+      fail(text("race: global ", what, " of ", bytes, " bytes, at byte ", begin - range.begin,
+                " of an array of ", range.end - range.begin, ", where block ", other,
+                " is too, one of them writing, and no sync_grid is between"));
+  }
+
   int offset_of(const void* pointer, int bytes, const char* what) const {
     const int64_t offset = static_cast<const char*>(pointer) - addresses_;
     if (offset < 0 || offset + bytes > shared_bytes)
@@ -462,20 +566,17 @@ class Block {
     cell.write_warp_time = warps[current->index / 32].time;
   }
 
-  void release_barrier() {
-    at_barrier_ = 0;
-    barrier_line_ = 0;
-    ++time_;
-    std::vector<Thread*> order;
-    for (int i = 0; i < threads; ++i) {
-      fibers_[i]->state = State::kReady;
-      order.push_back(fibers_[i].get());
-    }
-    schedule.arrange(order);
-    ready_.assign(order.begin(), order.end());
+  void sync(const char* name, const char* file, int line) {
+    if (barrier_line_ != 0 && (line != barrier_line_ || std::strcmp(file, barrier_file_) != 0))
+      fail(text("is at the ", name, " of ", file, ":", line, ", others at ", barrier()));
+    barrier_name_ = name;
+    barrier_line_ = line;
+    barrier_file_ = file;
+    ++at_barrier_;
+    wait(State::kAtBarrier);
   }
 
-  [[noreturn]] void stuck(int done) {
+  [[noreturn]] void stuck() {
     int at_warp = 0;
     const char* op = "";
     for (int i = 0; i < threads; ++i)
@@ -483,8 +584,8 @@ class Block {
         ++at_warp;
         op = warps[i / 32].op;
       }
-    std::string where = text(done, " have returned, ", at_barrier_, " wait at __syncthreads");
-    if (barrier_line_ != 0) where += text(" (", barrier_file_, ":", barrier_line_, ")");
+    std::string where = text(done_, " have returned, ", at_barrier_, " wait");
+    if (barrier_line_ != 0) where += " at " + barrier();
     if (at_warp > 0) where += text(", ", at_warp, " at ", op);
     throw std::runtime_error(text("block (", blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z,
                                   "): not all threads reach the same barrier: of ", threads, ", ",
@@ -592,8 +693,10 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr failure_;
   uint32_t time_ = 1;
-  int at_barrier_ = 0, barrier_line_ = 0;
-  const char* barrier_file_ = "";
+  static constexpr const char *kOfBlock = "__syncthreads", *kOfGrid = "sync_grid";
+  int64_t number_ = 0;
+  int done_ = 0, at_barrier_ = 0, barrier_line_ = 0;
+  const char *barrier_name_ = kOfBlock, *barrier_file_ = "";
   void* scheduler_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
@@ -602,48 +705,104 @@ class Block {
 #endif
 };
 
-inline std::unique_ptr<Block> block;
+inline std::vector<std::unique_ptr<Block>> blocks;  // kept from launch to launch
+inline Block* block = nullptr;                      // that whose thread is running
 
 inline void Block::entry() {
   block->body();
   std::abort();  // a fiber that is done is not resumed
 }
 
+// A launch, of which a GPU would refuse the wrong ones.
+class Launch {
+ public:
+  Launch(dim3 grid, int threads, int64_t shared_bytes) : grid_(grid) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+        grid.z > 65535)
+      throw std::runtime_error(
+          text("grid (", grid.x, ", ", grid.y, ", ", grid.z, ") is not one that a GPU takes"));
+    if (threads <= 0 || threads > kMaxThreads || threads % 32 != 0)
+      throw std::runtime_error(
+          text(threads, " threads a block: must be a multiple of 32, <= 1024"));
+    if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes)
+      throw std::runtime_error(
+          text(shared_bytes, " bytes of shared memory: a block has at most ", kMaxSharedBytes));
+    gridDim = grid;
+    blockDim = dim3(threads, 1, 1);
+    order.resize(static_cast<size_t>(grid.x) * grid.y * grid.z);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+    schedule.arrange(order);
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+  // Fresh blocks after an error, which leaves barriers half full and fibers in mid-air.
+  ~Launch() {
+    grid_watch.reset();
+    if (!done) blocks.clear();
+  }
+
+  // Makes a block the one that runs, as blocks[slot].
+  Block& enter(int64_t number, int64_t slot) const {
+    while (static_cast<int64_t>(blocks.size()) <= slot) blocks.push_back(std::make_unique<Block>());
+    blockIdx.x = static_cast<unsigned>(number % grid_.x);
+    blockIdx.y = static_cast<unsigned>(number / grid_.x % grid_.y);
+    blockIdx.z = static_cast<unsigned>(number / grid_.x / grid_.y);
+    block = blocks[slot].get();
+    return *block;
+  }
+
+  std::vector<int64_t> order;  // of blocks
+  bool done = false;
+
+ private:
+  dim3 grid_;
+};
+inline int64_t launches = 0, cooperative_launches = 0;
+
 // Calls kernel(params...) for every thread of every block. An error of a thread is thrown from
 // here.
 template <typename... Formal, typename... Params>
 void launch(void (*kernel)(Formal...), dim3 grid, int threads, int64_t shared_bytes,
             const Params&... params) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535)
-    throw std::runtime_error(
-        text("grid (", grid.x, ", ", grid.y, ", ", grid.z, ") is not one that a GPU takes"));
-  if (threads <= 0 || threads > kMaxThreads || threads % 32 != 0)
-    throw std::runtime_error(text(threads, " threads a block: must be a multiple of 32, <= 1024"));
-  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes)
-    throw std::runtime_error(
-        text(shared_bytes, " bytes of shared memory: a block has at most ", kMaxSharedBytes));
-  // A fresh one after an error, which leaves barriers half full and fibers in mid-air.
-  struct Scope {
-    bool done = false;
-    ~Scope() {
-      if (!done) block.reset();
-    }
-  } scope;
-  if (!block) block = std::make_unique<Block>();
-  gridDim = grid;
-  blockDim = dim3(threads, 1, 1);
+  Launch launched(grid, threads, shared_bytes);
   const std::function<void()> body = [&] { kernel(params...); };
-  std::vector<int64_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  schedule.arrange(order);
-  for (const int64_t i : order) {
-    blockIdx.x = static_cast<unsigned>(i % grid.x);
-    blockIdx.y = static_cast<unsigned>(i / grid.x % grid.y);
-    blockIdx.z = static_cast<unsigned>(i / grid.x / grid.y);
-    block->run(threads, static_cast<int>(shared_bytes), body);
+  for (const int64_t i : launched.order)
+    launched.enter(i, 0).run(i, threads, static_cast<int>(shared_bytes), body);
+  launched.done = true;
+  ++launches;
+}
+
+// The same with all blocks at once: from barrier of the grid to barrier of the grid in turn.
+template <typename... Formal, typename... Params>
+void launch_cooperative(void (*kernel)(Formal...), dim3 grid, int threads, int64_t shared_bytes,
+                        const Params&... params) {
+  Launch launched(grid, threads, shared_bytes);
+  const int64_t count = static_cast<int64_t>(launched.order.size());
+  const int64_t most = int64_t{device.multiprocessors} * resident_blocks(threads, shared_bytes);
+  if (count > most)
+    throw std::runtime_error(
+        text("a cooperative launch of ", count, " blocks: the GPU has room for ", most));
+  const std::function<void()> body = [&] { kernel(params...); };
+  grid_watch = std::make_unique<GridWatch>();
+  for (const int64_t i : launched.order)
+    launched.enter(i, i).begin(i, threads, static_cast<int>(shared_bytes), body);
+  for (;;) {
+    int64_t returned = 0;
+    for (const int64_t i : launched.order) returned += launched.enter(i, i).advance() ? 1 : 0;
+    if (returned == count) break;
+    if (returned > 0) {
+      const auto waiting = std::find_if(launched.order.begin(), launched.order.end(),
+                                        [](int64_t i) { return blocks[i]->waits(); });
+      throw std::runtime_error(text("deadlock: of ", count, " blocks ", returned,
+                                    " have returned, the others wait at ",
+                                    blocks[*waiting]->barrier()));
+    }
+    grid_watch->barrier();
+    schedule.arrange(launched.order);
+    for (const int64_t i : launched.order) blocks[i]->release_barrier();
   }
-  scope.done = true;
+  launched.done = true;
+  ++cooperative_launches;
 }
 
 // ------------------------------------------------------------------ instructions

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/async_copy.cuh"
-#include "common/launch.cuh"
+#include "common/cooperative.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 
@@ -161,6 +161,42 @@ void reductions_kernel(const float* in, float* out) {
   store_global<float>(out + 3 * kThreads + thread, positive >> (thread % 32) & 1 ? 1.0f : 0.0f);
 }
 
+enum GridFault : int {
+  kNoGridFault = 0,
+  kNoGridBarrier = 1,      // a barrier of the grid left out
+  kBlockReturns = 2,       // one that a block does not reach
+  kThreadsReturn = 3,      // or half of its threads
+  kOrdinaryLaunch = 4,     // blocks that are not all there
+  kTooManyBlocks = 5,      // more than there is room for
+  kOverwrittenInGrid = 6,  // written again while other blocks may still read
+};
+struct GridSum {
+  const float* in;
+  float *parts, *out;
+  int fault;
+};
+
+// out[b][i] = the sum of in[.][i] over all blocks, through global memory, less in[b][n - 1 - i],
+// which lasts in b's shared memory.
+void grid_sum_kernel(GridSum p) {
+  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  float* own = shared_array<float>(0, kThreads);
+  const float value = load_global<float>(p.in + block * kThreads + thread);
+  store_shared<float>(own + thread, value);
+  store_global<float>(p.parts + block * kThreads + thread, value);
+  if (p.fault == kBlockReturns && block == 1) return;
+  if (p.fault == kThreadsReturn && block == 1 && thread >= 32) return;
+  if (p.fault != kNoGridBarrier) sync_grid();
+  float sum = 0.0f;
+  for (int i = 0; i < static_cast<int>(gridDim.x); ++i)
+    sum += load_global<float>(p.parts + i * kThreads + thread);
+  if (p.fault == kOverwrittenInGrid) store_global<float>(p.parts + block * kThreads + thread, 0.0f);
+  if (p.fault == kNoGridBarrier) __syncthreads();
+  sum -= load_shared<float>(own + kThreads - 1 - thread);
+  sync_grid();
+  store_global<float>(p.out + block * kThreads + thread, sum);
+}
+
 using Floats = py::array_t<float, py::array::c_style>;
 using Shorts = py::array_t<uint16_t, py::array::c_style>;
 
@@ -189,6 +225,18 @@ PYBIND11_MODULE(planted, m) {
       launch_kernel(product_kernel<__half>, dim3(1), 32, 2048, nullptr,
                     reinterpret_cast<const __half*>(a.data()),
                     reinterpret_cast<const __half*>(b.data()), c.mutable_data(), form, wrong);
+  });
+  m.def("set_device", &cuda_on_cpu::set_device);
+  m.def("grid_sum", [](Floats in, Floats parts, Floats out, int fault) {
+    const cuda_on_cpu::Memory a(in.data(), in.nbytes()), b(parts.data(), parts.nbytes()),
+        c(out.data(), out.nbytes());
+    const GridSum p{in.data(), parts.mutable_data(), out.mutable_data(), fault};
+    const dim3 grid(static_cast<unsigned>(in.shape(0)));
+    const int shared = fault == kTooManyBlocks ? kMaxSharedBytes : 512;
+    if (fault == kOrdinaryLaunch)
+      launch_kernel(grid_sum_kernel, grid, kThreads, shared, nullptr, p);
+    else
+      launch_cooperative(grid_sum_kernel, grid, kThreads, shared, nullptr, p);
   });
   m.def("reductions", [](Floats in, Floats out) {
     const cuda_on_cpu::Memory a(in.data(), in.nbytes()), b(out.data(), out.nbytes());

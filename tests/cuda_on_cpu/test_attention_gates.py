@@ -1,5 +1,7 @@
 """The attention gates' CUDA kernels, run on the CPU, against the definition in float64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from attention_gate_cases import CASES, LAYOUTS, SIZES, check, functions, make_inputs
@@ -105,6 +107,113 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(on_emulated_ke
         results.append([out, *gradients])
     for other in results[1:]:
         assert all(map(bitwise_equal, results[0], other))
+
+
+# ------------------------------------------------------------------ channel attention on chip
+
+CHANNEL = pytest.mark.parametrize("case", ["channel_mean", "channel_contrast"])
+KIB = 1024
+A_GPU = (4, 228 * KIB)  # what the emulator has at first: multiprocessors, shared memory of each
+
+
+@pytest.fixture
+def devices(on_emulated_kernels):
+    yield on_emulated_kernels.set_device
+    on_emulated_kernels.set_device(*A_GPU)
+
+
+@contextmanager
+def launches(kernels, *, single, cooperative):
+    before = kernels.launches()
+    yield
+    after = kernels.launches()
+    assert (after[0] - before[0], after[1] - before[1]) == (single, cooperative)
+
+
+# One block an image and several, the last not full; more of a multiprocessor; more runs of channels
+# than threads; runs of channels and of pixels, or neither.
+ON_CHIP = [
+    ((1, 10, 5, 9), 4),
+    ((2, 20, 18, 33), 4),
+    ((2, 20, 16, 40), 3),
+    ((3, 9, 13, 31), 1),
+    ((1, 301, 4, 20), 2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "multiprocessors"), ON_CHIP, ids=str)
+@CHANNEL
+def test_one_launch(on_emulated_kernels, devices, case, size, multiprocessors, dtype, layout):
+    devices(multiprocessors, A_GPU[1])
+    inputs = make_inputs(case, size, dtype, layout)
+    with launches(on_emulated_kernels, single=0, cooperative=1):
+        check(case, inputs, gradients=None)
+
+
+@CHANNEL
+def test_more_blocks_than_a_warp_has_lanes(on_emulated_kernels, devices, case):
+    devices(34, A_GPU[1])
+    with launches(on_emulated_kernels, single=0, cooperative=1):
+        check(case, make_inputs(case, (1, 64, 32, 34)), gradients=None)
+
+
+@pytest.mark.parametrize("device", [(0, 228 * KIB), (2, 30 * KIB)], ids=["none", "too small"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@CHANNEL
+def test_two_launches(on_emulated_kernels, devices, case, dtype, layout, device):
+    """Without cooperative launches, and where the map is larger than all shared memory."""
+    devices(*device)
+    inputs = make_inputs(case, (2, 20, 24, 40), dtype, layout)
+    with launches(on_emulated_kernels, single=2, cooperative=0):
+        check(case, inputs, gradients=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@CHANNEL
+def test_one_launch_has_the_same_bits_in_any_order(on_emulated_kernels, case, layout, dtype):
+    inputs = make_inputs(case, (2, 20, 18, 33), dtype, layout)
+    run, _, settings = functions(case)
+    results = []
+    for seed in range(10):
+        order = ("forward", "reversed")[seed] if seed < 2 else "shuffled"
+        on_emulated_kernels.set_schedule(order, seed)
+        with launches(on_emulated_kernels, single=0, cooperative=1):
+            results.append(run(**inputs, **settings, backend="cpu"))
+    assert all(bitwise_equal(results[0], other) for other in results[1:])
+
+
+# A GPU like an H100 or an A100, up to four blocks a multiprocessor; batch, pixels, channels and
+# bytes an element; then blocks an image, and pixels and bytes of each.
+H100, A100 = (132, 228 * KIB), (108, 164 * KIB)
+DEALT = [
+    (H100, (1, 320 * 180, 60, 2), (129, 448, 58160)),  # one block a multiprocessor
+    (H100, (1, 320 * 180, 60, 4), (258, 224, 58160)),  # two
+    (H100, (1, 480 * 270, 64, 2), (254, 512, 69952)),
+    (A100, (1, 480 * 270, 64, 2), (214, 608, 82240)),
+    (H100, (32, 64 * 64, 60, 2), (8, 512, 65840)),
+    (H100, (1, 1, 1, 4), (1, 2048, 12368)),
+    (H100, (132 * 4, 9, 30, 4), (1, 96, 15808)),
+    # What is not kept on chip.
+    (H100, (1, 1280 * 720, 64, 2), (0, 0, 0)),
+    (H100, (1, 480 * 270, 64, 4), (0, 0, 0)),
+    (H100, (1, 2**60, 65535, 4), (0, 0, 0)),
+    (H100, (132 * 4 + 1, 9, 30, 4), (0, 0, 0)),
+    (H100, (0, 320 * 180, 60, 2), (0, 0, 0)),
+    (H100, (1, 0, 60, 2), (0, 0, 0)),
+    (H100, (1, 100, 25000, 2), (0, 0, 0)),
+    ((0, 228 * KIB), (1, 320 * 180, 60, 2), (0, 0, 0)),  # no cooperative launches
+]
+
+
+@pytest.mark.parametrize(("device", "sizes", "expected"), DEALT, ids=str)
+def test_how_images_are_dealt_to_blocks(on_emulated_kernels, device, sizes, expected):
+    *image, element_bytes = sizes
+    found = on_emulated_kernels.on_chip_shares(*image, 16, element_bytes, *device)
+    assert found == expected
 
 
 def test_an_image_beyond_the_grid_is_refused(on_emulated_kernels):

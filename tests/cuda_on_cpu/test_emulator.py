@@ -68,6 +68,38 @@ def test_a_planted_fault_is_caught(planted, values, fault, order, seed):
     assert np.array_equal(out, values[::-1])
 
 
+# (number in planted.cpp, what the error says). Which of two blocks comes first hangs on the order.
+GRID_FAULTS = {
+    "no sync_grid": (1, "race: global (read|write) of 4 bytes, at byte .* where block . is too"),
+    "a block returns": (2, "deadlock: of 3 blocks 1 have returned, the others wait at sync_grid"),
+    "half a block returns": (3, "of 64, 32 have returned, 32 wait at sync_grid"),
+    "an ordinary launch": (4, "is at a sync_grid, but the launch is not cooperative"),
+    "too many blocks": (5, "a cooperative launch of 3 blocks: the GPU has room for 2"),
+    "overwritten while read": (6, "race: global (read|write) of 4 bytes"),
+}
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize("fault", [None, *GRID_FAULTS])
+def test_blocks_that_wait_for_each_other(planted, order, seed, fault):
+    values = np.random.default_rng(0).standard_normal((3, N)).astype(np.float32)
+    expected = (values[0] + values[1] + values[2]) - values[:, ::-1]
+    planted.set_schedule(order, seed)
+
+    def run(number):
+        out = np.full((3, N), np.nan, np.float32)
+        planted.grid_sum(values, np.full((3, N), np.nan, np.float32), out, number)
+        return out
+
+    if fault is not None:
+        number, message = GRID_FAULTS[fault]
+        planted.set_device(1 if fault == "too many blocks" else 4, 228 * 1024)
+        with pytest.raises(RuntimeError, match=message):
+            run(number)
+        planted.set_device(4, 228 * 1024)
+    assert np.array_equal(run(0), expected)  # an error leaves nothing behind
+
+
 def test_the_order_of_threads_shows_a_missing_barrier_in_unwatched_memory(planted, values):
     def total(order, with_barrier):
         planted.set_schedule(order, 3)

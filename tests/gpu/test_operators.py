@@ -242,6 +242,20 @@ def test_kernels_run_in_the_current_stream(cases, name):
     assert bitwise_equal(out, expected)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["channel_mean", "channel_contrast"])
+def test_launches_whose_blocks_wait_for_each_other_share_the_gpu(cases, name):
+    inputs = cases[name].inputs(2, 96, 128, torch.float16)
+    expected = cases[name].run(inputs)
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(3)] * 20:
+        with torch.cuda.stream(stream):
+            results.append(cases[name].run(inputs))
+    torch.cuda.synchronize()
+    assert all(bitwise_equal(expected, out) for out in results)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @ALL
 def test_the_device_is_the_tensors_own(cases, name):
@@ -313,7 +327,10 @@ def test_a_batch_beyond_a_grid_dimension(cases, name):
     inputs = case.inputs(*size, channels=2 * case.windows + 2)
     out = case.run(inputs)
     last = {k: t[-2:] if t.shape[0] == n else t for k, t in inputs.items()}
-    assert bitwise_equal(out[-2:], case.run(last))
+    if name.startswith("channel_"):  # fewer images stay on chip: their sums have another order
+        torch.testing.assert_close(out[-2:], case.run(last))
+    else:
+        assert bitwise_equal(out[-2:], case.run(last))
 
 
 def test_out_is_written_in_place(device, backend):

@@ -85,6 +85,20 @@ def test_gates(size, case, dtype, device, backend):
     attention_gate_cases.check(case, inputs, backend=backend)
 
 
+# Maps that a large GPU keeps on chip, with one block a multiprocessor, several, and many images;
+# and maps that none does.
+CHANNEL_SIZES = [(1, 60, 180, 320), (1, 64, 270, 478), (32, 60, 64, 64), (1, 64, 540, 958)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", ["channel_mean", "channel_contrast"])
+@pytest.mark.parametrize("size", CHANNEL_SIZES, ids=str)
+def test_channel_attention_on_chip_and_beyond(size, case, layout, dtype, device, backend):
+    inputs = attention_gate_cases.make_inputs(case, size, dtype, layout, device=device)
+    attention_gate_cases.check(case, inputs, backend=backend, gradients=None)
+
+
 @DTYPES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 48, 52, 60, 64, 180])
