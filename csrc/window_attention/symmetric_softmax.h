@@ -80,6 +80,22 @@ SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
   }
 }
 
+// Writes the transpose of strip `strip` of a square; see(part, rows) is shown its parts before that.
+template <typename T, typename See>
+SR_INLINE void store_mirror(const Vec<T>* rows, int strip, T* mirror, const See& see) {
+  constexpr int W = Simd<T>::width;
+#pragma GCC unroll 8
+  for (int part = 0; part < kStrips<T>; ++part) {
+    Vec<T> square[W];
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) square[l] = rows[part * W + l];
+    transpose<T>(square);
+    see(part, square);
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+  }
+}
+
 // The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
 //   e[j][i] = numerators(q_j . q_i),  sum_i[i] += sum_j e[j][i]
 // and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
@@ -110,18 +126,43 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
     store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
-    if (mirror == nullptr) continue;
+    if (mirror != nullptr)
+      store_mirror<T>(acc, strip, mirror, [&](int part, const Vec<T>* square) {
+        T* sum_j = sum + j0 + part * W;
+        store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
+      });
+  }
+}
+
+// The same square of the gradient of q q^T, both of its sides at once:
+//   t[j][i] = e[j][i] (g_i . v_j + v_i . g_j - c_i - c_j)
+// and, unless mirror is nullptr, mirror[i][j] = t[j][i]. v and g are d x ld; e as score_square()
+// left it, t and mirror rows of kBlock as well.
+template <typename T>
+SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, int64_t d,
+                               int64_t j0, int64_t i0, const T* e, T* t, T* mirror) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
 #pragma GCC unroll 8
-    for (int part = 0; part < kStrips<T>; ++part) {
-      Vec<T> square[W];
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows];
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) square[l] = acc[part * W + l];
-      transpose<T>(square);
-      T* sum_j = sum + j0 + part * W;
-      store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> v_i = load(v + k * ld + i), g_i = load(g + k * ld + i);
+      const T *v_j = v + k * ld + j0, *g_j = g + k * ld + j0;
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(g_j[r]) * v_i;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(v_j[r]) * g_i;
     }
+    const Vec<T> c_i = load(c + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc[r] = load(e + r * kBlock + strip * W) * (acc[r] - (c_i + c[j0 + r]));
+      store<T>(t + r * kBlock + strip * W, acc[r]);
+    }
+    if (mirror != nullptr) store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
   }
 }
 
