@@ -64,8 +64,8 @@ void forward(ChannelMomentsParams p, ParallelFor parallel) {
         for (int64_t m = 0; m < c; m += kTriangleRows) {
           const int64_t count_m = min64(kTriangleRows, c - m);
           accumulate_inner_products(count_m, m + count_m, used,
-                                    StridedRows<T>{x + m * stride, stride}, rows,
-                                    products + m * c, c);
+                                    StridedRows<T>{x + m * stride, stride}, rows, products + m * c,
+                                    c);
         }
         *count += static_cast<double>(t.columns);
         for (int64_t k = 0; k < c; ++k) mean[k] += static_cast<double>(sum[k]);
@@ -115,8 +115,8 @@ void backward(ChannelMomentsBackwardParams params, ParallelFor parallel) {
   double* both = shared.take<double>(c * c);  // (G + G^T) / pixels
   for (int64_t m = 0; m < c; ++m)
     for (int64_t k = 0; k < c; ++k)
-      both[m * c + k] = (params.covariance_gradient[m * c + k] +
-                         params.covariance_gradient[k * c + m]) / pixels;
+      both[m * c + k] =
+          (params.covariance_gradient[m * c + k] + params.covariance_gradient[k * c + m]) / pixels;
   const T* weight = pack_tiles(both, c, 1, c, c, shared.take<T>(packed_size(c, c)));
   T* mean = shared.take<T>(c);
   T* start = shared.take<T>(c);

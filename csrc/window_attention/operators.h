@@ -162,8 +162,8 @@ struct WindowAttentionOperators {
   }
 
   static std::tuple<Tensor, Tensor> apply_grouped_window_scores_backward(
-      const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v,
-      const Tensor& out, std::vector<int64_t> windows, bool shifted, bool need_qv, bool need_v) {
+      const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v, const Tensor& out,
+      std::vector<int64_t> windows, bool shifted, bool need_qv, bool need_v) {
     [[maybe_unused]] const typename Backend::Guard guard(qv);
     require_feature_map(qv, "qv");
     require_feature_map(v, "v");

@@ -80,7 +80,8 @@ SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
   }
 }
 
-// Writes the transpose of strip `strip` of a square; see(part, rows) is shown its parts before that.
+// Writes the transpose of strip `strip` of a square; see(part, rows) is shown its parts before
+// that.
 template <typename T, typename See>
 SR_INLINE void store_mirror(const Vec<T>* rows, int strip, T* mirror, const See& see) {
   constexpr int W = Simd<T>::width;
