@@ -25,7 +25,8 @@
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j].
 // A pixel belongs to one window, so each element of dq, dk and dv has one writer. dbias is summed
 // over chunks of windows in a fixed order. Five products of tokens x d FLOP pairs where the forward
-// has two; three and a half where the scores are symmetric (SymmetricBackwardWorker). Measured at 4 x 60 x 64 x 64, windows of 4, 8 and 16, on a shared Zen 3 core: 23.2 ms
+// has two; three and a half where the scores are symmetric (SymmetricBackwardWorker). Measured at
+// 4 x 60 x 64 x 64, windows of 4, 8 and 16, on a shared Zen 3 core, before that: 23.2 ms
 // where a 1024 x 1024 product reached 87 GFLOP/s, 0.55 of the products' floor; of the time, 59 %
 // are the products, 17 % softmax and its derivative, 15 % gather and scatter.
 #include "window_attention/params.h"
@@ -417,11 +418,11 @@ class BackwardWorker {
   T *probability, *dscore, *highest, *sum, *region, *dbias_bands;
 };
 
-// Scores that are symmetric, and what the forward made of them is given. With e the softmax's
-// numerators (symmetric_softmax.h), r_i = 1 / sum_j e_ij, g_i = r_i dO_i and c_i = g_i . O_i, which
-// is r_i sum_j P_ij dP_ij, both sides of a pair add up to
-//   t_ij = dS_ij + dS_ji = e_ij (g_i . v_j + v_i . g_j - c_i - c_j),
-// symmetric as e: dq = t q, dv = e g, and of e and t one triangle is computed.
+// Scores that are symmetric, and what the forward made of them is given. With e_ij = exp(s_ij -
+// shift_i) the softmax's numerators, r_i = 1 / sum_j e_ij, g_i = r_i dO_i and c_i = g_i . O_i,
+// which is r_i sum_j P_ij dP_ij, both sides of a pair add up to
+//   t_ij = dS_ij + dS_ji = e_ij (g_i . v_j - c_i) + e_ji (g_j . v_i - c_j),
+// which is symmetric: dq = t q, dv_j = sum_i e_ij g_i, and of s and t one triangle is computed.
 template <typename S>
 class SymmetricBackwardWorker {
   using T = typename Compute<S>::type;
@@ -437,7 +438,7 @@ class SymmetricBackwardWorker {
         want_q(params.dq.data != nullptr),
         want_v(params.dv.data != nullptr),
         scratch(2 * Scratch::bytes_for<T>(p.d_qk * ld) + 3 * Scratch::bytes_for<T>(p.d_v * ld) +
-                3 * Scratch::bytes_for<T>(stride) +
+                3 * Scratch::bytes_for<T>(stride) + Scratch::bytes_for<RowShift<T>>(stride) +
                 Scratch::bytes_for<T>((blocks * blocks + 2) * kBlockSize)) {
     q = scratch.template take<T>(p.d_qk * ld);
     dq = scratch.template take<T>(p.d_qk * ld);
@@ -447,6 +448,7 @@ class SymmetricBackwardWorker {
     sum = scratch.template take<T>(stride);
     factor = scratch.template take<T>(stride);
     shares = scratch.template take<T>(stride);
+    shift = scratch.template take<RowShift<T>>(stride);
     numerator = scratch.template take<T>((blocks * blocks + 2) * kBlockSize);
     gradient = numerator + blocks * blocks * kBlockSize;
   }
@@ -482,8 +484,8 @@ class SymmetricBackwardWorker {
     const WindowPosition window(p.geometry, index);
     const int64_t n = shared.tokens;
     gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, ld, 1);
-    T largest;
-    if (!one_shift(q, ld, p.d_qk, n, factor, &largest)) {
+    squared_norms(q, ld, p.d_qk, n, factor);
+    if (!row_shifts(factor, n, shift)) {
       if (!row_by_row) row_by_row = std::make_unique<BackwardWorker<S>>(g, shared);
       return row_by_row->run(head, index, index + 1, nullptr);
     }
@@ -492,13 +494,12 @@ class SymmetricBackwardWorker {
       gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, ld, 1);
       gather<S>(p.out, head * p.d_v, p.d_v, p.geometry, window, out, ld, 1);
     }
-    const Numerators<T> numerators(largest);
     for (int64_t i = 0; i < stride; ++i) sum[i] = T(0);
     for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
       T *e = numerators_at(j0, i0), *mirror = numerators_at(i0, j0);
       for_each_square(rows, columns, i0 == j0, [&](int64_t j, int64_t i, bool diagonal) {
-        score_square<T>(q, ld, p.d_qk, n, j0 + j, i0 + i, numerators, e + j * kBlock + i,
-                        diagonal ? nullptr : mirror + i * kBlock + j, sum);
+        shifted_square<T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, e + j * kBlock + i,
+                          diagonal ? nullptr : mirror + i * kBlock + j, sum);
       });
     });
     for (int64_t i = 0; i < stride; ++i) factor[i] = i < n ? 1 / sum[i] : T(0);
@@ -521,7 +522,8 @@ class SymmetricBackwardWorker {
         T *t = gradient, *mirror = diagonal ? t : t + kBlockSize;
         for_each_square(rows, columns, diagonal, [&](int64_t j, int64_t i, bool on_diagonal) {
           gradient_square<T>(v, grad, shares, ld, p.d_v, j0 + j, i0 + i, e + j * kBlock + i,
-                             t + j * kBlock + i, on_diagonal ? nullptr : mirror + i * kBlock + j);
+                             e_mirror + i * kBlock + j, t + j * kBlock + i,
+                             on_diagonal ? nullptr : mirror + i * kBlock + j);
         });
         multiply_blocks(p.d_qk, q, t, mirror, j0, i0, rows, columns, dq);
       }
@@ -560,9 +562,11 @@ class SymmetricBackwardWorker {
   const bool want_q, want_v;
   Scratch scratch;
   T *q, *dq, *v, *grad, *out, *sum, *factor, *shares;
-  T* numerator;                                   // of the whole window, block by block
-  T* gradient;                                    // a block of t, and its mirror image
-  std::unique_ptr<BackwardWorker<S>> row_by_row;  // for windows that one shift does not serve
+  RowShift<T>* shift;
+  T* numerator;  // of the whole window, block by block
+  T* gradient;   // a block of t, and its mirror image
+  std::unique_ptr<BackwardWorker<S>>
+      row_by_row;  // for windows whose logits are too large for RowShift
 };
 
 template <typename S>

@@ -135,13 +135,100 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
   }
 }
 
+// A shift for each row of scores, halfway between the least that the row's maximum can be, |q_i|^2,
+// and the most, |q_i| max|q| by Cauchy and Schwarz: at most max|q|^2 / 8 off. For float32 it is a
+// whole number of bits, so that one polynomial serves both sides of a pair.
+constexpr int kMaxRowShiftLogit = 8 * kMaxSpread;
+template <typename T>
+struct RowShift;
+template <>
+struct RowShift<float> {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  uint32_t bits;  // with those of the magic number
+  static RowShift of(float shift) {
+    return {0x4b400000u + static_cast<uint32_t>(shift * 1.44269504088896341f)};
+  }
+  // exp(x - shift) with a shift for each lane, by_lane, and with that of row j, by_row.
+  static SR_INLINE void numerators(Vec<float> x, const RowShift* lanes, RowShift row,
+                                   Vec<float>* by_lane, Vec<float>* by_row) {
+    const Vec<float> magic = broadcast(12582912.0f);  // as Numerators
+    const Vec<float> shifted = x * 1.44269504088896341f + magic;
+    const Vec<float> p = exp2_of_fraction(x * 1.44269504088896341f - (shifted - magic));
+    Bits exponent, mantissa, shifts;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&mantissa, &p, sizeof(mantissa));
+    std::memcpy(&shifts, lanes, sizeof(shifts));
+    *by_lane = scaled(mantissa, exponent - shifts);
+    *by_row = scaled(mantissa, exponent - row.bits);
+  }
+
+ private:
+  static SR_INLINE Vec<float> scaled(Bits mantissa, Bits exponent) {
+    const IntVec power = reinterpret_cast<IntVec>(exponent);
+    mantissa += reinterpret_cast<Bits>(power > -125 ? power : -125 - IntVec{}) << 23;
+    Vec<float> value;
+    std::memcpy(&value, &mantissa, sizeof(value));
+    return value;
+  }
+};
+template <>
+struct RowShift<double> {
+  double shift;
+  static RowShift of(double shift) { return {shift}; }
+  static SR_INLINE void numerators(Vec<double> x, const RowShift* lanes, RowShift row,
+                                   Vec<double>* by_lane, Vec<double>* by_row) {
+    *by_lane = exp(x - load(&lanes->shift));
+    *by_row = exp(x - row.shift);
+  }
+};
+
+// As score_square(), with a shift for each row: e[j][i] = exp(q_j . q_i - shift_j) and mirror[i][j]
+// = exp(q_j . q_i - shift_i): queries are rows, and sums are those of rows.
+template <typename T>
+SR_INLINE void shifted_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
+                              const RowShift<T>* shift, T* e, T* mirror, T* sum) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows], other[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(q + k * ld + i);
+      const T* left = q + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      RowShift<T>::numerators(acc[r], shift + i, shift[j0 + r], &acc[r], &other[r]);
+    if (j0 + kRows > n || i + W > n) {
+      for (int r = 0; r < kRows; ++r)
+        for (int l = 0; l < W; ++l)
+          if (j0 + r >= n || i + l >= n) acc[r][l] = other[r][l] = T(0);
+    }
+    store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, other[r]);
+    if (mirror == nullptr) continue;
+    store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
+#pragma GCC unroll 8
+    for (int part = 0; part < kStrips<T>; ++part) {
+      T* sum_j = sum + j0 + part * W;
+      store<T>(sum_j, load(sum_j) + sums_of_lanes<T>(other + part * W));
+    }
+  }
+}
+
 // The same square of the gradient of q q^T, both of its sides at once:
-//   t[j][i] = e[j][i] (g_i . v_j + v_i . g_j - c_i - c_j)
-// and, unless mirror is nullptr, mirror[i][j] = t[j][i]. v and g are d x ld; e as score_square()
-// left it, t and mirror rows of kBlock as well.
+//   t[j][i] = e[j][i] (g_j . v_i - c_j) + e_mirror[i][j] (g_i . v_j - c_i)
+// and, unless mirror is nullptr, mirror[i][j] = t[j][i]. v and g are d x ld; rows of e, e_mirror, t
+// and mirror are kBlock apart.
 template <typename T>
 SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, int64_t d,
-                               int64_t j0, int64_t i0, const T* e, T* t, T* mirror) {
+                               int64_t j0, int64_t i0, const T* e, const T* e_mirror, T* t,
+                               T* mirror) {
   constexpr int W = Simd<T>::width, kRows = kSquare<T>;
 #pragma GCC unroll 8
   for (int strip = 0; strip < kStrips<T>; ++strip) {
@@ -150,18 +237,36 @@ SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, i
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
     for (int64_t k = 0; k < d; ++k) {
-      const Vec<T> v_i = load(v + k * ld + i), g_i = load(g + k * ld + i);
-      const T *v_j = v + k * ld + j0, *g_j = g + k * ld + j0;
+      const Vec<T> right = load(v + k * ld + i);
+      const T* left = g + k * ld + j0;
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(g_j[r]) * v_i;
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(v_j[r]) * g_i;
+    for (int r = 0; r < kRows; ++r)
+      store<T>(t + r * kBlock + strip * W, load(e + r * kBlock + strip * W) * (acc[r] - c[j0 + r]));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(g + k * ld + i);
+      const T* left = v + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
     }
     const Vec<T> c_i = load(c + i);
+#pragma GCC unroll 8
+    for (int part = 0; part < kStrips<T>; ++part) {
+      Vec<T> square[W];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      acc[r] = load(e + r * kBlock + strip * W) * (acc[r] - (c_i + c[j0 + r]));
-      store<T>(t + r * kBlock + strip * W, acc[r]);
+      for (int l = 0; l < W; ++l) square[l] = load(e_mirror + (strip * W + l) * kBlock + part * W);
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) {
+        const int r = part * W + l;
+        T* place = t + r * kBlock + strip * W;
+        acc[r] = load(place) + square[l] * (acc[r] - c_i);
+        store<T>(place, acc[r]);
+      }
     }
     if (mirror != nullptr) store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
   }
@@ -183,10 +288,9 @@ struct SymmetricSoftmax {
         column(norm + stride) {}
 };
 
-// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
-// Cauchy and Schwarz is the largest |q_i|^2.
+// |q_i|^2 of every token.
 template <typename T>
-bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
+void squared_norms(const T* q, int64_t ld, int64_t d, int64_t n, T* norm) {
   constexpr int W = Simd<T>::width;
   for (int64_t i = 0; i < n; i += W) {
     Vec<T> sum{};
@@ -196,6 +300,28 @@ bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest
     }
     store<T>(norm + i, sum);
   }
+}
+
+// A shift for each row (see RowShift), if they serve the window. norm: |q_i|^2.
+template <typename T>
+bool row_shifts(const T* norm, int64_t n, RowShift<T>* shift) {
+  T highest = norm[0];
+  bool ordered = true;
+  for (int64_t i = 0; i < n; ++i) {
+    highest = norm[i] > highest ? norm[i] : highest;
+    ordered &= norm[i] == norm[i];
+  }
+  if (!ordered || highest > T(kMaxRowShiftLogit)) return false;
+  for (int64_t i = 0; i < n; ++i)
+    shift[i] = RowShift<T>::of((norm[i] + std::sqrt(norm[i] * highest)) / 2);
+  return true;
+}
+
+// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
+// Cauchy and Schwarz is the largest |q_i|^2.
+template <typename T>
+bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
+  squared_norms(q, ld, d, n, norm);
   T lowest = norm[0], highest = norm[0];
   bool ordered = true;
   for (int64_t i = 0; i < n; ++i) {
