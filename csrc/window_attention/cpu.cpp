@@ -498,8 +498,8 @@ class SymmetricBackwardWorker {
     for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
       T *e = numerators_at(j0, i0), *mirror = numerators_at(i0, j0);
       for_each_square(rows, columns, i0 == j0, [&](int64_t j, int64_t i, bool diagonal) {
-        shifted_square<T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, e + j * kBlock + i,
-                          diagonal ? nullptr : mirror + i * kBlock + j, sum);
+        shifted_square<true, T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, e + j * kBlock + i,
+                                diagonal ? nullptr : mirror + i * kBlock + j, sum);
       });
     });
     for (int64_t i = 0; i < stride; ++i) factor[i] = i < n ? 1 / sum[i] : T(0);

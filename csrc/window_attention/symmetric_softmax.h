@@ -4,7 +4,8 @@
 // |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the diagonal are
 // computed and transposed in registers for the other side. Products with v go block by block of 64
 // tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too
-// far for one shift takes a maximum for each row.
+// far for one shift takes one for each row, which costs a few integer instructions more; only where
+// logits are so large that no shift can be foreseen, the rows' maxima are searched.
 //
 // Include only from a kernel's cpu.cpp; internal linkage, as simd.h.
 #pragma once
@@ -148,6 +149,7 @@ struct RowShift<float> {
   static RowShift of(float shift) {
     return {0x4b400000u + static_cast<uint32_t>(shift * 1.44269504088896341f)};
   }
+  double subtracted() const { return 0.69314718055994530942 * (bits - 0x4b400000u); }
   // exp(x - shift) with a shift for each lane, by_lane, and with that of row j, by_row.
   static SR_INLINE void numerators(Vec<float> x, const RowShift* lanes, RowShift row,
                                    Vec<float>* by_lane, Vec<float>* by_row) {
@@ -175,6 +177,7 @@ template <>
 struct RowShift<double> {
   double shift;
   static RowShift of(double shift) { return {shift}; }
+  double subtracted() const { return shift; }
   static SR_INLINE void numerators(Vec<double> x, const RowShift* lanes, RowShift row,
                                    Vec<double>* by_lane, Vec<double>* by_row) {
     *by_lane = exp(x - load(&lanes->shift));
@@ -182,9 +185,10 @@ struct RowShift<double> {
   }
 };
 
-// As score_square(), with a shift for each row: e[j][i] = exp(q_j . q_i - shift_j) and mirror[i][j]
-// = exp(q_j . q_i - shift_i): queries are rows, and sums are those of rows.
-template <typename T>
+// As score_square(), with a shift for each query's row of scores: with queries along columns
+// e[j][i] = exp(q_j . q_i - shift_i) and mirror[i][j] = exp(q_j . q_i - shift_j), with queries
+// along rows the other way round. Sums are those of queries.
+template <bool kQueryRows, typename T>
 SR_INLINE void shifted_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
                               const RowShift<T>* shift, T* e, T* mirror, T* sum) {
   constexpr int W = Simd<T>::width, kRows = kSquare<T>;
@@ -210,9 +214,10 @@ SR_INLINE void shifted_square(const T* q, int64_t ld, int64_t d, int64_t n, int6
     }
     store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, other[r]);
+    for (int r = 0; r < kRows; ++r)
+      store<T>(e + r * kBlock + strip * W, kQueryRows ? other[r] : acc[r]);
     if (mirror == nullptr) continue;
-    store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
+    store_mirror<T>(kQueryRows ? acc : other, strip, mirror, [](int, const Vec<T>*) {});
 #pragma GCC unroll 8
     for (int part = 0; part < kStrips<T>; ++part) {
       T* sum_j = sum + j0 + part * W;
@@ -277,15 +282,19 @@ template <typename T>
 struct SymmetricSoftmax {
   static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
   T *e, *mirror, *sum, *norm, *column;
+  RowShift<T>* shift;
   static int64_t elements(int64_t stride) {
-    return 2 * kBlock * kBlock + 2 * stride + stride * kStrip;
+    return 2 * kBlock * kBlock + 3 * stride + stride * kStrip;
   }
   SymmetricSoftmax(T* memory, int64_t stride)
       : e(memory),
         mirror(e + kBlock * kBlock),
         sum(mirror + kBlock * kBlock),
         norm(sum + stride),
-        column(norm + stride) {}
+        column(norm + stride),
+        shift(reinterpret_cast<RowShift<T>*>(column + stride * kStrip)) {
+    static_assert(sizeof(RowShift<T>) == sizeof(T), "shifts are counted as elements");
+  }
 };
 
 // |q_i|^2 of every token.
@@ -340,9 +349,8 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
             int64_t n, int64_t ld, T* out, T* lse) {
   constexpr int W = Simd<T>::width, kSide = kSquare<T>;
   const int64_t stride = ceil_div(n, kSide) * kSide;
-  T largest;
-  if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
-    const Numerators<T> numerators(largest);
+  // square(j0, i0, e, mirror) computes numerators of a square.
+  const auto by_squares = [&](const auto& square) {
     for (int64_t i = 0; i < stride; ++i) s.sum[i] = T(0);
     for (int64_t j0 = 0; j0 < stride; j0 += kBlock) {
       const int64_t rows = min64(kBlock, stride - j0);
@@ -352,8 +360,8 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
         T* mirror = diagonal ? s.e : s.mirror;
         for (int64_t j = 0; j < rows; j += kSide)
           for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
-            score_square<T>(q, ld, d_qk, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
-                            diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
+            square(j0 + j, i0 + i, s.e + j * kBlock + i,
+                   diagonal && i == j ? nullptr : mirror + i * kBlock + j);
         row_product<T>(nullptr, j0 > 0, d_v, min64(rows, n - j0), columns, v + j0, ld, 1, s.e,
                        kBlock, out + i0, ld);
         if (!diagonal)
@@ -361,8 +369,21 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
                          kBlock, out + j0, ld);
       }
     }
+  };
+  T largest;
+  if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
+    const Numerators<T> numerators(largest);
+    by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
+      score_square<T>(q, ld, d_qk, n, j, i, numerators, e, mirror, s.sum);
+    });
     if (lse != nullptr)
       for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(numerators.subtracted());
+  } else if (row_shifts(s.norm, n, s.shift)) {
+    by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
+      shifted_square<false, T>(q, ld, d_qk, n, j, i, s.shift, e, mirror, s.sum);
+    });
+    if (lse != nullptr)
+      for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(s.shift[i].subtracted());
   } else {
     constexpr int64_t strip = SymmetricSoftmax<T>::kStrip;
     const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};
