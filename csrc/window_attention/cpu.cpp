@@ -25,10 +25,9 @@
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j].
 // A pixel belongs to one window, so each element of dq, dk and dv has one writer. dbias is summed
 // over chunks of windows in a fixed order. Five products of tokens x d FLOP pairs where the forward
-// has two; three and a half where the scores are symmetric (SymmetricBackwardWorker). Measured at
-// 4 x 60 x 64 x 64, windows of 4, 8 and 16, on a shared Zen 3 core, before that: 23.2 ms
-// where a 1024 x 1024 product reached 87 GFLOP/s, 0.55 of the products' floor; of the time, 59 %
-// are the products, 17 % softmax and its derivative, 15 % gather and scatter.
+// has two: at 4 x 60 x 64 x 64, windows of 4, 8 and 16, 22 to 23 ms on a shared Zen 3 core where a
+// 1024 x 1024 product reached 87 to 91 GFLOP/s, 0.55 of the products' floor. Three and a half where
+// scores are symmetric (SymmetricBackwardWorker): 17.0 ms, 0.5 of theirs.
 #include "window_attention/params.h"
 
 #include <memory>
