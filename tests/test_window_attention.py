@@ -430,6 +430,22 @@ def test_opcheck_of_the_backwards(layout):
         )
 
 
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [4, 18, 30])
+def test_windows_whose_logits_spread(norm, dtype, layout):
+    """|q| from 0 to norm in every window: one shift for its softmax, one a row, searched maxima."""
+    qv = make_tensor((1, 120, 16, 32), dtype=dtype)
+    queries = qv.unflatten(1, (3, 2, 20))[:, :, 0]
+    length = torch.linspace(0, norm, 16 * 32, dtype=dtype).reshape(32, 16).T
+    queries *= length / queries.norm(dim=2, keepdim=True)
+    qv = qv.contiguous(
+        memory_format=getattr(torch, layout if layout == "channels_last" else "contiguous_format")
+    )
+    check_grouped(qv, windows=(4, 8, 16), shifted=True)
+
+
 def network(qv, bias):
     """Both families, each with a reuse."""
     out, scores = sr_kernels.grouped_window_attention(qv, windows=(2, 4), return_scores=True)
