@@ -51,14 +51,14 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   // qv is (N, 2C, H, W), q0 v0 q1 v1 ...; lse is (N, len(windows), H, W).
   m.def("grouped_window_attention(Tensor qv, int[] windows, bool shifted) -> (Tensor, Tensor)");
   m.def(
-      "grouped_window_attention_backward(Tensor grad, Tensor qv, Tensor lse, int[] windows, "
-      "bool shifted) -> Tensor");
+      "grouped_window_attention_backward(Tensor grad, Tensor qv, Tensor out, Tensor lse, "
+      "int[] windows, bool shifted) -> Tensor");
   m.def(
       "apply_grouped_window_scores(Tensor qv, Tensor lse, Tensor v, int[] windows, bool shifted) "
       "-> Tensor");
   m.def(
       "apply_grouped_window_scores_backward(Tensor grad, Tensor qv, Tensor lse, Tensor v, "
-      "int[] windows, bool shifted, bool need_qv, bool need_v) -> (Tensor, Tensor)");
+      "Tensor out, int[] windows, bool shifted, bool need_qv, bool need_v) -> (Tensor, Tensor)");
 
   // ------------------------------------------------------------ attention block
   // Inference only. q is (N, C, H, W), the queries of all groups, or (0,) where return_q is false.
@@ -80,6 +80,13 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   m.def(
       "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? skip, int activation, "
       "float negative_slope) -> Tensor");
+
+  // ------------------------------------------------------------ channel moments
+  // On the CPU alone. mean (C) and covariance (C, C) of the batch's pixels, float64.
+  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "channel_moments_backward(Tensor mean_grad, Tensor covariance_grad, Tensor x, Tensor mean) "
+      "-> Tensor");
 
   // ------------------------------------------------------------ attention gates
   m.def("pixel_attention(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

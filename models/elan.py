@@ -58,15 +58,16 @@ class ELAB(nn.Module):
             {f"lfe_{j}": LFE(channels, channels, exp_ratio, residual=True) for j in pairs}
         )
         self.modules_gmsa = nn.ModuleDict(
-            {f"gmsa_{j}": GMSA(channels, shifts, window_sizes, calc_attn=j == 0) for j in pairs}
+            {
+                f"gmsa_{j}": GMSA(channels, shifts, window_sizes, calc_attn=j == 0, residual=True)
+                for j in pairs
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:
         scores = None
         for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):
-            x = lfe(x)
-            y, scores = gmsa(x, scores)
-            x = y + x
+            x, scores = gmsa(lfe(x), scores)
         return x
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 from sr_kernels import reference
-from sr_kernels.backends import current_backend
+from sr_kernels.backends import choose, current_backend
 from sr_kernels.reference.shift_conv import SHIFT_OFFSETS
 from sr_kernels.reference.window_attention import relative_position_index
 from sr_kernels.scores import WindowScores
@@ -191,6 +191,31 @@ class LFE(_Layer):
         return f"act_type={self.act_type!r}, residual={self.residual}"
 
 
+def _batch_statistics(
+    convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``convolution(x)``'s channels, float64; norm's running ones follow."""
+    mean_x, covariance = torch.ops.sr_kernels.channel_moments(x)
+    weight = convolution.weight.flatten(1).double()
+    mean = weight @ mean_x
+    if convolution.bias is not None:
+        mean = mean + convolution.bias
+    variance = (weight @ covariance * weight).sum(1)
+    if norm.track_running_stats and norm.running_mean is not None:
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = norm.momentum
+            if share is None:  # the plain mean over all batches
+                share = 1 / norm.num_batches_tracked.item()
+            pixels = x.numel() // x.shape[1]
+            unbiased = variance * (pixels / (pixels - 1))
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
+    return mean, variance
+
+
 class GMSA(_Layer):
     """ELAN's group-wise multi-scale self-attention with its projections.
 
@@ -204,6 +229,7 @@ class GMSA(_Layer):
         shifts: whether windows are shifted by half their side (any number above 0).
         window_sizes: side of each group's windows, pixels.
         calc_attn: compute scores (True) or reuse given ones.
+        residual: add the input to the output (the public code adds it outside).
     """
 
     def __init__(
@@ -213,6 +239,7 @@ class GMSA(_Layer):
         window_sizes: Sequence[int] = (4, 8, 16),
         calc_attn: bool = True,
         *,
+        residual: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(backend)
@@ -224,6 +251,7 @@ class GMSA(_Layer):
         self.shifts = shifts
         self.window_sizes = tuple(window_sizes)
         self.calc_attn = calc_attn
+        self.residual = residual
         projected = 2 * channels if calc_attn else channels
         self.project_inp = nn.Sequential(
             nn.Conv2d(channels, projected, 1), nn.BatchNorm2d(projected)
@@ -231,23 +259,45 @@ class GMSA(_Layer):
         self.project_out = nn.Conv2d(channels, channels, 1)
 
     def _project(self, x: Tensor) -> Tensor:
-        """``project_inp(x)``; in eval mode BatchNorm's running statistics go into the weights.
+        """``project_inp(x)``; BatchNorm goes into the convolution's weights where it can.
 
-        Not on the reference backend, which is the stock layers as they stand.
+        In eval mode with its running statistics. In training mode, on the CPU backend, with the
+        batch's, which follow from the mean and the covariance of x: with w a row of W,
+        ``mean(W x + b) = W mean(x) + b`` and ``var(w x + b) = w cov(x) w^T``. Never on the
+        reference backend, which is the stock layers as they stand.
         """
         convolution, norm = self.project_inp
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        stock = (self.backend or current_backend()) == "reference"
-        if self.training or stock or norm.running_var is None:
-            return self.project_inp(x)
-        assert norm.running_mean is not None
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        if self.training:
+            if not self._has_own_statistics(norm, x):
+                return self.project_inp(x)
+            mean, variance = _batch_statistics(convolution, norm, x)
+        else:
+            stock = (self.backend or current_backend()) == "reference"
+            if stock or norm.running_mean is None or norm.running_var is None:
+                return self.project_inp(x)
+            mean, variance = norm.running_mean, norm.running_var
+        factor = norm.weight * torch.rsqrt(variance + norm.eps)
         weight = convolution.weight * factor[:, None, None, None]
-        bias = norm.bias - norm.running_mean * factor
+        bias = norm.bias - mean * factor
         if convolution.bias is not None:
             bias = bias + convolution.bias * factor
-        return nn.functional.conv2d(x, weight, bias)
+        if not self.training:
+            return nn.functional.conv2d(x, weight, bias)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return F.shift_conv2d(x, weight, bias, pattern="none", backend=self.backend)
+
+    def _has_own_statistics(self, norm: nn.BatchNorm2d, x: Tensor) -> bool:
+        """Whether `_batch_statistics` serves: BatchNorm in training mode, on the CPU backend."""
+        return (
+            norm.training
+            and norm.affine
+            and x.dtype in (torch.float32, torch.float64)
+            and x.numel() > x.shape[1]  # stock's error message for a single pixel
+            and not torch.is_autocast_enabled(x.device.type)
+            and choose("channel_moments", (x,), self.backend) == "cpu"
+        )
 
     def forward(self, x: Tensor, scores: WindowScores | None = None) -> tuple[Tensor, WindowScores]:
         """(N, C, H, W) and, with ``calc_attn=False``, scores -> (N, C, H, W) and the scores."""
@@ -264,12 +314,21 @@ class GMSA(_Layer):
             raise ValueError("scores is None; a GMSA with calc_attn=False needs an earlier one's")
         else:
             y = F.apply_window_scores(scores, projected, backend=self.backend)
-        return self.project_out(y), scores
+        out = self.project_out
+        y = F.shift_conv2d(
+            y,
+            out.weight,
+            out.bias,
+            residual=x if self.residual else None,
+            pattern="none",
+            backend=self.backend,
+        )
+        return y, scores
 
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, shifts={self.shifts}, window_sizes={self.window_sizes}, "
-            f"calc_attn={self.calc_attn}"
+            f"calc_attn={self.calc_attn}, residual={self.residual}"
         )
 
 

@@ -419,15 +419,31 @@ def test_opcheck_of_the_backwards(layout):
     out, lse = ops.grouped_window_attention(qv, [2, 4], True)
     torch.library.opcheck(
         ops.grouped_window_attention_backward.default,
-        (out, qv, lse, [2, 4], True),
+        (out, qv, out, lse, [2, 4], True),
         test_utils=parts,
     )
     for needs in itertools.product([False, True], repeat=2):
         torch.library.opcheck(
             ops.apply_grouped_window_scores_backward.default,
-            (out, qv, lse, out, [2, 4], True, *needs),
+            (out, qv, lse, out, out, [2, 4], True, *needs),
             test_utils=parts,
         )
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [4, 18, 30])
+def test_windows_whose_logits_spread(norm, dtype, layout):
+    """|q| from 0 to norm in every window: one shift for its softmax, one a row, searched maxima."""
+    qv = make_tensor((1, 120, 16, 32), dtype=dtype)
+    queries = qv.unflatten(1, (3, 2, 20))[:, :, 0]
+    length = torch.linspace(0, norm, 16 * 32, dtype=dtype).reshape(32, 16).T
+    queries *= length / queries.norm(dim=2, keepdim=True)
+    qv = qv.contiguous(
+        memory_format=getattr(torch, layout if layout == "channels_last" else "contiguous_format")
+    )
+    check_grouped(qv, windows=(4, 8, 16), shifted=True)
 
 
 def network(qv, bias):
@@ -599,7 +615,8 @@ GROUPED_BACKWARD = torch.ops.sr_kernels.grouped_window_attention_backward
         (GROUPED, (X, [], False), "windows must not be empty"),
         (GROUPED, (X, [2, 3], False), "does not divide"),
         (GROUPED, (X, [2, 4, 4, 4, 4], False), "positive multiple of"),
-        (GROUPED_BACKWARD, (X, X, LSE, [4], False), "grad must have shape"),
+        (GROUPED_BACKWARD, (X, X, X, LSE, [4], False), "grad must have shape"),
+        (GROUPED_BACKWARD, (X[:, :6], X, X, LSE, [4], False), "out must have shape"),
         (
             BACKWARD,
             (X, X, None, LSE, X, None, 4, 4, 0, 0, 1, 1.0, False, True, True, True, False),

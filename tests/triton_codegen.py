@@ -206,8 +206,9 @@ def all_launches(dtype=torch.float16) -> list[Launch]:
             lse = torch.empty((2, 3, 48, 64))
             a.grouped_window_attention(x(2 * c), *groups)
             a.apply_grouped_window_scores(x(2 * c), lse, x(c), *groups)
-            a.grouped_window_attention_backward(x(c), x(2 * c), lse, *groups)
-            a.apply_grouped_window_scores_backward(x(c), x(2 * c), lse, x(c), *groups, True, True)
+            a.grouped_window_attention_backward(x(c), x(2 * c), x(c), lse, *groups)
+            reuse = (x(c), x(2 * c), lse, x(c), x(c))
+            a.apply_grouped_window_scores_backward(*reuse, *groups, True, True)
             projections = (weight(2 * c, c, 1, 1), weight(2 * c), square, vector)
             attention_block.grouped_attention_block(x(c), *projections, *groups, True)
         g = attention_gates

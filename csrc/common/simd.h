@@ -302,6 +302,23 @@ SR_INLINE void transpose(Vec<T> (&rows)[Simd<T>::width]) {
     transpose<T, 2 * kStep>(rows);
   }
 }
+// Lane j of the result is the sum of the lanes of rows[j]: half the work of as many single sums.
+template <typename T, int kStep = 1>
+SR_INLINE Vec<T> sums_of_lanes(const Vec<T>* rows) {
+  constexpr int W = Simd<T>::width;
+  if constexpr (kStep == W) {
+    return rows[0];
+  } else {
+    Vec<T> halves[W / (2 * kStep)];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / (2 * kStep); ++i) {
+      Vec<T> a = rows[2 * i], b = rows[2 * i + 1];
+      exchange<T, kStep>(a, b, std::make_integer_sequence<int, W>{});
+      halves[i] = a + b;
+    }
+    return sums_of_lanes<T, 2 * kStep>(halves);
+  }
+}
 // destination[j * destination_stride + i] = source[i * source_stride + j] for i < rows and
 // j < columns, in squares of vectors; the last squares overlap those before them. Rows are the
 // outer loop, or else columns: the side whose other end is memory, so that memory is walked in
@@ -818,8 +835,22 @@ SR_INLINE void inner_tile(const ARows& a, const BRows& b, int64_t m, int64_t n, 
       for (int j = 0; j < N; ++j) acc[i][j] += left * right[j];
     }
   }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) c[i * ldc + j] += sum_by_halves<T>(acc[i][j]);
+  if constexpr (2 * M * N < W) {
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j) c[i * ldc + j] += sum_by_halves<T>(acc[i][j]);
+  } else {
+#pragma GCC unroll 8
+    for (int first = 0; first < M * N; first += W) {
+      Vec<T> rows[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l)
+        rows[l] = first + l < M * N ? acc[(first + l) / N][(first + l) % N] : Vec<T>{};
+      const Vec<T> sums = sums_of_lanes<T>(rows);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l)
+        if (first + l < M * N) c[(first + l) / N * ldc + (first + l) % N] += sums[l];
+    }
+  }
 }
 // M rows of A against rows [n_begin, n_end) of B.
 template <typename T, typename ARows, typename BRows, int M>

@@ -25,10 +25,12 @@
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j].
 // A pixel belongs to one window, so each element of dq, dk and dv has one writer. dbias is summed
 // over chunks of windows in a fixed order. Five products of tokens x d FLOP pairs where the forward
-// has two. Measured at 4 x 60 x 64 x 64, windows of 4, 8 and 16, on a shared Zen 3 core: 23.2 ms
-// where a 1024 x 1024 product reached 87 GFLOP/s, 0.55 of the products' floor; of the time, 59 %
-// are the products, 17 % softmax and its derivative, 15 % gather and scatter.
+// has two: at 4 x 60 x 64 x 64, windows of 4, 8 and 16, 22 to 23 ms on a shared Zen 3 core where a
+// 1024 x 1024 product reached 87 to 91 GFLOP/s, 0.55 of the products' floor. Three and a half where
+// scores are symmetric (SymmetricBackwardWorker): 17.0 ms, 0.5 of theirs.
 #include "window_attention/params.h"
+
+#include <memory>
 
 #include "common/simd.h"
 #include "common/tiling.h"
@@ -40,6 +42,9 @@ namespace SR_KERNELS_ISA {
 namespace {
 
 constexpr int kBlockVectors = 4;  // queries at a time, in vectors
+// Windows whose backward keeps all numerators at a time (256 tokens have 256 KiB). In smaller ones
+// padding eats what symmetry saves, and a gradient that is zero would be a difference of products.
+constexpr int64_t kMinSymmetricTokens = 16, kMaxSymmetricTokens = 512;
 
 // ------------------------------------------------------------------ what all windows of a call
 // share
@@ -92,7 +97,12 @@ struct Shared {
 
 // ------------------------------------------------------------------ forward
 
-// Scores that are symmetric: the keys are the queries, and nothing is added to q q^T.
+// The keys are the queries, and nothing is added to q q^T.
+bool scores_are_symmetric(const WindowAttentionParams& p) {
+  return p.k.data == nullptr && p.scale == 1.0 && p.bias == nullptr && !p.mask;
+}
+
+// Scores that are symmetric.
 template <typename S>
 void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -125,8 +135,7 @@ void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
 template <typename S>
 void forward(const WindowAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  if (p.k.data == nullptr && p.scale == 1.0 && p.bias == nullptr && !p.mask)
-    return forward_symmetric<S>(p, parallel);
+  if (scores_are_symmetric(p)) return forward_symmetric<S>(p, parallel);
   const Shared<S> shared(p);
   const int64_t tokens = shared.tokens, stride = shared.stride;
   parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
@@ -408,11 +417,176 @@ class BackwardWorker {
   T *probability, *dscore, *highest, *sum, *region, *dbias_bands;
 };
 
+// Scores that are symmetric, and what the forward made of them is given. With e_ij = exp(s_ij -
+// shift_i) the softmax's numerators, r_i = 1 / sum_j e_ij, g_i = r_i dO_i and c_i = g_i . O_i,
+// which is r_i sum_j P_ij dP_ij, both sides of a pair add up to
+//   t_ij = dS_ij + dS_ji = e_ij (g_i . v_j - c_i) + e_ji (g_j . v_i - c_j),
+// which is symmetric: dq = t q, dv_j = sum_i e_ij g_i, and of s and t one triangle is computed.
+template <typename S>
+class SymmetricBackwardWorker {
+  using T = typename Compute<S>::type;
+
+ public:
+  SymmetricBackwardWorker(const WindowAttentionBackwardParams& params, const Shared<S>& shared_)
+      : g(params),
+        p(params.forward),
+        shared(shared_),
+        stride(ceil_div(shared_.tokens, kSquare<T>) * kSquare<T>),
+        ld(spread_stride<T>(stride)),
+        blocks(ceil_div(stride, kBlock)),
+        want_q(params.dq.data != nullptr),
+        want_v(params.dv.data != nullptr),
+        scratch(2 * Scratch::bytes_for<T>(p.d_qk * ld) + 3 * Scratch::bytes_for<T>(p.d_v * ld) +
+                3 * Scratch::bytes_for<T>(stride) + Scratch::bytes_for<RowShift<T>>(stride) +
+                Scratch::bytes_for<T>((blocks * blocks + 2) * kBlockSize)) {
+    q = scratch.template take<T>(p.d_qk * ld);
+    dq = scratch.template take<T>(p.d_qk * ld);
+    v = scratch.template take<T>(p.d_v * ld);
+    grad = scratch.template take<T>(p.d_v * ld);
+    out = scratch.template take<T>(p.d_v * ld);
+    sum = scratch.template take<T>(stride);
+    factor = scratch.template take<T>(stride);
+    shares = scratch.template take<T>(stride);
+    shift = scratch.template take<RowShift<T>>(stride);
+    numerator = scratch.template take<T>((blocks * blocks + 2) * kBlockSize);
+    gradient = numerator + blocks * blocks * kBlockSize;
+  }
+
+  void run(int64_t head, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index)
+      one_window(head, index, WindowPosition(p.geometry, min64(index + 1, end - 1)));
+  }
+
+ private:
+  static constexpr int64_t kBlockSize = kBlock * kBlock;
+
+  // Calls visit(j0, i0, rows, columns) for the blocks of tokens on and above the diagonal.
+  template <typename Visit>
+  void for_each_block(const Visit& visit) const {
+    for (int64_t j0 = 0; j0 < stride; j0 += kBlock)
+      for (int64_t i0 = j0; i0 < stride; i0 += kBlock)
+        visit(j0, i0, min64(kBlock, stride - j0), min64(kBlock, stride - i0));
+  }
+  // The same for the squares of one of them: visit(j, i, whether it lies on the diagonal).
+  template <typename Visit>
+  SR_INLINE static void for_each_square(int64_t rows, int64_t columns, bool diagonal,
+                                        const Visit& visit) {
+    for (int64_t j = 0; j < rows; j += kSquare<T>)
+      for (int64_t i = diagonal ? j : 0; i < columns; i += kSquare<T>)
+        visit(j, i, diagonal && i == j);
+  }
+  T* numerators_at(int64_t j0, int64_t i0) const {
+    return numerator + (j0 / kBlock * blocks + i0 / kBlock) * kBlockSize;
+  }
+
+  void one_window(int64_t head, int64_t index, const WindowPosition& next) {
+    const WindowPosition window(p.geometry, index);
+    const int64_t n = shared.tokens;
+    gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, ld, 1);
+    squared_norms(q, ld, p.d_qk, n, factor);
+    if (!row_shifts(factor, n, shift)) {
+      if (!row_by_row) row_by_row = std::make_unique<BackwardWorker<S>>(g, shared);
+      return row_by_row->run(head, index, index + 1, nullptr);
+    }
+    gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, window, grad, ld, 1);
+    if (want_q) {
+      gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, ld, 1);
+      gather<S>(p.out, head * p.d_v, p.d_v, p.geometry, window, out, ld, 1);
+    }
+    for (int64_t i = 0; i < stride; ++i) sum[i] = T(0);
+    for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
+      T *e = numerators_at(j0, i0), *mirror = numerators_at(i0, j0);
+      for_each_square(rows, columns, i0 == j0, [&](int64_t j, int64_t i, bool diagonal) {
+        shifted_square<true, T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, e + j * kBlock + i,
+                                diagonal ? nullptr : mirror + i * kBlock + j, sum);
+      });
+    });
+    for (int64_t i = 0; i < stride; ++i) factor[i] = i < n ? 1 / sum[i] : T(0);
+    for (int64_t i = 0; i < stride; i += Simd<T>::width) {
+      const Vec<T> r = load(factor + i);
+      Vec<T> share{};
+      for (int64_t c = 0; c < p.d_v; ++c) {
+        const Vec<T> scaled = load(grad + c * ld + i) * r;
+        store<T>(grad + c * ld + i, scaled);
+        if (want_q) share += scaled * load(out + c * ld + i);
+      }
+      store<T>(shares + i, share);
+    }
+    T* dv = out;  // which is not needed any more
+    for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
+      if (i0 == j0 && stride > kBlock) ask_for_rows(head, next, j0, rows);
+      const bool diagonal = i0 == j0;
+      const T *e = numerators_at(j0, i0), *e_mirror = numerators_at(i0, j0);
+      if (want_q) {
+        T *t = gradient, *mirror = diagonal ? t : t + kBlockSize;
+        for_each_square(rows, columns, diagonal, [&](int64_t j, int64_t i, bool on_diagonal) {
+          gradient_square<T>(v, grad, shares, ld, p.d_v, j0 + j, i0 + i, e + j * kBlock + i,
+                             e_mirror + i * kBlock + j, t + j * kBlock + i,
+                             on_diagonal ? nullptr : mirror + i * kBlock + j);
+        });
+        multiply_blocks(p.d_qk, q, t, mirror, j0, i0, rows, columns, dq);
+      }
+      if (want_v) multiply_blocks(p.d_v, grad, e, e_mirror, j0, i0, rows, columns, dv);
+    });
+    if (want_q) scatter<S>(dq, ld, g.dq, head * p.d_qk, p.d_qk, p.geometry, window);
+    if (want_v) scatter<S>(dv, ld, g.dv, head * p.d_v, p.d_v, p.geometry, window);
+  }
+
+  // result[:, i] += left[:, j] block[j][i] for a block and its mirror image; the first block of a
+  // column of blocks starts the sum.
+  void multiply_blocks(int64_t d, const T* left, const T* block, const T* mirror, int64_t j0,
+                       int64_t i0, int64_t rows, int64_t columns, T* result) const {
+    const int64_t n = shared.tokens;
+    row_product<T>(nullptr, j0 > 0, d, min64(rows, n - j0), columns, left + j0, ld, 1, block,
+                   kBlock, result + i0, ld);
+    if (i0 > j0)
+      row_product<T>(nullptr, true, d, min64(columns, n - i0), rows, left + i0, ld, 1, mirror,
+                     kBlock, result + j0, ld);
+  }
+
+  // The part of the window after this one that lies where tokens [j0, j0 + rows) do.
+  void ask_for_rows(int64_t head, const WindowPosition& next, int64_t j0, int64_t rows) const {
+    const int r0 = static_cast<int>(p.geometry.window_h * j0 / stride);
+    const int r1 = static_cast<int>(p.geometry.window_h * (j0 + rows) / stride);
+    prefetch_rows<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, next, r0, r1);
+    prefetch_rows<S>(p.v, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+    prefetch_rows<S>(p.out, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+    prefetch_rows<S>(g.grad, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+  }
+
+  const WindowAttentionBackwardParams& g;
+  const WindowAttentionParams& p;
+  const Shared<S>& shared;
+  const int64_t stride, ld, blocks;
+  const bool want_q, want_v;
+  Scratch scratch;
+  T *q, *dq, *v, *grad, *out, *sum, *factor, *shares;
+  RowShift<T>* shift;
+  T* numerator;  // of the whole window, block by block
+  T* gradient;   // a block of t, and its mirror image
+  std::unique_ptr<BackwardWorker<S>>
+      row_by_row;  // for windows whose logits are too large for RowShift
+};
+
 template <typename S>
 void backward(const WindowAttentionBackwardParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   const WindowAttentionParams& p = params.forward;
   const Shared<S> shared(p);
+  // Not from an out that was rounded to 16 bits: c_i would be no better than that.
+  if constexpr (std::is_same_v<S, T>) {
+    const bool fits = shared.tokens >= kMinSymmetricTokens && shared.tokens <= kMaxSymmetricTokens;
+    if (p.out.data != nullptr && scores_are_symmetric(p) && fits)
+      return parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
+        SymmetricBackwardWorker<S> worker(params, shared);
+        while (begin < end) {
+          const int64_t head = begin / shared.windows, first = begin % shared.windows;
+          const int64_t count = min64(end - begin, shared.windows - first);
+          worker.run(head, first, first + count);
+          begin += count;
+        }
+      });
+  }
   // Each head's windows are dealt to chunks; a work item is one chunk of one head.
   const Chunks chunks(shared.windows);
   const int64_t rows = params.dbias == nullptr ? 0 : p.geometry.bias_rows();

@@ -120,21 +120,25 @@ struct WindowAttentionOperators {
   // dqv and dv nullptr: not wanted. Values (and their gradients) are inside qv (dqv) if v is
   // nullptr.
   static void run_grouped_backward(const char* op, const Tensor& grad, const Tensor& qv,
-                                   const Tensor& lse, const Tensor* v,
+                                   const Tensor& lse, const Tensor* v, const Tensor& out,
                                    const std::vector<int64_t>& windows, bool shifted,
                                    const Tensor* dqv, const Tensor* dv) {
     const std::vector<WindowAttentionParams> groups = group_params(op, qv, v, windows, shifted);
     const int64_t count = static_cast<int64_t>(groups.size());
     check_lse(lse, qv, count);
     const int64_t channels = v == nullptr ? qv.size(1) / 2 : v->size(1);
-    require_shape(grad, {qv.size(0), channels, qv.size(2), qv.size(3)}, "grad");
+    const std::vector<int64_t> shape{qv.size(0), channels, qv.size(2), qv.size(3)};
+    require_shape(grad, shape, "grad");
     require_like(grad, qv, "grad", "qv");
+    require_shape(out, shape, "out");
+    require_like(out, qv, "out", "qv");
     std::vector<WindowAttentionBackwardParams> backward;
     for (int64_t g = 0; g < count; ++g) {
       WindowAttentionBackwardParams p{};
       p.forward = groups[static_cast<size_t>(g)];
       p.forward.lse = from_channel(feature_map(lse), lse, g);
       const int64_t d = p.forward.d_qk, d_v = p.forward.d_v;
+      p.forward.out = from_channel(feature_map(out), out, g * d_v);
       p.grad = from_channel(feature_map(grad), grad, g * d_v);
       if (dqv != nullptr) p.dq = from_channel(feature_map(*dqv), *dqv, 2 * g * d);
       if (v == nullptr)
@@ -147,18 +151,18 @@ struct WindowAttentionOperators {
   }
 
   static Tensor grouped_window_attention_backward(const Tensor& grad, const Tensor& qv,
-                                                  const Tensor& lse, std::vector<int64_t> windows,
-                                                  bool shifted) {
+                                                  const Tensor& out, const Tensor& lse,
+                                                  std::vector<int64_t> windows, bool shifted) {
     [[maybe_unused]] const typename Backend::Guard guard(qv);
     require_feature_map(qv, "qv");
     Tensor dqv = new_feature_map(qv, qv.size(1));
-    run_grouped_backward("grouped_window_attention_backward", grad, qv, lse, nullptr, windows,
+    run_grouped_backward("grouped_window_attention_backward", grad, qv, lse, nullptr, out, windows,
                          shifted, &dqv, nullptr);
     return dqv;
   }
 
   static std::tuple<Tensor, Tensor> apply_grouped_window_scores_backward(
-      const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v,
+      const Tensor& grad, const Tensor& qv, const Tensor& lse, const Tensor& v, const Tensor& out,
       std::vector<int64_t> windows, bool shifted, bool need_qv, bool need_v) {
     [[maybe_unused]] const typename Backend::Guard guard(qv);
     require_feature_map(qv, "qv");
@@ -166,7 +170,7 @@ struct WindowAttentionOperators {
     Tensor dqv = need_qv ? new_feature_map(qv, qv.size(1)) : no_gradient(qv);
     Tensor dv = need_v ? new_feature_map(v, v.size(1)) : no_gradient(v);
     if (need_qv) torch::stable::zero_(dqv);  // nothing flows into qv's own values
-    run_grouped_backward("apply_grouped_window_scores_backward", grad, qv, lse, &v, windows,
+    run_grouped_backward("apply_grouped_window_scores_backward", grad, qv, lse, &v, out, windows,
                          shifted, need_qv ? &dqv : nullptr, need_v ? &dv : nullptr);
     return {dqv, dv};
   }

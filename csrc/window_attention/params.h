@@ -25,8 +25,9 @@ struct WindowAttentionParams {
 };
 
 struct WindowAttentionBackwardParams {
-  WindowAttentionParams forward;  // out unused
-  FeatureMap grad;                // of out
+  // out: what the forward computed, which a kernel may read, or without data.
+  WindowAttentionParams forward;
+  FeatureMap grad;  // of out
   // data nullptr: not wanted. Where the keys are the queries dq holds both paths and dk is absent.
   FeatureMap dq, dk, dv;
   void* dbias;  // as bias, in the dtype of q

@@ -4,7 +4,8 @@
 // |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the diagonal are
 // computed and transposed in registers for the other side. Products with v go block by block of 64
 // tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too
-// far for one shift takes a maximum for each row.
+// far for one shift takes one for each row, which costs a few integer instructions more; only where
+// logits are so large that no shift can be foreseen, the rows' maxima are searched.
 //
 // Include only from a kernel's cpu.cpp; internal linkage, as simd.h.
 #pragma once
@@ -80,6 +81,23 @@ SR_INLINE Vec<T> pairwise_sum(const Vec<T>* vectors) {
   }
 }
 
+// Writes the transpose of strip `strip` of a square; see(part, rows) is shown its parts before
+// that.
+template <typename T, typename See>
+SR_INLINE void store_mirror(const Vec<T>* rows, int strip, T* mirror, const See& see) {
+  constexpr int W = Simd<T>::width;
+#pragma GCC unroll 8
+  for (int part = 0; part < kStrips<T>; ++part) {
+    Vec<T> square[W];
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) square[l] = rows[part * W + l];
+    transpose<T>(square);
+    see(part, square);
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+  }
+}
+
 // The square of keys [j0, j0 + kSquare) and queries [i0, i0 + kSquare) of one window:
 //   e[j][i] = numerators(q_j . q_i),  sum_i[i] += sum_j e[j][i]
 // and, unless mirror is nullptr, the same with j and i exchanged: mirror[i][j] = e[j][i],
@@ -110,18 +128,152 @@ SR_INLINE void score_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_
     store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
+    if (mirror != nullptr)
+      store_mirror<T>(acc, strip, mirror, [&](int part, const Vec<T>* square) {
+        T* sum_j = sum + j0 + part * W;
+        store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
+      });
+  }
+}
+
+// A shift for each row of scores, halfway between the least that the row's maximum can be, |q_i|^2,
+// and the most, |q_i| max|q| by Cauchy and Schwarz: at most max|q|^2 / 8 off. For float32 it is a
+// whole number of bits, so that one polynomial serves both sides of a pair.
+constexpr int kMaxRowShiftLogit = 8 * kMaxSpread;
+template <typename T>
+struct RowShift;
+template <>
+struct RowShift<float> {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  uint32_t bits;  // with those of the magic number
+  static RowShift of(float shift) {
+    return {0x4b400000u + static_cast<uint32_t>(shift * 1.44269504088896341f)};
+  }
+  double subtracted() const { return 0.69314718055994530942 * (bits - 0x4b400000u); }
+  // exp(x - shift) with a shift for each lane, by_lane, and with that of row j, by_row.
+  static SR_INLINE void numerators(Vec<float> x, const RowShift* lanes, RowShift row,
+                                   Vec<float>* by_lane, Vec<float>* by_row) {
+    const Vec<float> magic = broadcast(12582912.0f);  // as Numerators
+    const Vec<float> shifted = x * 1.44269504088896341f + magic;
+    const Vec<float> p = exp2_of_fraction(x * 1.44269504088896341f - (shifted - magic));
+    Bits exponent, mantissa, shifts;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&mantissa, &p, sizeof(mantissa));
+    std::memcpy(&shifts, lanes, sizeof(shifts));
+    *by_lane = scaled(mantissa, exponent - shifts);
+    *by_row = scaled(mantissa, exponent - row.bits);
+  }
+
+ private:
+  static SR_INLINE Vec<float> scaled(Bits mantissa, Bits exponent) {
+    const IntVec power = reinterpret_cast<IntVec>(exponent);
+    mantissa += reinterpret_cast<Bits>(power > -125 ? power : -125 - IntVec{}) << 23;
+    Vec<float> value;
+    std::memcpy(&value, &mantissa, sizeof(value));
+    return value;
+  }
+};
+template <>
+struct RowShift<double> {
+  double shift;
+  static RowShift of(double shift) { return {shift}; }
+  double subtracted() const { return shift; }
+  static SR_INLINE void numerators(Vec<double> x, const RowShift* lanes, RowShift row,
+                                   Vec<double>* by_lane, Vec<double>* by_row) {
+    *by_lane = exp(x - load(&lanes->shift));
+    *by_row = exp(x - row.shift);
+  }
+};
+
+// As score_square(), with a shift for each query's row of scores: with queries along columns
+// e[j][i] = exp(q_j . q_i - shift_i) and mirror[i][j] = exp(q_j . q_i - shift_j), with queries
+// along rows the other way round. Sums are those of queries.
+template <bool kQueryRows, typename T>
+SR_INLINE void shifted_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
+                              const RowShift<T>* shift, T* e, T* mirror, T* sum) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows], other[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(q + k * ld + i);
+      const T* left = q + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      RowShift<T>::numerators(acc[r], shift + i, shift[j0 + r], &acc[r], &other[r]);
+    if (j0 + kRows > n || i + W > n) {
+      for (int r = 0; r < kRows; ++r)
+        for (int l = 0; l < W; ++l)
+          if (j0 + r >= n || i + l >= n) acc[r][l] = other[r][l] = T(0);
+    }
+    store<T>(sum + i, load(sum + i) + pairwise_sum<T, kRows>(acc));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      store<T>(e + r * kBlock + strip * W, kQueryRows ? other[r] : acc[r]);
     if (mirror == nullptr) continue;
+    store_mirror<T>(kQueryRows ? acc : other, strip, mirror, [](int, const Vec<T>*) {});
+#pragma GCC unroll 8
+    for (int part = 0; part < kStrips<T>; ++part) {
+      T* sum_j = sum + j0 + part * W;
+      store<T>(sum_j, load(sum_j) + sums_of_lanes<T>(other + part * W));
+    }
+  }
+}
+
+// The same square of the gradient of q q^T, both of its sides at once:
+//   t[j][i] = e[j][i] (g_j . v_i - c_j) + e_mirror[i][j] (g_i . v_j - c_i)
+// and, unless mirror is nullptr, mirror[i][j] = t[j][i]. v and g are d x ld; rows of e, e_mirror, t
+// and mirror are kBlock apart.
+template <typename T>
+SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, int64_t d,
+                               int64_t j0, int64_t i0, const T* e, const T* e_mirror, T* t,
+                               T* mirror) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(v + k * ld + i);
+      const T* left = g + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      store<T>(t + r * kBlock + strip * W, load(e + r * kBlock + strip * W) * (acc[r] - c[j0 + r]));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(g + k * ld + i);
+      const T* left = v + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+    const Vec<T> c_i = load(c + i);
 #pragma GCC unroll 8
     for (int part = 0; part < kStrips<T>; ++part) {
       Vec<T> square[W];
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) square[l] = acc[part * W + l];
+      for (int l = 0; l < W; ++l) square[l] = load(e_mirror + (strip * W + l) * kBlock + part * W);
       transpose<T>(square);
-      T* sum_j = sum + j0 + part * W;
-      store<T>(sum_j, load(sum_j) + pairwise_sum<T, W>(square));
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
+      for (int l = 0; l < W; ++l) {
+        const int r = part * W + l;
+        T* place = t + r * kBlock + strip * W;
+        acc[r] = load(place) + square[l] * (acc[r] - c_i);
+        store<T>(place, acc[r]);
+      }
     }
+    if (mirror != nullptr) store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
   }
 }
 
@@ -130,21 +282,24 @@ template <typename T>
 struct SymmetricSoftmax {
   static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
   T *e, *mirror, *sum, *norm, *column;
+  RowShift<T>* shift;
   static int64_t elements(int64_t stride) {
-    return 2 * kBlock * kBlock + 2 * stride + stride * kStrip;
+    return 2 * kBlock * kBlock + 3 * stride + stride * kStrip;
   }
   SymmetricSoftmax(T* memory, int64_t stride)
       : e(memory),
         mirror(e + kBlock * kBlock),
         sum(mirror + kBlock * kBlock),
         norm(sum + stride),
-        column(norm + stride) {}
+        column(norm + stride),
+        shift(reinterpret_cast<RowShift<T>*>(column + stride * kStrip)) {
+    static_assert(sizeof(RowShift<T>) == sizeof(T), "shifts are counted as elements");
+  }
 };
 
-// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
-// Cauchy and Schwarz is the largest |q_i|^2.
+// |q_i|^2 of every token.
 template <typename T>
-bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
+void squared_norms(const T* q, int64_t ld, int64_t d, int64_t n, T* norm) {
   constexpr int W = Simd<T>::width;
   for (int64_t i = 0; i < n; i += W) {
     Vec<T> sum{};
@@ -154,6 +309,28 @@ bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest
     }
     store<T>(norm + i, sum);
   }
+}
+
+// A shift for each row (see RowShift), if they serve the window. norm: |q_i|^2.
+template <typename T>
+bool row_shifts(const T* norm, int64_t n, RowShift<T>* shift) {
+  T highest = norm[0];
+  bool ordered = true;
+  for (int64_t i = 0; i < n; ++i) {
+    highest = norm[i] > highest ? norm[i] : highest;
+    ordered &= norm[i] == norm[i];
+  }
+  if (!ordered || highest > T(kMaxRowShiftLogit)) return false;
+  for (int64_t i = 0; i < n; ++i)
+    shift[i] = RowShift<T>::of((norm[i] + std::sqrt(norm[i] * highest)) / 2);
+  return true;
+}
+
+// Whether one shift serves the window (see kMaxSpread), and which: its largest logit, which by
+// Cauchy and Schwarz is the largest |q_i|^2.
+template <typename T>
+bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest) {
+  squared_norms(q, ld, d, n, norm);
   T lowest = norm[0], highest = norm[0];
   bool ordered = true;
   for (int64_t i = 0; i < n; ++i) {
@@ -172,9 +349,8 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
             int64_t n, int64_t ld, T* out, T* lse) {
   constexpr int W = Simd<T>::width, kSide = kSquare<T>;
   const int64_t stride = ceil_div(n, kSide) * kSide;
-  T largest;
-  if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
-    const Numerators<T> numerators(largest);
+  // square(j0, i0, e, mirror) computes numerators of a square.
+  const auto by_squares = [&](const auto& square) {
     for (int64_t i = 0; i < stride; ++i) s.sum[i] = T(0);
     for (int64_t j0 = 0; j0 < stride; j0 += kBlock) {
       const int64_t rows = min64(kBlock, stride - j0);
@@ -184,8 +360,8 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
         T* mirror = diagonal ? s.e : s.mirror;
         for (int64_t j = 0; j < rows; j += kSide)
           for (int64_t i = diagonal ? j : 0; i < columns; i += kSide)
-            score_square<T>(q, ld, d_qk, n, j0 + j, i0 + i, numerators, s.e + j * kBlock + i,
-                            diagonal && i == j ? nullptr : mirror + i * kBlock + j, s.sum);
+            square(j0 + j, i0 + i, s.e + j * kBlock + i,
+                   diagonal && i == j ? nullptr : mirror + i * kBlock + j);
         row_product<T>(nullptr, j0 > 0, d_v, min64(rows, n - j0), columns, v + j0, ld, 1, s.e,
                        kBlock, out + i0, ld);
         if (!diagonal)
@@ -193,8 +369,21 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
                          kBlock, out + j0, ld);
       }
     }
+  };
+  T largest;
+  if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
+    const Numerators<T> numerators(largest);
+    by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
+      score_square<T>(q, ld, d_qk, n, j, i, numerators, e, mirror, s.sum);
+    });
     if (lse != nullptr)
       for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(numerators.subtracted());
+  } else if (row_shifts(s.norm, n, s.shift)) {
+    by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
+      shifted_square<false, T>(q, ld, d_qk, n, j, i, s.shift, e, mirror, s.sum);
+    });
+    if (lse != nullptr)
+      for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(s.shift[i].subtracted());
   } else {
     constexpr int64_t strip = SymmetricSoftmax<T>::kStrip;
     const ScoreTerms<T> terms{T(1), nullptr, BiasBands(WindowGeometry{}), nullptr};

@@ -8,13 +8,21 @@ from sr_kernels import _library
 from sr_kernels.ops import (
     attention_block,
     attention_gates,
+    channel_moments,
     conv3x3,
     shift_conv,
     window_attention,
 )
 from sr_kernels.ops._registration import register_all
 
-__all__ = ["attention_block", "attention_gates", "conv3x3", "shift_conv", "window_attention"]
+__all__ = [
+    "attention_block",
+    "attention_gates",
+    "channel_moments",
+    "conv3x3",
+    "shift_conv",
+    "window_attention",
+]
 
 if _library.CPU_LIBRARY.loaded:
     register_all("sr_kernels")

@@ -151,7 +151,9 @@ def _(qv: Tensor, lse: Tensor, v: Tensor, windows: Sequence[int], shifted: bool)
 
 
 @declare_fake("grouped_window_attention_backward")
-def _(grad: Tensor, qv: Tensor, lse: Tensor, windows: Sequence[int], shifted: bool) -> Tensor:
+def _(
+    grad: Tensor, qv: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], shifted: bool
+) -> Tensor:
     return empty_feature_map(qv, qv.shape[1])
 
 
@@ -161,6 +163,7 @@ def _(
     qv: Tensor,
     lse: Tensor,
     v: Tensor,
+    out: Tensor,
     windows: Sequence[int],
     shifted: bool,
     need_qv: bool,
@@ -173,9 +176,9 @@ def _grouped_window_attention_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
     qv, *settings = inputs
-    _, lse = output
+    out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qv, lse)
+    ctx.save_for_backward(qv, out, lse)
     ctx.settings = settings
 
 
@@ -188,7 +191,7 @@ def _grouped_window_attention_backward(
 
 def _apply_grouped_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     qv, lse, v, *settings = inputs
-    ctx.save_for_backward(qv, lse, v)
+    ctx.save_for_backward(qv, lse, v, output)
     ctx.settings = settings
 
 

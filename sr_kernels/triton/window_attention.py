@@ -811,9 +811,10 @@ def apply_grouped_window_scores(
 
 
 def grouped_window_attention_backward(
-    grad: Tensor, qv: Tensor, lse: Tensor, windows: Sequence[int], shifted: bool
+    grad: Tensor, qv: Tensor, out: Tensor, lse: Tensor, windows: Sequence[int], shifted: bool
 ) -> Tensor:
-    dqv: Tensor = allocate("grouped_window_attention_backward", grad, qv, lse, windows, shifted)
+    settings = (windows, shifted)
+    dqv: Tensor = allocate("grouped_window_attention_backward", grad, qv, out, lse, *settings)
     count = len(windows)
     queries, values = _halves(qv, count)
     d_queries, d_values = _halves(dqv, count)
@@ -830,13 +831,15 @@ def apply_grouped_window_scores_backward(
     qv: Tensor,
     lse: Tensor,
     v: Tensor,
+    out: Tensor,
     windows: Sequence[int],
     shifted: bool,
     need_qv: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor]:
+    settings = (windows, shifted, need_qv, need_v)
     gradients = dqv, dv = allocate(
-        "apply_grouped_window_scores_backward", grad, qv, lse, v, windows, shifted, need_qv, need_v
+        "apply_grouped_window_scores_backward", grad, qv, lse, v, out, *settings
     )
     count = len(windows)
     queries, _ = _halves(qv, count)

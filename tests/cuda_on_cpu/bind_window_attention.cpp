@@ -179,14 +179,14 @@ PYBIND11_MODULE(window_attention, m) {
           run_backward({p});
         });
   m.def("grouped_window_attention_backward",
-        [](int kind, Object grad_, Object qv_, Object lse_, std::vector<int> windows, bool shifted,
-           Object dqv_) {
+        [](int kind, Object grad_, Object qv_, Object, Object lse_, std::vector<int> windows,
+           bool shifted, Object dqv_) {
           const Array grad(grad_), qv(qv_), lse(lse_), dqv(dqv_);
           run_grouped_backward(kind, grad, qv, lse, nullptr, windows, shifted, dqv, nullptr);
         });
   m.def("apply_grouped_window_scores_backward",
-        [](int kind, Object grad_, Object qv_, Object lse_, Object v_, std::vector<int> windows,
-           bool shifted, Object dqv_, Object dv_) {
+        [](int kind, Object grad_, Object qv_, Object lse_, Object v_, Object,
+           std::vector<int> windows, bool shifted, Object dqv_, Object dv_) {
           const Array grad(grad_), qv(qv_), lse(lse_), v(v_), dqv(dqv_), dv(dv_);
           dqv.zero();  // as the operator does: nothing flows into qv's own values
           run_grouped_backward(kind, grad, qv, lse, &v, windows, shifted, dqv, &dv);

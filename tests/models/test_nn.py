@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sr_kernels import nn as K
 from sr_kernels import reference as R
 from sr_kernels.backends import use_backend
 from sr_kernels.reference.window_attention import relative_position_index
+from sr_kernels.testing import make_tensor
 
 NAMES: list[tuple[nn.Module, dict[str, tuple[int, ...]]]] = [
     (
@@ -108,6 +110,80 @@ def test_folding_batch_norm_changes_rounding_alone() -> None:
     x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(module._project(x), module.project_inp(x))
+
+
+def _as_stock(module: nn.Module) -> K.GMSA:
+    other = copy.deepcopy(module)
+    assert isinstance(other, K.GMSA)
+    other._has_own_statistics = lambda norm, x: False  # type: ignore[method-assign]
+    return other
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norm_in_training_is_stocks(
+    bias: bool, dtype: torch.dtype, momentum: float | None
+) -> None:
+    """Outputs, gradients and running statistics, over two batches far from zero."""
+    module = K.GMSA(12, 0, (2, 4, 8), backend="cpu").to(dtype)
+    convolution, norm = module.project_inp
+    assert isinstance(norm, nn.BatchNorm2d)
+    if not bias:
+        convolution.bias = None
+    norm.momentum = momentum
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    stock = _as_stock(module)
+    digits = 1e-12 if dtype == torch.float64 else 2e-5
+    for seed in (0, 1):
+        found = []
+        for layer in (module, stock):
+            x = make_tensor((2, 12, 8, 16), dtype, seed=seed, layout="channels_last") + 3
+            x.requires_grad_()
+            y = layer._project(x)
+            parameters = dict(layer.project_inp.named_parameters())
+            gradients = torch.autograd.grad(
+                y, [x, *parameters.values()], make_tensor(y.shape, dtype, seed=9)
+            )
+            found.append([y, *gradients, *layer.project_inp.buffers()])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=digits, atol=100 * digits)
+
+
+def test_batch_norm_in_training_takes_the_stock_layers_where_it_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = K.GMSA(12, 0, (2, 4, 8))
+    calls: list[Any] = []
+    module.project_inp.register_forward_hook(lambda *arguments: calls.append(arguments))
+    x = make_tensor((1, 12, 8, 8))
+
+    def stock_runs(x: Tensor = x) -> bool:
+        calls.clear()
+        module._project(x)
+        return bool(calls)
+
+    assert not stock_runs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stock_runs()
+    module.backend = "reference"
+    assert stock_runs()
+    module.backend = None
+    module.project_inp[1].eval()  # frozen statistics in a network that is trained
+    assert stock_runs()
+    module.train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        module._project(x[:, :, :1, :1])
+
+
+def test_gmsa_residual() -> None:
+    for backend in ("cpu", "reference"):
+        gmsa = K.GMSA(12, 0, (2, 4, 8), backend=backend)
+        x = make_tensor((2, 12, 8, 8))
+        plain, _ = gmsa(x)
+        gmsa.residual = True
+        torch.testing.assert_close(gmsa(x)[0], plain + x)
 
 
 @pytest.mark.parametrize("own", [None, "reference", "auto"])

@@ -1,0 +1,69 @@
+// The channel moments' operators: checks, outputs, params. They are the CPU's alone: on a GPU
+// BatchNorm stays torch's.
+#pragma once
+
+#include "channel_moments/params.h"
+#include "torch_adapter.h"
+
+namespace sr_kernels {
+
+template <typename Backend>
+struct ChannelMomentsOperators {
+  // mean and covariance are float64, whatever x is.
+  static ChannelMomentsParams params(const char* op, const Tensor& x) {
+    require_feature_map(x, "x");
+    require(x.numel() > 0, op, ": x must have at least one channel and one pixel, got ",
+            shape_of(x));
+    ChannelMomentsParams p{};
+    p.kind = scalar_kind(x, "x");
+    p.batch = x.size(0);
+    p.channels = x.size(1);
+    p.height = x.size(2);
+    p.width = x.size(3);
+    p.x = feature_map(x);
+    return p;
+  }
+
+  static std::tuple<Tensor, Tensor> channel_moments(const Tensor& x) {
+    ChannelMomentsParams p = params("channel_moments", x);
+    Tensor mean = new_tensor(x, {p.channels}, ScalarType::Double);
+    Tensor covariance = new_tensor(x, {p.channels, p.channels}, ScalarType::Double);
+    p.mean = static_cast<double*>(mean.data_ptr());
+    p.covariance = static_cast<double*>(covariance.data_ptr());
+    Backend::run(p);
+    return {mean, covariance};
+  }
+
+  static Tensor channel_moments_backward(const Tensor& mean_grad_in,
+                                         const Tensor& covariance_grad_in, const Tensor& x,
+                                         const Tensor& mean_in) {
+    ChannelMomentsBackwardParams p{};
+    p.forward = params("channel_moments_backward", x);
+    const int64_t c = p.forward.channels;
+    const auto statistic = [](const Tensor& tensor, const std::vector<int64_t>& shape,
+                              const char* name) {
+      require_shape(tensor, shape, name);
+      require(tensor.scalar_type() == ScalarType::Double, name, " must be float64");
+      return dense(tensor);
+    };
+    const Tensor mean_grad = statistic(mean_grad_in, {c}, "mean_grad");
+    const Tensor covariance_grad = statistic(covariance_grad_in, {c, c}, "covariance_grad");
+    const Tensor mean = statistic(mean_in, {c}, "mean");
+    Tensor dx = new_feature_map(x, c);
+    p.forward.mean = static_cast<double*>(mean.data_ptr());
+    p.mean_gradient = static_cast<const double*>(mean_grad.data_ptr());
+    p.covariance_gradient = static_cast<const double*>(covariance_grad.data_ptr());
+    p.dx = feature_map(dx);
+    Backend::run(p);
+    return dx;
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("channel_moments", TORCH_BOX(&ChannelMomentsOperators::channel_moments));
+    m.impl("channel_moments_backward",
+           TORCH_BOX(&ChannelMomentsOperators::channel_moments_backward));
+  }
+};
+
+}  // namespace sr_kernels

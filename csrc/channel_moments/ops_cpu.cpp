@@ -1,0 +1,22 @@
+// sr_kernels::channel_moments and its backward on the CPU.
+#include "channel_moments/operators.h"
+#include "common/cpu_isa.h"
+
+namespace sr_kernels {
+namespace {
+
+struct Cpu {
+  static void run(const ChannelMomentsParams& p) {
+    SR_KERNELS_CALL_CPU(channel_moments, p, torch_parallel);
+  }
+  static void run(const ChannelMomentsBackwardParams& p) {
+    SR_KERNELS_CALL_CPU(channel_moments_backward, p, torch_parallel);
+  }
+};
+
+}  // namespace
+}  // namespace sr_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
+  sr_kernels::ChannelMomentsOperators<sr_kernels::Cpu>::implement(m);
+}
