@@ -19,21 +19,22 @@ SR_INLINE Vec<float> exp2_of_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-// x * sigmoid(z) as one division, x / (1 + exp(-z)). As in exp() of simd.h, exp(-z) is infinite
-// where float32 cannot hold it, and a NaN passes.
+// x * sigmoid(z) as one division, x / (1 + exp(-z)). exp(-z) is infinite from z = -88.4 down, where
+// float32 can hardly hold it, and a NaN passes.
 SR_INLINE Vec<float> times_sigmoid(Vec<float> x, Vec<float> z) {
-  const Vec<float> limit = broadcast(88.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
-  Vec<float> a = z < -limit ? -limit : z;
-  a = a > limit ? limit : a;
+  const Vec<float> low = broadcast(-89.0f), high = broadcast(88.0f);
+  const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  Vec<float> a = z < low ? low : z;
+  a = a > high ? high : a;
   const Vec<float> shifted = a * -1.44269504088896341f + magic;  // rounds to an integer n
   const Vec<float> f = a * -1.44269504088896341f - (shifted - magic);
   IntVec n;
   std::memcpy(&n, &shifted, sizeof(n));
-  const IntVec power_bits = (n - (0x4b400000 - 127)) << 23;  // -127 <= n <= 127; 2^-127 becomes 0
+  // -127 <= n <= 128: the lowest and the highest exponent there are, which are 0 and infinity.
+  const IntVec power_bits = (n - (0x4b400000 - 127)) << 23;
   Vec<float> power;
   std::memcpy(&power, &power_bits, sizeof(power));
-  const Vec<float> divisor = exp2_of_fraction(f) * power + 1.0f;
-  return x / (z < -limit ? broadcast(__builtin_inff()) : divisor);
+  return x / (exp2_of_fraction(f) * power + 1.0f);
 }
 SR_INLINE Vec<double> times_sigmoid(Vec<double> x, Vec<double> z) { return x * sigmoid(z); }
 
