@@ -497,43 +497,46 @@ void finish_statistics(int64_t channels, int64_t columns, T* max_row, T* mean_ro
   }
 }
 
-// maximum and mean over the channels of one run of pixels. NaN passes, as in torch.amax.
-// ahead: rows to fetch meanwhile, as many pixels of as many channels, or none.
+// maximum and mean over the channels of `rows` runs of pixels, x_stride apart in x and map_stride
+// in the maps. NaN passes, as in torch.amax.
 template <typename T>
-void channel_statistics(StridedRows<T> x, int64_t channels, int64_t columns, T* max_row,
-                        T* mean_row, StridedRows<T> ahead = {nullptr, 0}) {
+void channel_statistics(StridedRows<T> x, int64_t x_stride, int64_t channels, int64_t rows,
+                        int64_t columns, T* max_map, T* mean_map, int64_t map_stride) {
   constexpr int64_t kAtOnce = 8;
   int64_t c = 0;
-  for (; c + kAtOnce <= channels; c += kAtOnce) {
-    const T *x0 = x[c], *x4 = x[c + 4];
-    if (ahead.data != nullptr)
-      for (int64_t k = 0; k < kAtOnce; ++k) prefetch(ahead[c + k], columns);
-    sweep<T>(columns, [&](int64_t i, auto tag) {
-      using V = decltype(tag);
-      V largest = get<V>(c == 0 ? x0 + i : max_row + i), sum = c == 0 ? V{} : get<V>(mean_row + i);
+  for (; c + kAtOnce <= channels; c += kAtOnce)
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *x0 = x[c] + r * x_stride, *x4 = x[c + 4] + r * x_stride;
+      T *max_row = max_map + r * map_stride, *mean_row = mean_map + r * map_stride;
+      sweep<T>(columns, [&](int64_t i, auto tag) {
+        using V = decltype(tag);
+        V largest = get<V>(c == 0 ? x0 + i : max_row + i);
+        V sum = c == 0 ? V{} : get<V>(mean_row + i);
 #pragma GCC unroll 2
-      for (const T* row : {x0 + i, x4 + i}) {
-        const V v0 = get<V>(row), v1 = get<V>(row + x.ld);
-        const V v2 = get<V>(row + 2 * x.ld), v3 = get<V>(row + 3 * x.ld);
-        largest = larger(largest, larger(larger(v0, v1), larger(v2, v3)));
-        sum += (v0 + v1) + (v2 + v3);
-      }
-      put(max_row + i, largest);
-      put(mean_row + i, sum);
-    });
-  }
-  for (; c < channels; ++c) {
-    const T* row = x[c];
-    if (ahead.data != nullptr) prefetch(ahead[c], columns);
-    sweep<T>(columns, [&](int64_t i, auto tag) {
-      using V = decltype(tag);
-      const V v = get<V>(row + i);
-      put(max_row + i, c == 0 ? v : larger(get<V>(max_row + i), v));
-      put(mean_row + i, c == 0 ? v : get<V>(mean_row + i) + v);
-    });
-  }
-  finish_statistics(channels, columns, max_row, mean_row,
-                    [&](int64_t c, int64_t i) { return x[c][i]; });
+        for (const T* row : {x0 + i, x4 + i}) {
+          const V v0 = get<V>(row), v1 = get<V>(row + x.ld);
+          const V v2 = get<V>(row + 2 * x.ld), v3 = get<V>(row + 3 * x.ld);
+          largest = larger(largest, larger(larger(v0, v1), larger(v2, v3)));
+          sum += (v0 + v1) + (v2 + v3);
+        }
+        put(max_row + i, largest);
+        put(mean_row + i, sum);
+      });
+    }
+  for (; c < channels; ++c)
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = x[c] + r * x_stride;
+      T *max_row = max_map + r * map_stride, *mean_row = mean_map + r * map_stride;
+      sweep<T>(columns, [&](int64_t i, auto tag) {
+        using V = decltype(tag);
+        const V v = get<V>(row + i);
+        put(max_row + i, c == 0 ? v : larger(get<V>(max_row + i), v));
+        put(mean_row + i, c == 0 ? v : get<V>(mean_row + i) + v);
+      });
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    finish_statistics(channels, columns, max_map + r * map_stride, mean_map + r * map_stride,
+                      [&](int64_t c, int64_t i) { return x[c][r * x_stride + i]; });
 }
 
 // The same where the channels of a pixel lie side by side, a vector of them at least: a vector of
@@ -693,32 +696,46 @@ struct SpatialWeights {
   }
 };
 
-// y = x * gate for one run of pixels, one gate value a pixel; x may be y.
+// gate <- sigmoid(conv([maximum, mean]) + b) of one row. statistics: the first row that it sees.
+template <typename T, typename Weights>
+void evaluate_gate_row(const T* statistics, int64_t plane_stride, int64_t stride,
+                       const Weights& weights, int64_t kernel, T* gate, int64_t columns) {
+  convolve_row(statistics, plane_stride, stride, 2, weights.weight, kernel, weights.bias, gate,
+               columns);
+  for (int64_t i = 0; i < columns; i += Simd<T>::width)
+    store<T>(gate + i, sigmoid(load(gate + i)));
+}
+
+// y = x * gate for a rectangle of pixels, one gate value a pixel, gate_stride a row; x may be y.
 template <typename S>
-void multiply_run(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64_t channels,
-                  const typename Compute<S>::type* gate) {
+void multiply_rows(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64_t channels,
+                   const typename Compute<S>::type* gates, int64_t gate_stride) {
   using T = typename Compute<S>::type;
   if (x.stride_c == 1 && y.stride_c == 1 && channels > 1) {
-    for (int64_t i = 0; i < t.columns; ++i) {
-      const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
-      S* target = at<S>(y, t.n, 0, t.h, t.w + i);
-      const T g = gate[i];
-      if constexpr (std::is_same_v<S, T>) {
-        constexpr int W = Simd<T>::width;
-        if (channels >= W) {  // the last vector overlaps, and is read before what it overlaps is
-          const Vec<T> last = load(source + channels - W) * g;  // written, lest x is y
-          for (int64_t c = 0; c + W <= channels; c += W) store<T>(target + c, load(source + c) * g);
-          store<T>(target + channels - W, last);
-          continue;
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t i = 0; i < t.columns; ++i) {
+        const S* source = at<S>(x, t.n, 0, t.h + r, t.w + i);
+        S* target = at<S>(y, t.n, 0, t.h + r, t.w + i);
+        const T g = gates[r * gate_stride + i];
+        if constexpr (std::is_same_v<S, T>) {
+          constexpr int W = Simd<T>::width;
+          if (channels >= W) {  // the last vector overlaps, and is read before what it overlaps is
+            const Vec<T> last = load(source + channels - W) * g;  // written, lest x is y
+            for (int64_t c = 0; c + W <= channels; c += W)
+              store<T>(target + c, load(source + c) * g);
+            store<T>(target + channels - W, last);
+            continue;
+          }
         }
+        for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
       }
-      for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
-    }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const S* source = at<S>(x, t.n, c, t.h, t.w);
-    S* target = at<S>(y, t.n, c, t.h, t.w);
+  for (int64_t index = 0; index < channels * t.rows; ++index) {
+    const int64_t c = index / t.rows, r = index % t.rows;
+    const S* source = at<S>(x, t.n, c, t.h + r, t.w);
+    S* target = at<S>(y, t.n, c, t.h + r, t.w);
+    const T* gate = gates + r * gate_stride;
     if constexpr (std::is_same_v<S, T>) {
       if (x.stride_w == 1 && y.stride_w == 1) {
         sweep<T>(t.columns, [&](int64_t i, auto tag) {
@@ -763,11 +780,8 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   const auto finish_row = [&](int64_t n, int64_t h, T* statistics, T* gate) {
     load_tile<T>(planes.map(), n, kMaximum, 2, h - reach, p.kernel, -reach, p.width + 2 * reach,
                  p.height, p.width, statistics, plane_stride, stride);
-    convolve_row(statistics, plane_stride, stride, 2, weights.weight, p.kernel, weights.bias, gate,
-                 p.width);
-    for (int64_t i = 0; i < p.width; i += Simd<T>::width)
-      store<T>(gate + i, sigmoid(load(gate + i)));
-    multiply_run<S>(params.y, params.y, {n, h, 0, 1, p.width}, p.channels, gate);
+    evaluate_gate_row(statistics, plane_stride, stride, weights, p.kernel, gate, p.width);
+    multiply_rows<S>(params.y, params.y, {n, h, 0, 1, p.width}, p.channels, gate, 0);
   };
 
   const Tiling bands(p.batch, p.height, 1, band_rows(p.height, reach), 1);
@@ -801,7 +815,7 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
           channel_statistics_by_pixel(at<const T>(p.y, t.n, 0, t.h, t.w), p.y.stride_w, p.channels,
                                       t.columns, max_row, mean_row);
         else
-          channel_statistics(u, p.channels, t.columns, max_row, mean_row);
+          channel_statistics(u, 0, p.channels, 1, t.columns, max_row, mean_row, 0);
         const int64_t rows_known = (first + t.columns) / p.width;
         for (; ready < last && min64(ready + reach + 1, p.height) <= rows_known; ++ready)
           finish_row(band.n, ready, statistics, gate);
@@ -838,40 +852,43 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
   const bool by_pixel = channels_fill_vectors<S>(p.x, p.channels);
+  const bool in_place = !by_pixel && rows_in_place<S>(p.x, {0, 0, 0, 1, 1}).data != nullptr;
+  constexpr int64_t step = 8;
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(columns) +
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(step * columns) +
                     Scratch::bytes_for<T>(p.channels * x_stride));
     T* statistics = scratch.take<T>(2 * plane_stride);  // maximum, mean
-    T* gate = scratch.take<T>(columns);
+    T* gate = scratch.take<T>(step * columns);
     T* x = scratch.take<T>(p.channels * x_stride);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       const int64_t w0 = max64(0, t.w - reach), w1 = min64(p.width, t.w + t.columns + reach);
-      const int64_t rows_seen = min64(p.height, t.h + t.rows + reach);
+      const int64_t top = t.h - reach, rows = t.rows + 2 * reach;  // of the statistics
       std::memset(statistics, 0, static_cast<size_t>(2 * plane_stride) * sizeof(T));
-      for (int64_t r = 0; r < t.rows + 2 * reach; ++r) {
-        const int64_t h = t.h - reach + r;
-        if (h >= 0 && h < p.height) {
-          T *max_row = statistics + r * stride + w0 - (t.w - reach), *mean_row = max_row + plane_stride;
-          const Tile seen{t.n, h, w0, 1, w1 - w0}, next{t.n, h + 1, w0, 1, w1 - w0};
+      for (int64_t r = 0; r < rows; r += step) {
+        const int64_t h0 = max64(0, top + r), h1 = min64(p.height, top + min64(r + step, rows));
+        for (int64_t h = h0; h < h1; h += in_place ? h1 - h0 : 1) {
+          T* max_map = statistics + (h - top) * stride + w0 - (t.w - reach);
+          T* mean_map = max_map + plane_stride;
+          const Tile seen{t.n, h, w0, 1, w1 - w0};
           if (by_pixel)
             channel_statistics_by_pixel(at<const T>(p.x, t.n, 0, h, w0), p.x.stride_w, p.channels,
-                                        seen.columns, max_row, mean_row);
+                                        seen.columns, max_map, mean_map);
           else
-            channel_statistics(
-                view_run<S>(p.x, seen, p.channels, p.height, p.width, x, x_stride), p.channels,
-                seen.columns, max_row, mean_row,
-                h + 1 < rows_seen ? rows_in_place<S>(p.x, next) : StridedRows<T>{nullptr, 0});
+            channel_statistics(view_run<S>(p.x, seen, p.channels, p.height, p.width, x, x_stride),
+                               p.x.stride_h, p.channels, in_place ? h1 - h0 : 1, seen.columns,
+                               max_map, mean_map, stride);
         }
-        if (r < 2 * reach) continue;
-        convolve_row(statistics + (r - 2 * reach) * stride, plane_stride, stride, 2, weights.weight,
-                     p.kernel, weights.bias, gate, t.columns);
-        for (int64_t i = 0; i < t.columns; i += Simd<T>::width)
-          store<T>(gate + i, sigmoid(load(gate + i)));
-        multiply_run<S>(p.x, p.y, {t.n, h - reach, t.w, 1, t.columns}, p.channels, gate);
+        const int64_t first = max64(0, r - 2 * reach);
+        const int64_t count = min64(r + step, rows) - 2 * reach - first;
+        for (int64_t k = 0; k < count; ++k)
+          evaluate_gate_row(statistics + (first + k) * stride, plane_stride, stride, weights,
+                            p.kernel, gate + k * columns, t.columns);
+        multiply_rows<S>(p.x, p.y, {t.n, t.h + first, t.w, count, t.columns}, p.channels, gate,
+                         columns);
       }
     }
   });
@@ -924,7 +941,8 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
       T* max_row = planes.row(t.n, kMaximum, first);
       T* gate_gradient = planes.row(t.n, kGateGradient, first);
       T* ties = planes.row(t.n, kTies, first);
-      channel_statistics(rows, p.channels, t.columns, max_row, planes.row(t.n, kMean, first));
+      channel_statistics(rows, 0, p.channels, 1, t.columns, max_row,
+                         planes.row(t.n, kMean, first), 0);
       gate_gradient_and_ties(rows, grad, p.channels, t.columns, max_row, gate_gradient, ties);
     }
   });
