@@ -19,13 +19,24 @@ SR_INLINE Vec<float> exp2_of_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
+// v between low and high, or a NaN that v is. Two instructions, which g++ does not make of the
+// comparisons.
+SR_INLINE Vec<float> clamp(Vec<float> v, Vec<float> low, Vec<float> high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, high, _mm512_maskz_max_ps(0xffff, low, v));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(high, _mm256_max_ps(low, v));
+#else
+  v = v < low ? low : v;
+  return v > high ? high : v;
+#endif
+}
+
 // x * sigmoid(z) as one division, x / (1 + exp(-z)). exp(-z) is infinite from z = -88.4 down, where
 // float32 can hardly hold it, and a NaN passes.
 SR_INLINE Vec<float> times_sigmoid(Vec<float> x, Vec<float> z) {
-  const Vec<float> low = broadcast(-89.0f), high = broadcast(88.0f);
+  const Vec<float> a = clamp(z, broadcast(-89.0f), broadcast(88.0f));
   const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23
-  Vec<float> a = z < low ? low : z;
-  a = a > high ? high : a;
   const Vec<float> shifted = a * -1.44269504088896341f + magic;  // rounds to an integer n
   const Vec<float> f = a * -1.44269504088896341f - (shifted - magic);
   IntVec n;
