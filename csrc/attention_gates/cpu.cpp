@@ -759,9 +759,13 @@ inline int64_t band_rows(int64_t height, int64_t reach) {
   return ceil_div(height, ceil_div(height, max64(48, 16 * reach)));
 }
 
+// Rows that a pass takes at a time: short runs of so many channels are read and written at half of
+// the speed of long ones.
+constexpr int64_t kRowsAtATime = 8;
+
 // u = x * sigmoid(W_p x + b_p) passes through y, since the convolution needs its neighbours. A
-// band's passes run down its rows together: u is multiplied where the second-level cache still
-// holds it. Rows whose neighbours lie in other bands come last.
+// band's passes run down its rows together: u is multiplied where a cache still holds it. Rows whose
+// neighbours lie in other bands come last.
 template <typename S>
 void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -774,14 +778,18 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   const SpatialWeights<S> weights(p, shared);
 
   const int64_t reach = p.kernel / 2, columns = padded<T>(p.width);
-  const int64_t stride = padded<T>(columns + 2 * reach), plane_stride = p.kernel * stride;
-  const int64_t gate_bytes = Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(columns);
-  // y <- u * gate in row h of image n. statistics: 2 plane_stride; gate: columns.
-  const auto finish_row = [&](int64_t n, int64_t h, T* statistics, T* gate) {
-    load_tile<T>(planes.map(), n, kMaximum, 2, h - reach, p.kernel, -reach, p.width + 2 * reach,
-                 p.height, p.width, statistics, plane_stride, stride);
-    evaluate_gate_row(statistics, plane_stride, stride, weights, p.kernel, gate, p.width);
-    multiply_rows<S>(params.y, params.y, {n, h, 0, 1, p.width}, p.channels, gate, 0);
+  const int64_t stride = padded<T>(columns + 2 * reach);
+  const int64_t plane_stride = (kRowsAtATime + 2 * reach) * stride;
+  const int64_t gate_bytes =
+      Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(kRowsAtATime * columns);
+  // y <- u * gate in `count` rows of image n from h on. scratch: gate_bytes.
+  const auto finish_rows = [&](int64_t n, int64_t h, int64_t count, T* statistics, T* gate) {
+    load_tile<T>(planes.map(), n, kMaximum, 2, h - reach, count + 2 * reach, -reach,
+                 p.width + 2 * reach, p.height, p.width, statistics, plane_stride, stride);
+    for (int64_t k = 0; k < count; ++k)
+      evaluate_gate_row(statistics + k * stride, plane_stride, stride, weights, p.kernel,
+                        gate + k * columns, p.width);
+    multiply_rows<S>(params.y, params.y, {n, h, 0, count, p.width}, p.channels, gate, columns);
   };
 
   const Tiling bands(p.batch, p.height, 1, band_rows(p.height, reach), 1);
@@ -790,7 +798,7 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
     const typename GatedRuns<S>::Worker worker(runs, run_columns);
     Scratch scratch(gate_bytes);
     T* statistics = scratch.take<T>(2 * plane_stride);
-    T* gate = scratch.take<T>(columns);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
     for (int64_t index = begin; index < end; ++index) {
       const Tile band = bands[index];
       const int64_t band_end = band.h + band.rows;
@@ -817,8 +825,13 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
         else
           channel_statistics(u, 0, p.channels, 1, t.columns, max_row, mean_row, 0);
         const int64_t rows_known = (first + t.columns) / p.width;
-        for (; ready < last && min64(ready + reach + 1, p.height) <= rows_known; ++ready)
-          finish_row(band.n, ready, statistics, gate);
+        const int64_t limit =
+            min64(last, rows_known == p.height ? p.height : rows_known - reach);
+        while (ready + kRowsAtATime <= limit || (ready < limit && limit == last)) {
+          const int64_t count = min64(kRowsAtATime, limit - ready);
+          finish_rows(band.n, ready, count, statistics, gate);
+          ready += count;
+        }
       }
     }
   });
@@ -828,18 +841,18 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   parallel_for(parallel, p.batch * seams * 2 * reach, [&](int64_t begin, int64_t end) {
     Scratch scratch(gate_bytes);
     T* statistics = scratch.take<T>(2 * plane_stride);
-    T* gate = scratch.take<T>(columns);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t seam = index / (2 * reach);
       const int64_t h = (seam % seams + 1) * bands.rows - reach + index % (2 * reach);
-      if (h < p.height) finish_row(seam / seams, h, statistics, gate);
+      if (h < p.height) finish_rows(seam / seams, h, 1, statistics, gate);
     }
   });
 }
 
 // A tile's statistics, convolution and product run down its rows together: x comes from memory once
-// and is multiplied where the second-level cache still holds it. Statistics around a tile are taken
-// by its neighbours too.
+// and is multiplied where a cache still holds it. Statistics around a tile are taken by its
+// neighbours too.
 template <typename S>
 void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -853,23 +866,22 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
   const bool by_pixel = channels_fill_vectors<S>(p.x, p.channels);
   const bool in_place = !by_pixel && rows_in_place<S>(p.x, {0, 0, 0, 1, 1}).data != nullptr;
-  constexpr int64_t step = 8;
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(step * columns) +
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(kRowsAtATime * columns) +
                     Scratch::bytes_for<T>(p.channels * x_stride));
     T* statistics = scratch.take<T>(2 * plane_stride);  // maximum, mean
-    T* gate = scratch.take<T>(step * columns);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
     T* x = scratch.take<T>(p.channels * x_stride);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       const int64_t w0 = max64(0, t.w - reach), w1 = min64(p.width, t.w + t.columns + reach);
       const int64_t top = t.h - reach, rows = t.rows + 2 * reach;  // of the statistics
       std::memset(statistics, 0, static_cast<size_t>(2 * plane_stride) * sizeof(T));
-      for (int64_t r = 0; r < rows; r += step) {
-        const int64_t h0 = max64(0, top + r), h1 = min64(p.height, top + min64(r + step, rows));
+      for (int64_t r = 0; r < rows; r += kRowsAtATime) {
+        const int64_t h0 = max64(0, top + r), h1 = min64(p.height, top + min64(r + kRowsAtATime, rows));
         for (int64_t h = h0; h < h1; h += in_place ? h1 - h0 : 1) {
           T* max_map = statistics + (h - top) * stride + w0 - (t.w - reach);
           T* mean_map = max_map + plane_stride;
@@ -883,7 +895,7 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
                                max_map, mean_map, stride);
         }
         const int64_t first = max64(0, r - 2 * reach);
-        const int64_t count = min64(r + step, rows) - 2 * reach - first;
+        const int64_t count = min64(r + kRowsAtATime, rows) - 2 * reach - first;
         for (int64_t k = 0; k < count; ++k)
           evaluate_gate_row(statistics + (first + k) * stride, plane_stride, stride, weights,
                             p.kernel, gate + k * columns, t.columns);
