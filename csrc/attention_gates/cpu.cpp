@@ -857,10 +857,10 @@ template <typename S>
 void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   if (p.pixel_weight != nullptr) return pixel_spatial_forward<S>(p, parallel);
-  constexpr int64_t kHeld = (int64_t{320} << 10) / static_cast<int64_t>(sizeof(T));
   const int64_t reach = p.kernel / 2;
+  const int64_t held = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(T));  // rows of x in cache
   const Tiling tiling(p.batch, p.height, p.width, band_rows(p.height, reach),
-                      max64(max64(320, 16 * reach), kHeld / ((reach + 1) * p.channels)));
+                      max64(max64(320, 16 * reach), held / ((kRowsAtATime + 2 * reach) * p.channels)));
   const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
