@@ -12,13 +12,19 @@
 // small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
 // (N, C). Products of a tile go strip by strip: a strip's sums are in the first-level cache when
 // exponential, residual and the store to y take them, and the next tile of x is fetched meanwhile.
-// Only spatial_attention's forward has rectangles for tiles, and one pass over x. Backward
-// recomputes what forward did not keep, which is everything but the inputs.
+// Where a pixel's channels lie side by side (channels_last) the products of forward and the spatial
+// gate's statistics run along them instead, a block of pixels at a time, and transpose nothing.
+// The spatial gates' forward goes band by band down the image, eight rows at a time: x comes from
+// memory once, in long runs, and is in a cache still when its gate is known. Backward recomputes
+// what forward did not keep, which is everything but the inputs.
 //
 // Floor, float32, bytes per pixel (x, y and their gradients once each, per pass that must come
 // after the one before it): pixel_attention and spatial_attention 8 C, channel_attention 12 C,
 // pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
-// bound pixel_attention from C = 52 on, and its gate C exponentials. Measured fraction: unmeasured.
+// bound pixel_attention from C = 52 on, and its gate C exponentials. Products and exponentials use
+// the same units, so that their times add: of pixel_attention's, one thread, C = 60, AVX2 (AMD Zen
+// 3), the product takes 65 % of the time contiguous and 71 % channels_last, at a large product's
+// rate. Fractions of the floor: the README's table.
 //
 // Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
 // depends on the number of threads.
@@ -177,8 +183,8 @@ void pixel_panel(int64_t width, const T* x, int64_t x_stride, int64_t count, int
     pixel_tile<T, kPixelRows, V>(x + i * x_stride, x_stride, c_in, panel, bias, sums + i * ld, ld);
   }
 }
-// end(i, sums of pixel i) for `count` pixels, x_stride apart: sums[o] = bias[o] + sum_c W[o, c] x[c].
-// sums: room for sums_size() elements.
+// end(i, sums of pixel i) for `count` pixels, x_stride apart: sums[o] = bias[o] + sum_c W[o, c]
+// x[c]. sums: room for sums_size() elements.
 template <typename T, typename End>
 void product_by_pixel(const PixelPanels<T>& panels, const T* x, int64_t x_stride, int64_t count,
                       T* sums, const End& end) {
@@ -465,7 +471,7 @@ struct Planes {
   FeatureMap map() const { return {data, count * height * width, height * width, width, 1}; }
 };
 
-// One instruction, where maximum() is four. Of a NaN and a number it is b.
+// One instruction, where maximum() is four. If one of the two is a NaN it is b.
 template <typename V>
 SR_INLINE V larger(V a, V b) {
   return a > b ? a : b;
@@ -702,8 +708,7 @@ void evaluate_gate_row(const T* statistics, int64_t plane_stride, int64_t stride
                        const Weights& weights, int64_t kernel, T* gate, int64_t columns) {
   convolve_row(statistics, plane_stride, stride, 2, weights.weight, kernel, weights.bias, gate,
                columns);
-  for (int64_t i = 0; i < columns; i += Simd<T>::width)
-    store<T>(gate + i, sigmoid(load(gate + i)));
+  for (int64_t i = 0; i < columns; i += Simd<T>::width) store<T>(gate + i, sigmoid(load(gate + i)));
 }
 
 // y = x * gate for a rectangle of pixels, one gate value a pixel, gate_stride a row; x may be y.
@@ -764,8 +769,8 @@ inline int64_t band_rows(int64_t height, int64_t reach) {
 constexpr int64_t kRowsAtATime = 8;
 
 // u = x * sigmoid(W_p x + b_p) passes through y, since the convolution needs its neighbours. A
-// band's passes run down its rows together: u is multiplied where a cache still holds it. Rows whose
-// neighbours lie in other bands come last.
+// band's passes run down its rows together: u is multiplied where a cache still holds it. Rows
+// whose neighbours lie in other bands come last.
 template <typename S>
 void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -782,7 +787,7 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   const int64_t plane_stride = (kRowsAtATime + 2 * reach) * stride;
   const int64_t gate_bytes =
       Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(kRowsAtATime * columns);
-  // y <- u * gate in `count` rows of image n from h on. scratch: gate_bytes.
+  // y <- u * gate in `count` rows of image n from h on. statistics, gate: of gate_bytes.
   const auto finish_rows = [&](int64_t n, int64_t h, int64_t count, T* statistics, T* gate) {
     load_tile<T>(planes.map(), n, kMaximum, 2, h - reach, count + 2 * reach, -reach,
                  p.width + 2 * reach, p.height, p.width, statistics, plane_stride, stride);
@@ -825,8 +830,7 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
         else
           channel_statistics(u, 0, p.channels, 1, t.columns, max_row, mean_row, 0);
         const int64_t rows_known = (first + t.columns) / p.width;
-        const int64_t limit =
-            min64(last, rows_known == p.height ? p.height : rows_known - reach);
+        const int64_t limit = min64(last, rows_known == p.height ? p.height : rows_known - reach);
         while (ready + kRowsAtATime <= limit || (ready < limit && limit == last)) {
           const int64_t count = min64(kRowsAtATime, limit - ready);
           finish_rows(band.n, ready, count, statistics, gate);
@@ -859,8 +863,9 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   if (p.pixel_weight != nullptr) return pixel_spatial_forward<S>(p, parallel);
   const int64_t reach = p.kernel / 2;
   const int64_t held = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(T));  // rows of x in cache
-  const Tiling tiling(p.batch, p.height, p.width, band_rows(p.height, reach),
-                      max64(max64(320, 16 * reach), held / ((kRowsAtATime + 2 * reach) * p.channels)));
+  const Tiling tiling(
+      p.batch, p.height, p.width, band_rows(p.height, reach),
+      max64(max64(320, 16 * reach), held / ((kRowsAtATime + 2 * reach) * p.channels)));
   const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
@@ -870,7 +875,8 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   const SpatialWeights<S> weights(p, shared);
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(kRowsAtATime * columns) +
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) +
+                    Scratch::bytes_for<T>(kRowsAtATime * columns) +
                     Scratch::bytes_for<T>(p.channels * x_stride));
     T* statistics = scratch.take<T>(2 * plane_stride);  // maximum, mean
     T* gate = scratch.take<T>(kRowsAtATime * columns);
@@ -881,7 +887,8 @@ void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
       const int64_t top = t.h - reach, rows = t.rows + 2 * reach;  // of the statistics
       std::memset(statistics, 0, static_cast<size_t>(2 * plane_stride) * sizeof(T));
       for (int64_t r = 0; r < rows; r += kRowsAtATime) {
-        const int64_t h0 = max64(0, top + r), h1 = min64(p.height, top + min64(r + kRowsAtATime, rows));
+        const int64_t h0 = max64(0, top + r),
+                      h1 = min64(p.height, top + min64(r + kRowsAtATime, rows));
         for (int64_t h = h0; h < h1; h += in_place ? h1 - h0 : 1) {
           T* max_map = statistics + (h - top) * stride + w0 - (t.w - reach);
           T* mean_map = max_map + plane_stride;
@@ -953,8 +960,8 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
       T* max_row = planes.row(t.n, kMaximum, first);
       T* gate_gradient = planes.row(t.n, kGateGradient, first);
       T* ties = planes.row(t.n, kTies, first);
-      channel_statistics(rows, 0, p.channels, 1, t.columns, max_row,
-                         planes.row(t.n, kMean, first), 0);
+      channel_statistics(rows, 0, p.channels, 1, t.columns, max_row, planes.row(t.n, kMean, first),
+                         0);
       gate_gradient_and_ties(rows, grad, p.channels, t.columns, max_row, gate_gradient, ties);
     }
   });
@@ -1288,9 +1295,8 @@ void sampled_pivots(const T* x, int64_t count, int64_t channels, T* sums, T* piv
     store<T>(sums + i, (load(x0 + i) + load(x1 + i)) + (load(x2 + i) + load(x3 + i)));
   for (int64_t half = W / 2 * channels; half >= channels; half /= 2)
     for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-  fill_table(pivots, channels, [&](int64_t c) {
-    return finite_pivot<T>(static_cast<double>(sums[c]) / (4 * W));
-  });
+  fill_table(pivots, channels,
+             [&](int64_t c) { return finite_pivot<T>(static_cast<double>(sums[c]) / (4 * W)); });
 }
 
 // run_moments for all channels of `count` pixels that lie one after the other. first (C): the
@@ -1764,8 +1770,8 @@ void gated_forward_by_pixel(const GatedConvParams& p, const PixelRows& image,
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       if (t.n != filled_for)
-        panels.fill(static_cast<const T*>(p.weight),
-                    static_cast<const T*>(p.gate) + t.n * p.c_in, static_cast<const T*>(p.bias));
+        panels.fill(static_cast<const T*>(p.weight), static_cast<const T*>(p.gate) + t.n * p.c_in,
+                    static_cast<const T*>(p.bias));
       filled_for = t.n;
       const T* residual =
           p.residual.data != nullptr ? at<T>(p.residual, t.n, 0, t.h, t.w) : nullptr;

@@ -36,7 +36,7 @@ SR_INLINE Vec<float> clamp(Vec<float> v, Vec<float> low, Vec<float> high) {
 // float32 can hardly hold it, and a NaN passes.
 SR_INLINE Vec<float> times_sigmoid(Vec<float> x, Vec<float> z) {
   const Vec<float> a = clamp(z, broadcast(-89.0f), broadcast(88.0f));
-  const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  const Vec<float> magic = broadcast(12582912.0f);               // 1.5 * 2^23
   const Vec<float> shifted = a * -1.44269504088896341f + magic;  // rounds to an integer n
   const Vec<float> f = a * -1.44269504088896341f - (shifted - magic);
   IntVec n;
