@@ -124,7 +124,7 @@ def test_expanded_gradient_and_input(case):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @ALL
 def test_nan_and_inf_pass_as_in_the_reference(case, layout, value):
-    inputs = make_inputs(case, (2, 18, 12, 13), layout=layout)  # a vector of channels at least
+    inputs = make_inputs(case, (2, 18, 12, 13), layout=layout)  # channels for whole vectors
     inputs["x"][0, 3, 4, 5] = value
     check(case, inputs, gradients=[("x",)])
 
@@ -177,10 +177,11 @@ def test_constant_channels_have_no_deviation(case):
     check(case, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_at_constant_channels_is_that_of_the_mean(layout):
+def test_gradient_at_constant_channels_is_that_of_the_mean(layout, dtype):
     """0.1 is not exact in binary, nor is a sum of 0.1s: its deviation must be 0 all the same."""
-    leaves = leaves_of(make_inputs("gate_contrast", (1, 4, 31, 77), layout=layout))
+    leaves = leaves_of(make_inputs("gate_contrast", (1, 4, 41, 77), dtype, layout))
     with torch.no_grad():
         leaves["x"].copy_(0.1 * torch.arange(1, 5).reshape(1, 4, 1, 1))
     gate = sr_kernels.channel_gate(**leaves, statistic="contrast", backend="cpu")

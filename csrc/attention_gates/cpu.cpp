@@ -477,34 +477,17 @@ SR_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// Divides the sums in mean_row by the number of channels. larger() may have dropped a NaN, which
-// the sum shows: there the maximum is taken again, so that it is NaN as torch.amax has it.
-// x(c, i): element i of channel c.
-template <typename T, typename Element>
-void finish_statistics(int64_t channels, int64_t columns, T* max_row, T* mean_row,
-                       const Element& x) {
-  Vec<T> checks{};  // stays 0 while all sums are finite
-  T check = 0;
+// mean_row <- its sums, divided.
+template <typename T>
+void divide_by_channels(int64_t channels, int64_t columns, T* mean_row) {
   sweep<T>(columns, [&](int64_t i, auto tag) {
     using V = decltype(tag);
-    const V mean = get<V>(mean_row + i) / T(channels);
-    put(mean_row + i, mean);
-    if constexpr (std::is_same_v<V, T>)
-      check += mean - mean;
-    else
-      checks += mean - mean;
+    put(mean_row + i, get<V>(mean_row + i) / T(channels));
   });
-  if (check + horizontal_sum<T>(checks) == 0) return;
-  for (int64_t i = 0; i < columns; ++i) {
-    if (mean_row[i] == mean_row[i]) continue;
-    T largest = x(0, i);
-    for (int64_t c = 1; c < channels; ++c) largest = maximum(largest, x(c, i));
-    max_row[i] = largest;
-  }
 }
 
 // maximum and mean over the channels of `rows` runs of pixels, x_stride apart in x and map_stride
-// in the maps. NaN passes, as in torch.amax.
+// in the maps. A NaN may be missing from the maximum, never from the mean beside it.
 template <typename T>
 void channel_statistics(StridedRows<T> x, int64_t x_stride, int64_t channels, int64_t rows,
                         int64_t columns, T* max_map, T* mean_map, int64_t map_stride) {
@@ -541,8 +524,7 @@ void channel_statistics(StridedRows<T> x, int64_t x_stride, int64_t channels, in
       });
     }
   for (int64_t r = 0; r < rows; ++r)
-    finish_statistics(channels, columns, max_map + r * map_stride, mean_map + r * map_stride,
-                      [&](int64_t c, int64_t i) { return x[c][r * x_stride + i]; });
+    divide_by_channels(channels, columns, mean_map + r * map_stride);
 }
 
 // The same where the channels of a pixel lie side by side, a vector of them at least: a vector of
@@ -583,8 +565,7 @@ void channel_statistics_by_pixel(const T* x, int64_t pixel_stride, int64_t chann
     std::memcpy(max_row + i, largest, bytes);
     std::memcpy(mean_row + i, sums, bytes);
   }
-  finish_statistics(channels, columns, max_row, mean_row,
-                    [&](int64_t c, int64_t i) { return x[i * pixel_stride + c]; });
+  divide_by_channels(channels, columns, mean_row);
 }
 
 // sum_c grad u, and in how many channels u is the maximum, of one run of pixels. Channels are added
