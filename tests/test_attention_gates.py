@@ -183,7 +183,7 @@ def test_gradient_at_constant_channels_is_that_of_the_mean(layout, dtype):
     """0.1 is not exact in binary, nor is a sum of 0.1s: its deviation must be 0 all the same."""
     leaves = leaves_of(make_inputs("gate_contrast", (1, 4, 41, 77), dtype, layout))
     with torch.no_grad():
-        leaves["x"].copy_(0.1 * torch.arange(1, 5).reshape(1, 4, 1, 1))
+        leaves["x"].copy_(0.1 * torch.arange(1, 5, dtype=dtype).reshape(1, 4, 1, 1))
     gate = sr_kernels.channel_gate(**leaves, statistic="contrast", backend="cpu")
     (actual,) = torch.autograd.grad(gate.sum(), leaves["x"])
     gate = reference.channel_gate(**leaves, statistic="mean")
