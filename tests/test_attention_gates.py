@@ -71,7 +71,21 @@ def test_more_than_one_tile(case, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_spatial_tiles_meet_without_a_seam(layout):
     # Many channels make narrow tiles, down to 320 pixels: four of them here.
-    check("spatial", make_inputs("spatial", (1, 64, 50, 330), layout=layout), gradients=None)
+    check("spatial", make_inputs("spatial", (1, 240, 50, 330), layout=layout), gradients=None)
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bands_of_the_chain_meet_without_a_seam(layout):
+    # Two bands, of 49 and 48 rows, each of which ends in a group of fewer than eight rows.
+    inputs = make_inputs("pixel_spatial", (2, 19, 97, 21), layout=layout, kernel=9)
+    check("pixel_spatial", inputs, gradients=None)
+
+
+@pytest.mark.parametrize("case", ["pixel", "gated_conv"])
+def test_pixels_of_many_channels(case):
+    # More pixels than a block's, and a last one that overlaps; panels of two and of three vectors.
+    check(case, make_inputs(case, (1, 60, 9, 21), layout="channels_last"), gradients=None)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 11, 23])
@@ -110,7 +124,7 @@ def test_expanded_gradient_and_input(case):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @ALL
 def test_nan_and_inf_pass_as_in_the_reference(case, layout, value):
-    inputs = make_inputs(case, (2, 6, 12, 13), layout=layout)
+    inputs = make_inputs(case, (2, 18, 12, 13), layout=layout)  # channels for whole vectors
     inputs["x"][0, 3, 4, 5] = value
     check(case, inputs, gradients=[("x",)])
 
@@ -163,12 +177,13 @@ def test_constant_channels_have_no_deviation(case):
     check(case, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_at_constant_channels_is_that_of_the_mean(layout):
+def test_gradient_at_constant_channels_is_that_of_the_mean(layout, dtype):
     """0.1 is not exact in binary, nor is a sum of 0.1s: its deviation must be 0 all the same."""
-    leaves = leaves_of(make_inputs("gate_contrast", (1, 4, 31, 77), layout=layout))
+    leaves = leaves_of(make_inputs("gate_contrast", (1, 4, 41, 77), dtype, layout))
     with torch.no_grad():
-        leaves["x"].copy_(0.1 * torch.arange(1, 5).reshape(1, 4, 1, 1))
+        leaves["x"].copy_(0.1 * torch.arange(1, 5, dtype=dtype).reshape(1, 4, 1, 1))
     gate = sr_kernels.channel_gate(**leaves, statistic="contrast", backend="cpu")
     (actual,) = torch.autograd.grad(gate.sum(), leaves["x"])
     gate = reference.channel_gate(**leaves, statistic="mean")
@@ -177,10 +192,11 @@ def test_gradient_at_constant_channels_is_that_of_the_mean(layout):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1e3])
-def test_statistics_of_a_large_plane(mean):
+def test_statistics_of_a_large_plane(mean, layout):
     """Deviation 0.01 about a large mean, over as many pixels as a video frame has."""
-    x = make_tensor((1, 2, 540, 960), scale=0.01) + mean
+    x = make_tensor((1, 2, 540, 960), scale=0.01, layout=layout) + mean
     one = torch.eye(2).reshape(2, 2, 1, 1)
     half = torch.full((2,), -mean)
     gate = sr_kernels.channel_gate(

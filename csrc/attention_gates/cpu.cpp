@@ -12,13 +12,19 @@
 // small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
 // (N, C). Products of a tile go strip by strip: a strip's sums are in the first-level cache when
 // exponential, residual and the store to y take them, and the next tile of x is fetched meanwhile.
-// Only spatial_attention's forward has rectangles for tiles, and one pass over x. Backward
-// recomputes what forward did not keep, which is everything but the inputs.
+// Where a pixel's channels lie side by side (channels_last) the products of forward and the spatial
+// gate's statistics run along them instead, a block of pixels at a time, and transpose nothing.
+// The spatial gates' forward goes band by band down the image, eight rows at a time: x comes from
+// memory once, in long runs, and is in a cache still when its gate is known. Backward recomputes
+// what forward did not keep, which is everything but the inputs.
 //
 // Floor, float32, bytes per pixel (x, y and their gradients once each, per pass that must come
 // after the one before it): pixel_attention and spatial_attention 8 C, channel_attention 12 C,
 // pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
-// bound pixel_attention from C = 52 on, and its gate C exponentials. Measured fraction: unmeasured.
+// bound pixel_attention from C = 52 on, and its gate C exponentials. Products and exponentials use
+// the same units, so that their times add: of pixel_attention's, one thread, C = 60, AVX2 (AMD Zen
+// 3), the product takes 65 % of the time contiguous and 71 % channels_last, at a large product's
+// rate. Fractions of the floor: the README's table.
 //
 // Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
 // depends on the number of threads.
@@ -37,11 +43,14 @@ SR_INLINE void zero_tail(T* rows, int64_t channels, int64_t row_stride, int64_t 
     for (int64_t i = columns; i < row_stride; ++i) rows[c * row_stride + i] = T(0);
 }
 
-template <typename T>
-SR_INLINE double wide_sum(Vec<T> v) {
-  double sum = 0;
-  for (int i = 0; i < Simd<T>::width; ++i) sum += static_cast<double>(v[i]);
-  return sum;
+// The sum of the lanes in float64.
+SR_INLINE double wide_sum(Vec<double> v) { return sum_by_halves<double>(v); }
+SR_INLINE double wide_sum(Vec<float> v) {
+  typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+  HalfVec halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  return wide_sum(__builtin_convertvector(halves[0], Vec<double>) +
+                  __builtin_convertvector(halves[1], Vec<double>));
 }
 
 template <typename S>
@@ -69,6 +78,137 @@ template <typename T>
 SR_INLINE void prefetch(const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
     __builtin_prefetch(row + i, 0, 2);
+}
+
+// ------------------------------------------------------------------ products pixel by pixel
+
+// Where the channels of a pixel lie side by side, a vector of them at least, as compute elements:
+// vectors can then run over channels, and no tile needs to be transposed.
+template <typename S>
+bool channels_fill_vectors(const FeatureMap& map, int64_t channels) {
+  using T = typename Compute<S>::type;
+  return std::is_same_v<S, T> && map.stride_c == 1 && channels >= Simd<T>::width;
+}
+
+// A register tile: pixels, vectors of output channels. With 16 registers of 32 bytes three vectors
+// divide the usual numbers of channels (7 or 8 vectors) better than two do.
+constexpr int kPixelVectors = kVectorBytes == 32 ? 3 : kTileVectors;
+constexpr int kPixelRows = kVectorBytes == 32 ? 4 : kTileRows;
+
+// A weight (c_out, c_in) in panels of at most kPixelVectors vectors of output channels, of nearly
+// equal width: element (c, o) of a panel that begins with vector v and is `width` vectors wide is
+// data[v * W * c_in + c * width * W + o]. Zero past c_out.
+template <typename T>
+struct PixelPanels {
+  static constexpr int64_t W = Simd<T>::width;
+  int64_t c_out, c_in, vectors, count;
+  T *data, *bias;  // bias: a whole number of vectors too
+
+  static int64_t bytes(int64_t c_out, int64_t c_in) {
+    return Scratch::bytes_for<T>(padded<T>(c_out) * c_in) + Scratch::bytes_for<T>(padded<T>(c_out));
+  }
+  // Pixels at a time, of which input and sums stay in the first-level cache.
+  static int64_t pixels(int64_t c_out, int64_t c_in) {
+    const int64_t fit =
+        (int64_t{24} << 10) / static_cast<int64_t>(sizeof(T)) / (c_in + padded<T>(c_out));
+    return max64(1, fit / kPixelRows) * kPixelRows;
+  }
+  static int64_t sums_size(int64_t c_out, int64_t c_in) {
+    return pixels(c_out, c_in) * padded<T>(c_out);
+  }
+  PixelPanels(int64_t c_out_, int64_t c_in_, Scratch& scratch)
+      : c_out(c_out_),
+        c_in(c_in_),
+        vectors(padded<T>(c_out_) / W),
+        count(ceil_div(vectors, kPixelVectors)),
+        data(scratch.take<T>(padded<T>(c_out_) * c_in_)),
+        bias(scratch.take<T>(padded<T>(c_out_))) {}
+  int64_t begin(int64_t panel) const { return vectors * panel / count; }
+  // gate (c_in) scales the input's channels, unless it is nullptr.
+  void fill(const T* weight, const T* gate, const T* bias_source) {
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const int64_t o0 = begin(panel) * W, width = begin(panel + 1) * W - o0;
+      T* target = data + o0 * c_in;
+      for (int64_t o = o0; o < min64(o0 + width, c_out); ++o)
+        for (int64_t c = 0; c < c_in; ++c)
+          target[c * width + o - o0] = weight[o * c_in + c] * (gate != nullptr ? gate[c] : T(1));
+    }
+    if (bias_source != nullptr) load_vector<T>(bias_source, c_out, bias);
+  }
+};
+
+template <typename T, int M, int V>
+SR_INLINE void pixel_tile(const T* x, int64_t x_stride, int64_t c_in, const T* panel, const T* bias,
+                          T* sums, int64_t ld) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> acc[M][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = load(bias + j * W);
+  for (int64_t c = 0; c < c_in; ++c, panel += V * W) {
+    Vec<T> row[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      row[j] = load(panel + j * W);
+      keep_in_register(row[j]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> value = broadcast(x[i * x_stride + c]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] += value * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store(sums + i * ld + j * W, acc[i][j]);
+}
+// One panel, at most V vectors wide, for `count` pixels.
+template <typename T, int V>
+void pixel_panel(int64_t width, const T* x, int64_t x_stride, int64_t count, int64_t c_in,
+                 const T* panel, const T* bias, T* sums, int64_t ld) {
+  if constexpr (V > 1) {
+    if (width < V)
+      return pixel_panel<T, V - 1>(width, x, x_stride, count, c_in, panel, bias, sums, ld);
+  }
+  if (count < kPixelRows) {
+    for (int64_t i = 0; i < count; ++i)
+      pixel_tile<T, 1, V>(x + i * x_stride, x_stride, c_in, panel, bias, sums + i * ld, ld);
+    return;
+  }
+  for (int64_t first = 0; first < count; first += kPixelRows) {
+    const int64_t i = min64(first, count - kPixelRows);  // the last tile overlaps the one before it
+    pixel_tile<T, kPixelRows, V>(x + i * x_stride, x_stride, c_in, panel, bias, sums + i * ld, ld);
+  }
+}
+// end(i, sums of pixel i) for `count` pixels, x_stride apart: sums[o] = bias[o] + sum_c W[o, c]
+// x[c]. sums: room for sums_size() elements.
+template <typename T, typename End>
+void product_by_pixel(const PixelPanels<T>& panels, const T* x, int64_t x_stride, int64_t count,
+                      T* sums, const End& end) {
+  const int64_t ld = panels.vectors * panels.W, block = panels.pixels(panels.c_out, panels.c_in);
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t pixels = min64(block, count - first);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t v = panels.begin(panel), o = v * panels.W;
+      pixel_panel<T, kPixelVectors>(panels.begin(panel + 1) - v, x + first * x_stride, x_stride,
+                                    pixels, panels.c_in, panels.data + o * panels.c_in,
+                                    panels.bias + o, sums + o, ld);
+    }
+    for (int64_t i = 0; i < pixels; ++i) end(first + i, static_cast<const T*>(sums + i * ld));
+  }
+}
+
+// Calls function(i) for the vectors that cover [0, count), a vector at least: the last may overlap
+// the one before it.
+template <typename T, typename Function>
+SR_INLINE void for_each_vector(int64_t count, const Function& function) {
+  constexpr int64_t W = Simd<T>::width;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) function(i);
+  if (i < count) function(count - W);
 }
 
 // ------------------------------------------------------------------ pixel gate
@@ -140,53 +280,112 @@ struct PixelGate {
   }
 };
 
-// y <- x * sigmoid(W x + b) for all tiles of one row; then(tile, rows of y) after each.
-template <typename S, typename Then>
-void for_each_gated_tile(const PixelGate<typename Compute<S>::type>& pixel, const FeatureMap& x_map,
-                         const FeatureMap& y_map, const PixelRows& image, int64_t batch,
-                         ParallelFor parallel, const Then& then) {
+// y <- x * sigmoid(W x + b), run of pixels by run of pixels.
+template <typename S>
+class GatedRuns {
+ public:
   using T = typename Compute<S>::type;
-  const int64_t channels = pixel.channels, strip_size = channels * kStrip;
-  const Tiling tiling(batch, image.height, image.width, 1, run_length<T>(channels));
-  const int64_t stride = spread_stride<T>(tiling.columns);
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(channels * stride) + Scratch::bytes_for<T>(strip_size));
-    T* x = scratch.take<T>(channels * stride);
-    T* strip = scratch.take<T>(strip_size);
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
-      const Tile next = tiling[min64(index + 1, end - 1)];
-      StridedRows<T> ahead = rows_in_place<S>(x_map, next), y = rows_in_place<S>(y_map, t);
-      if (next.columns < t.columns) ahead.data = nullptr;
-      load_tile<S>(x_map, t.n, 0, channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
-                   stride, stride);
-      const bool direct = y.data != nullptr;
-      if (!direct) y = {x, stride};
-      pixel.forward(x, stride, t.columns, strip, const_cast<T*>(y.data), y.ld, ahead);
-      if (!direct)
-        store_tile<S>(x, stride, stride, y_map, t.n, 0, channels, t.h, 1, t.w, t.columns,
-                      image.height, image.width);
-      then(t, y);
+
+  // weight (C, C) and bias (C), or nullptr, as the caller has them. image: as x and y see it.
+  GatedRuns(const FeatureMap& x, const FeatureMap& y, const PixelRows& image, int64_t channels,
+            const void* weight, const void* bias)
+      : x_(x),
+        y_(y),
+        image_(image),
+        channels_(channels),
+        by_pixel_(channels_fill_vectors<S>(x, channels) && channels_fill_vectors<S>(y, channels)),
+        shared_(bytes(channels)),
+        panels_(channels, channels, shared_) {
+    if (by_pixel_) {
+      panels_.fill(static_cast<const T*>(weight), nullptr, static_cast<const T*>(bias));
+      return;
     }
-  });
-}
+    gate_.channels = channels;
+    gate_.weight = pack_tiles(static_cast<const S*>(weight), channels, 1, channels, channels,
+                              shared_.take<T>(packed_size(channels, channels)));
+    gate_.bias = load_vector<S>(bias, channels, shared_.take<T>(channels));
+  }
+  bool by_pixel() const { return by_pixel_; }
+
+  // What a thread needs, for runs of at most `columns` pixels.
+  class Worker {
+   public:
+    Worker(const GatedRuns& runs, int64_t columns)
+        : runs_(runs),
+          stride_(spread_stride<T>(columns)),
+          scratch_(Scratch::bytes_for<T>(runs.channels_ * stride_) +
+                   Scratch::bytes_for<T>(strip_size(runs.channels_))),
+          x_(scratch_.take<T>(runs.channels_ * stride_)),
+          strip_(scratch_.take<T>(strip_size(runs.channels_))) {}
+
+    // Gates run t. next: the run to fetch meanwhile. Returns y's rows, unless by_pixel().
+    StridedRows<T> gate(const Tile& t, const Tile& next) const {
+      const FeatureMap &x = runs_.x_, &y = runs_.y_;
+      const int64_t channels = runs_.channels_;
+      if (runs_.by_pixel_) {
+        const T* x_run = at<const T>(x, t.n, 0, t.h, t.w);
+        T* y_run = at<T>(y, t.n, 0, t.h, t.w);
+        product_by_pixel(runs_.panels_, x_run, x.stride_w, t.columns, strip_,
+                         [&](int64_t i, const T* sums) {
+                           const T* pixel = x_run + i * x.stride_w;
+                           T* target = y_run + i * y.stride_w;
+                           for_each_vector<T>(channels, [&](int64_t c) {
+                             store<T>(target + c, times_sigmoid(load(pixel + c), load(sums + c)));
+                           });
+                         });
+        return {nullptr, 0};
+      }
+      StridedRows<T> ahead = rows_in_place<S>(x, next), rows = rows_in_place<S>(y, t);
+      if (next.columns < t.columns) ahead.data = nullptr;
+      const int64_t height = runs_.image_.height, width = runs_.image_.width;
+      load_tile<S>(x, t.n, 0, channels, t.h, 1, t.w, t.columns, height, width, x_, stride_,
+                   stride_);
+      const bool direct = rows.data != nullptr;
+      if (!direct) rows = {x_, stride_};
+      runs_.gate_.forward(x_, stride_, t.columns, strip_, const_cast<T*>(rows.data), rows.ld,
+                          ahead);
+      if (!direct)
+        store_tile<S>(x_, stride_, stride_, y, t.n, 0, channels, t.h, 1, t.w, t.columns, height,
+                      width);
+      return rows;
+    }
+
+   private:
+    static int64_t strip_size(int64_t channels) {
+      return max64(channels * kStrip, PixelPanels<T>::sums_size(channels, channels));
+    }
+    const GatedRuns& runs_;
+    int64_t stride_;
+    Scratch scratch_;
+    T *x_, *strip_;
+  };
+
+ private:
+  static int64_t bytes(int64_t channels) {
+    return PixelPanels<T>::bytes(channels, channels) +
+           Scratch::bytes_for<T>(packed_size(channels, channels)) + Scratch::bytes_for<T>(channels);
+  }
+  const FeatureMap &x_, &y_;
+  const PixelRows& image_;
+  int64_t channels_;
+  bool by_pixel_;
+  Scratch shared_;
+  PixelPanels<T> panels_;
+  PixelGate<T> gate_{};
+};
 
 template <typename S>
 void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   PixelAttentionParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
-
-  Scratch shared(Scratch::bytes_for<T>(packed_size(p.channels, p.channels)) +
-                 Scratch::bytes_for<T>(p.channels));
-  PixelGate<T> pixel{};
-  pixel.channels = p.channels;
-  pixel.weight = pack_tiles(static_cast<const S*>(p.weight), p.channels, 1, p.channels, p.channels,
-                            shared.take<T>(packed_size(p.channels, p.channels)));
-  pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
-
-  for_each_gated_tile<S>(pixel, p.x, p.y, image, p.batch, parallel,
-                         [](const Tile&, StridedRows<T>) {});
+  const GatedRuns<S> runs(p.x, p.y, image, p.channels, p.weight, p.bias);
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    const typename GatedRuns<S>::Worker worker(runs, tiling.columns);
+    for (int64_t index = begin; index < end; ++index)
+      worker.gate(tiling[index], tiling[min64(index + 1, end - 1)]);
+  });
 }
 
 template <typename S>
@@ -272,40 +471,101 @@ struct Planes {
   FeatureMap map() const { return {data, count * height * width, height * width, width, 1}; }
 };
 
-// maximum and mean over the channels of one run of pixels. NaN passes, as in torch.amax.
+// One instruction, where maximum() is four. If one of the two is a NaN it is b.
+template <typename V>
+SR_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// mean_row <- its sums, divided.
 template <typename T>
-void channel_statistics(StridedRows<T> x, int64_t channels, int64_t columns, T* max_row,
-                        T* mean_row) {
-  sweep<T>(columns, [&](int64_t i, auto tag) {
-    using V = decltype(tag);
-    const V v = get<V>(x[0] + i);
-    put(max_row + i, v);
-    put(mean_row + i, v);
-  });
-  int64_t c = 1;
-  for (; c + 4 <= channels; c += 4) {
-    const T *x0 = x[c], *x1 = x[c + 1], *x2 = x[c + 2], *x3 = x[c + 3];
-    sweep<T>(columns, [&](int64_t i, auto tag) {
-      using V = decltype(tag);
-      const V v0 = get<V>(x0 + i), v1 = get<V>(x1 + i), v2 = get<V>(x2 + i), v3 = get<V>(x3 + i);
-      const V largest = maximum(maximum(v0, v1), maximum(v2, v3));
-      put(max_row + i, maximum(get<V>(max_row + i), largest));
-      put(mean_row + i, get<V>(mean_row + i) + ((v0 + v1) + (v2 + v3)));
-    });
-  }
-  for (; c < channels; ++c) {
-    const T* row = x[c];
-    sweep<T>(columns, [&](int64_t i, auto tag) {
-      using V = decltype(tag);
-      const V v = get<V>(row + i);
-      put(max_row + i, maximum(get<V>(max_row + i), v));
-      put(mean_row + i, get<V>(mean_row + i) + v);
-    });
-  }
+void divide_by_channels(int64_t channels, int64_t columns, T* mean_row) {
   sweep<T>(columns, [&](int64_t i, auto tag) {
     using V = decltype(tag);
     put(mean_row + i, get<V>(mean_row + i) / T(channels));
   });
+}
+
+// maximum and mean over the channels of `rows` runs of pixels, x_stride apart in x and map_stride
+// in the maps. A NaN may be missing from the maximum, never from the mean beside it.
+template <typename T>
+void channel_statistics(StridedRows<T> x, int64_t x_stride, int64_t channels, int64_t rows,
+                        int64_t columns, T* max_map, T* mean_map, int64_t map_stride) {
+  constexpr int64_t kAtOnce = 8;
+  int64_t c = 0;
+  for (; c + kAtOnce <= channels; c += kAtOnce)
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *x0 = x[c] + r * x_stride, *x4 = x[c + 4] + r * x_stride;
+      T *max_row = max_map + r * map_stride, *mean_row = mean_map + r * map_stride;
+      sweep<T>(columns, [&](int64_t i, auto tag) {
+        using V = decltype(tag);
+        V largest = get<V>(c == 0 ? x0 + i : max_row + i);
+        V sum = c == 0 ? V{} : get<V>(mean_row + i);
+#pragma GCC unroll 2
+        for (const T* row : {x0 + i, x4 + i}) {
+          const V v0 = get<V>(row), v1 = get<V>(row + x.ld);
+          const V v2 = get<V>(row + 2 * x.ld), v3 = get<V>(row + 3 * x.ld);
+          largest = larger(largest, larger(larger(v0, v1), larger(v2, v3)));
+          sum += (v0 + v1) + (v2 + v3);
+        }
+        put(max_row + i, largest);
+        put(mean_row + i, sum);
+      });
+    }
+  for (; c < channels; ++c)
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = x[c] + r * x_stride;
+      T *max_row = max_map + r * map_stride, *mean_row = mean_map + r * map_stride;
+      sweep<T>(columns, [&](int64_t i, auto tag) {
+        using V = decltype(tag);
+        const V v = get<V>(row + i);
+        put(max_row + i, c == 0 ? v : larger(get<V>(max_row + i), v));
+        put(mean_row + i, c == 0 ? v : get<V>(mean_row + i) + v);
+      });
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    divide_by_channels(channels, columns, mean_map + r * map_stride);
+}
+
+// The same where the channels of a pixel lie side by side, a vector of them at least: a vector of
+// pixels has its partial results transposed, instead of its channels.
+template <typename T>
+void channel_statistics_by_pixel(const T* x, int64_t pixel_stride, int64_t channels,
+                                 int64_t columns, T* max_row, T* mean_row) {
+  constexpr int W = Simd<T>::width;
+  decltype(Vec<T>{} < Vec<T>{}) unseen;  // the lanes of the last vector that none before it had
+  for (int k = 0; k < W; ++k) unseen[k] = k >= W - channels % W ? -1 : 0;
+  for (int64_t i = 0; i < columns; i += W) {
+    Vec<T> largest[W], sums[W];
+    for (int k = 0; k < W; ++k) {
+      const T* pixel = x + min64(i + k, columns - 1) * pixel_stride;
+      Vec<T> top = load(pixel), sum = top;
+      int64_t c = W;
+      for (; c + W <= channels; c += W) {
+        const Vec<T> v = load(pixel + c);
+        top = larger(top, v);
+        sum += v;
+      }
+      if (c < channels) {
+        const Vec<T> v = load(pixel + channels - W);
+        top = larger(top, v);
+        sum += unseen ? v : Vec<T>{};
+      }
+      largest[k] = top;
+      sums[k] = sum;
+    }
+    transpose<T>(largest);
+    transpose<T>(sums);
+    for (int step = W / 2; step > 0; step /= 2)
+      for (int k = 0; k < step; ++k) {
+        largest[k] = larger(largest[k], largest[k + step]);
+        sums[k] += sums[k + step];
+      }
+    const size_t bytes = static_cast<size_t>(min64(W, columns - i)) * sizeof(T);
+    std::memcpy(max_row + i, largest, bytes);
+    std::memcpy(mean_row + i, sums, bytes);
+  }
+  divide_by_channels(channels, columns, mean_row);
 }
 
 // sum_c grad u, and in how many channels u is the maximum, of one run of pixels. Channels are added
@@ -423,23 +683,54 @@ struct SpatialWeights {
   }
 };
 
-// y = x * gate for one run of pixels, one gate value a pixel; x may be y.
+// gate <- sigmoid(conv([maximum, mean]) + b) of one row. statistics: the first row that it sees.
+template <typename T, typename Weights>
+void evaluate_gate_row(const T* statistics, int64_t plane_stride, int64_t stride,
+                       const Weights& weights, int64_t kernel, T* gate, int64_t columns) {
+  convolve_row(statistics, plane_stride, stride, 2, weights.weight, kernel, weights.bias, gate,
+               columns);
+  for (int64_t i = 0; i < columns; i += Simd<T>::width) store<T>(gate + i, sigmoid(load(gate + i)));
+}
+
+// y = x * gate for a rectangle of pixels, one gate value a pixel, gate_stride a row; x may be y.
 template <typename S>
-void multiply_run(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64_t channels,
-                  const typename Compute<S>::type* gate) {
+void multiply_rows(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64_t channels,
+                   const typename Compute<S>::type* gates, int64_t gate_stride) {
   using T = typename Compute<S>::type;
   if (x.stride_c == 1 && y.stride_c == 1 && channels > 1) {
-    for (int64_t i = 0; i < t.columns; ++i) {
-      const S* source = at<S>(x, t.n, 0, t.h, t.w + i);
-      S* target = at<S>(y, t.n, 0, t.h, t.w + i);
-      const T g = gate[i];
-      for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
-    }
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t i = 0; i < t.columns; ++i) {
+        const S* source = at<S>(x, t.n, 0, t.h + r, t.w + i);
+        S* target = at<S>(y, t.n, 0, t.h + r, t.w + i);
+        const T g = gates[r * gate_stride + i];
+        if constexpr (std::is_same_v<S, T>) {
+          constexpr int W = Simd<T>::width;
+          if (channels >= W) {  // the last vector overlaps, and is read before what it overlaps is
+            const Vec<T> last = load(source + channels - W) * g;  // written, lest x is y
+            for (int64_t c = 0; c + W <= channels; c += W)
+              store<T>(target + c, load(source + c) * g);
+            store<T>(target + channels - W, last);
+            continue;
+          }
+        }
+        for (int64_t c = 0; c < channels; ++c) from_compute(to_compute(source[c]) * g, target + c);
+      }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const S* source = at<S>(x, t.n, c, t.h, t.w);
-    S* target = at<S>(y, t.n, c, t.h, t.w);
+  for (int64_t index = 0; index < channels * t.rows; ++index) {
+    const int64_t c = index / t.rows, r = index % t.rows;
+    const S* source = at<S>(x, t.n, c, t.h + r, t.w);
+    S* target = at<S>(y, t.n, c, t.h + r, t.w);
+    const T* gate = gates + r * gate_stride;
+    if constexpr (std::is_same_v<S, T>) {
+      if (x.stride_w == 1 && y.stride_w == 1) {
+        sweep<T>(t.columns, [&](int64_t i, auto tag) {
+          using V = decltype(tag);
+          put(target + i, get<V>(source + i) * get<V>(gate + i));
+        });
+        continue;
+      }
+    }
     if (x.stride_w == 1 && y.stride_w == 1)
       for (int64_t i = 0; i < t.columns; ++i)
         from_compute(to_compute(source[i]) * gate[i], target + i);
@@ -449,73 +740,155 @@ void multiply_run(const FeatureMap& x, const FeatureMap& y, const Tile& t, int64
   }
 }
 
-// u = x * sigmoid(W_p x + b_p) passes through y, since the convolution needs its neighbours.
+// Rows of a band, over which a spatial gate's passes run together.
+inline int64_t band_rows(int64_t height, int64_t reach) {
+  return ceil_div(height, ceil_div(height, max64(48, 16 * reach)));
+}
+
+// Rows that a pass takes at a time: short runs of so many channels are read and written at half of
+// the speed of long ones.
+constexpr int64_t kRowsAtATime = 8;
+
+// u = x * sigmoid(W_p x + b_p) passes through y, since the convolution needs its neighbours. A
+// band's passes run down its rows together: u is multiplied where a cache still holds it. Rows
+// whose neighbours lie in other bands come last.
 template <typename S>
 void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   SpatialAttentionParams p = params;
   const Planes<T> planes{static_cast<T*>(p.workspace), p.kForwardPlanes, p.height, p.width};
   const PixelRows image(p.height, p.width, {&p.x, &p.y});
-  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const GatedRuns<S> runs(p.x, p.y, image, p.channels, p.pixel_weight, p.pixel_bias);
+  p.pixel_weight = nullptr;  // from here on it is the spatial gate alone
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
-  for_each_gated_tile<S>(
-      weights.pixel, p.x, p.y, image, p.batch, parallel, [&](const Tile& t, StridedRows<T> u) {
-        const int64_t first = t.h * image.width + t.w;
-        channel_statistics(u, p.channels, t.columns, planes.row(t.n, kMaximum, first),
-                           planes.row(t.n, kMean, first));
-      });
-  evaluate_spatial_gate(planes, p.batch, weights.weight, weights.bias, p.kernel, parallel);
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+  const int64_t reach = p.kernel / 2, columns = padded<T>(p.width);
+  const int64_t stride = padded<T>(columns + 2 * reach);
+  const int64_t plane_stride = (kRowsAtATime + 2 * reach) * stride;
+  const int64_t gate_bytes =
+      Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(kRowsAtATime * columns);
+  // y <- u * gate in `count` rows of image n from h on. statistics, gate: of gate_bytes.
+  const auto finish_rows = [&](int64_t n, int64_t h, int64_t count, T* statistics, T* gate) {
+    load_tile<T>(planes.map(), n, kMaximum, 2, h - reach, count + 2 * reach, -reach,
+                 p.width + 2 * reach, p.height, p.width, statistics, plane_stride, stride);
+    for (int64_t k = 0; k < count; ++k)
+      evaluate_gate_row(statistics + k * stride, plane_stride, stride, weights, p.kernel,
+                        gate + k * columns, p.width);
+    multiply_rows<S>(params.y, params.y, {n, h, 0, count, p.width}, p.channels, gate, columns);
+  };
+
+  const Tiling bands(p.batch, p.height, 1, band_rows(p.height, reach), 1);
+  const int64_t run_columns = run_length<T>(p.channels);
+  parallel_for(parallel, bands.count(), [&](int64_t begin, int64_t end) {
+    const typename GatedRuns<S>::Worker worker(runs, run_columns);
+    Scratch scratch(gate_bytes);
+    T* statistics = scratch.take<T>(2 * plane_stride);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
     for (int64_t index = begin; index < end; ++index) {
-      const Tile t = tiling[index];
-      multiply_run<S>(p.y, p.y, t, p.channels, planes.row(t.n, kGate, t.h * image.width + t.w));
+      const Tile band = bands[index];
+      const int64_t band_end = band.h + band.rows;
+      // The band as image sees it: some of its rows, or a piece of its only one.
+      const bool flat = image.height != p.height;
+      const Tiling tiling(1, flat ? 1 : band.rows, flat ? band.rows * p.width : p.width, 1,
+                          run_columns);
+      const auto run = [&](int64_t i) {
+        Tile t = tiling[i];
+        t.n = band.n;
+        (flat ? t.w : t.h) += flat ? band.h * p.width : band.h;
+        return t;
+      };
+      int64_t ready = band.h == 0 ? 0 : band.h + reach;  // the next row to finish
+      const int64_t last = band_end == p.height ? p.height : band_end - reach;
+      for (int64_t i = 0; i < tiling.count(); ++i) {
+        const Tile t = run(i);
+        const StridedRows<T> u = worker.gate(t, run(min64(i + 1, tiling.count() - 1)));
+        const int64_t first = t.h * image.width + t.w;
+        T *max_row = planes.row(t.n, kMaximum, first), *mean_row = planes.row(t.n, kMean, first);
+        if (runs.by_pixel())
+          channel_statistics_by_pixel(at<const T>(p.y, t.n, 0, t.h, t.w), p.y.stride_w, p.channels,
+                                      t.columns, max_row, mean_row);
+        else
+          channel_statistics(u, 0, p.channels, 1, t.columns, max_row, mean_row, 0);
+        const int64_t rows_known = (first + t.columns) / p.width;
+        const int64_t limit = min64(last, rows_known == p.height ? p.height : rows_known - reach);
+        while (ready + kRowsAtATime <= limit || (ready < limit && limit == last)) {
+          const int64_t count = min64(kRowsAtATime, limit - ready);
+          finish_rows(band.n, ready, count, statistics, gate);
+          ready += count;
+        }
+      }
+    }
+  });
+
+  // The rows on both sides of where two bands meet.
+  const int64_t seams = bands.tiles_h - 1;
+  parallel_for(parallel, p.batch * seams * 2 * reach, [&](int64_t begin, int64_t end) {
+    Scratch scratch(gate_bytes);
+    T* statistics = scratch.take<T>(2 * plane_stride);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t seam = index / (2 * reach);
+      const int64_t h = (seam % seams + 1) * bands.rows - reach + index % (2 * reach);
+      if (h < p.height) finish_rows(seam / seams, h, 1, statistics, gate);
     }
   });
 }
 
 // A tile's statistics, convolution and product run down its rows together: x comes from memory once
-// and is multiplied where the second-level cache still holds it. Statistics around a tile are taken
-// by its neighbours too.
+// and is multiplied where a cache still holds it. Statistics around a tile are taken by its
+// neighbours too.
 template <typename S>
 void spatial_forward(const SpatialAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   if (p.pixel_weight != nullptr) return pixel_spatial_forward<S>(p, parallel);
-  constexpr int64_t kRows = 48, kHeld = (int64_t{320} << 10) / static_cast<int64_t>(sizeof(T));
-  const int64_t reach = p.kernel / 2, most_rows = max64(kRows, 16 * reach);
-  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, ceil_div(p.height, most_rows)),
-                      max64(max64(320, 16 * reach), kHeld / ((reach + 1) * p.channels)));
+  const int64_t reach = p.kernel / 2;
+  const int64_t held = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(T));  // rows of x in cache
+  const Tiling tiling(
+      p.batch, p.height, p.width, band_rows(p.height, reach),
+      max64(max64(320, 16 * reach), held / ((kRowsAtATime + 2 * reach) * p.channels)));
   const int64_t columns = padded<T>(tiling.columns), stride = padded<T>(columns + 2 * reach);
   const int64_t plane_stride = (tiling.rows + 2 * reach) * stride;
   const int64_t x_stride = spread_stride<T>(tiling.columns + 2 * reach);
+  const bool by_pixel = channels_fill_vectors<S>(p.x, p.channels);
+  const bool in_place = !by_pixel && rows_in_place<S>(p.x, {0, 0, 0, 1, 1}).data != nullptr;
   Scratch shared(SpatialWeights<S>::bytes(p));
   const SpatialWeights<S> weights(p, shared);
 
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) + Scratch::bytes_for<T>(columns) +
+    Scratch scratch(Scratch::bytes_for<T>(2 * plane_stride) +
+                    Scratch::bytes_for<T>(kRowsAtATime * columns) +
                     Scratch::bytes_for<T>(p.channels * x_stride));
     T* statistics = scratch.take<T>(2 * plane_stride);  // maximum, mean
-    T* gate = scratch.take<T>(columns);
+    T* gate = scratch.take<T>(kRowsAtATime * columns);
     T* x = scratch.take<T>(p.channels * x_stride);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
       const int64_t w0 = max64(0, t.w - reach), w1 = min64(p.width, t.w + t.columns + reach);
+      const int64_t top = t.h - reach, rows = t.rows + 2 * reach;  // of the statistics
       std::memset(statistics, 0, static_cast<size_t>(2 * plane_stride) * sizeof(T));
-      for (int64_t r = 0; r < t.rows + 2 * reach; ++r) {
-        const int64_t h = t.h - reach + r;
-        if (h >= 0 && h < p.height) {
-          T* largest = statistics + r * stride + w0 - (t.w - reach);
+      for (int64_t r = 0; r < rows; r += kRowsAtATime) {
+        const int64_t h0 = max64(0, top + r),
+                      h1 = min64(p.height, top + min64(r + kRowsAtATime, rows));
+        for (int64_t h = h0; h < h1; h += in_place ? h1 - h0 : 1) {
+          T* max_map = statistics + (h - top) * stride + w0 - (t.w - reach);
+          T* mean_map = max_map + plane_stride;
           const Tile seen{t.n, h, w0, 1, w1 - w0};
-          channel_statistics(view_run<S>(p.x, seen, p.channels, p.height, p.width, x, x_stride),
-                             p.channels, seen.columns, largest, largest + plane_stride);
+          if (by_pixel)
+            channel_statistics_by_pixel(at<const T>(p.x, t.n, 0, h, w0), p.x.stride_w, p.channels,
+                                        seen.columns, max_map, mean_map);
+          else
+            channel_statistics(view_run<S>(p.x, seen, p.channels, p.height, p.width, x, x_stride),
+                               p.x.stride_h, p.channels, in_place ? h1 - h0 : 1, seen.columns,
+                               max_map, mean_map, stride);
         }
-        if (r < 2 * reach) continue;
-        convolve_row(statistics + (r - 2 * reach) * stride, plane_stride, stride, 2, weights.weight,
-                     p.kernel, weights.bias, gate, t.columns);
-        for (int64_t i = 0; i < t.columns; i += Simd<T>::width)
-          store<T>(gate + i, sigmoid(load(gate + i)));
-        multiply_run<S>(p.x, p.y, {t.n, h - reach, t.w, 1, t.columns}, p.channels, gate);
+        const int64_t first = max64(0, r - 2 * reach);
+        const int64_t count = min64(r + kRowsAtATime, rows) - 2 * reach - first;
+        for (int64_t k = 0; k < count; ++k)
+          evaluate_gate_row(statistics + (first + k) * stride, plane_stride, stride, weights,
+                            p.kernel, gate + k * columns, t.columns);
+        multiply_rows<S>(p.x, p.y, {t.n, t.h + first, t.w, count, t.columns}, p.channels, gate,
+                         columns);
       }
     }
   });
@@ -568,7 +941,8 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
       T* max_row = planes.row(t.n, kMaximum, first);
       T* gate_gradient = planes.row(t.n, kGateGradient, first);
       T* ties = planes.row(t.n, kTies, first);
-      channel_statistics(rows, p.channels, t.columns, max_row, planes.row(t.n, kMean, first));
+      channel_statistics(rows, 0, p.channels, 1, t.columns, max_row, planes.row(t.n, kMean, first),
+                         0);
       gate_gradient_and_ties(rows, grad, p.channels, t.columns, max_row, gate_gradient, ties);
     }
   });
@@ -607,7 +981,7 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
             for (int64_t i = t.columns; i < map_columns; ++i) da_row[i] = T(0);
             Vec<T> sum{};
             for (int64_t i = 0; i < map_columns; i += Simd<T>::width) sum += load(da_row + i);
-            dw_sum[2 * taps] += wide_sum<T>(sum);
+            dw_sum[2 * taps] += wide_sum(sum);
           }
           if (!want_dw) continue;
           load_tile<T>(planes.map(), t.n, kMaximum, 2, t.h - reach, t.rows + 2 * reach, t.w - reach,
@@ -620,7 +994,7 @@ void spatial_backward(const SpatialAttentionBackwardParams& params, ParallelFor 
             for (int64_t r = 0; r < t.rows; ++r)
               for (int64_t i = 0; i < map_columns; i += Simd<T>::width)
                 sum += load(da + r * map_columns + i) * load(source + r * map_stride + i);
-            dw_sum[tap] += wide_sum<T>(sum);
+            dw_sum[tap] += wide_sum(sum);
           }
         }
       }
@@ -753,7 +1127,7 @@ ShiftedSums shifted_sums(const T* x, const T* grad, int64_t count, T pivot) {
       if (kSquares) squares[j] += d * d;
       if (kDot) dots[j] += v * load(grad + i + j * W);
     }
-  const auto total = [](const Vec<T>(&v)[4]) { return wide_sum<T>((v[0] + v[1]) + (v[2] + v[3])); };
+  const auto total = [](const Vec<T>(&v)[4]) { return wide_sum((v[0] + v[1]) + (v[2] + v[3])); };
   ShiftedSums s{total(rests), total(squares), total(dots)};
   for (int64_t i = whole; i < count; ++i) {
     const double v = static_cast<double>(x[i]), d = v - static_cast<double>(pivot);
@@ -764,37 +1138,48 @@ ShiftedSums shifted_sums(const T* x, const T* grad, int64_t count, T pivot) {
   return s;
 }
 
-// Four vectors' mean, spread over a run: near enough to the run's own that one pass will do for its
-// deviations. 0 if that is not finite, so that sums are what they are without a pivot.
+// A pivot for deviations: 0 for what is not finite, so that sums are what they are without one.
 template <typename T>
-T sampled_mean(const T* x, int64_t count) {
+T finite_pivot(double mean) {
+  const T pivot = static_cast<T>(mean);
+  return pivot - pivot == 0 ? pivot : T(0);
+}
+// Four vectors' mean, spread over a run: near enough to the run's own that one pass will do for its
+// deviations. Pixels of the run made it, so that even where it is far off, what cancels is less
+// than a factor of count / 4 W: five or six bits of float32. Of equal pixels it is their value to
+// the last bit: sums of 2^k of them are exact.
+template <typename T>
+T sampled_pivot(const T* x, int64_t count) {
   constexpr int W = Simd<T>::width;
-  if (count < 4 * W) return x[0] - x[0] == 0 ? x[0] : T(0);
-  double sum = 0;
-  for (int64_t i = 0; i < 4; ++i) sum += wide_sum<T>(load(x + i * (count - W) / 3));
-  const T mean = static_cast<T>(sum / (4 * W));
-  return mean - mean == 0 ? mean : T(0);
+  if (count < 4 * W) return finite_pivot<T>(static_cast<double>(x[0]));
+  double sums[4];
+  for (int64_t i = 0; i < 4; ++i) sums[i] = wide_sum(load(x + i * (count - W) / 3));
+  return finite_pivot<T>(((sums[0] + sums[1]) + (sums[2] + sums[3])) / (4 * W));
 }
 
-// Deviations are taken from a pivot near the run's mean. Pixels of the run made it, so that even
-// where it is far off, what cancels is less than a factor of count / 4 W: five or six bits of
-// float32.
+// Whether a run's pixels are all the channel's first one: deviations from it are then all 0.
 template <typename T>
-Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast) {
+bool is_constant(double rest, double squares, T pivot, T first) {
+  return rest == 0 && squares == 0 && pivot == first;
+}
+
+// pivot: near the run's mean, for deviations; equal to the run's pixels where these are all equal.
+// Becomes the run's mean, which may serve the channel's next run: however far apart the two runs
+// lie, that distance is part of the channel's deviation too, and little cancels.
+template <typename T>
+Moments run_moments(const T* x, const T* grad, int64_t count, T first, bool contrast, T* pivot) {
   const double n = static_cast<double>(count);
   if (!contrast) {
     const ShiftedSums s = grad == nullptr ? shifted_sums<false, false>(x, grad, count, T(0))
                                           : shifted_sums<false, true>(x, grad, count, T(0));
     return {n, s.rest, 0, s.dot, true};
   }
-  const T pivot = sampled_mean(x, count);
-  const ShiftedSums s = grad == nullptr ? shifted_sums<true, false>(x, grad, count, pivot)
-                                        : shifted_sums<true, true>(x, grad, count, pivot);
-  // A row of equal numbers is itself one further on.
-  const bool constant =
-      x[0] == first && std::memcmp(x, x + 1, static_cast<size_t>(count - 1) * sizeof(T)) == 0;
-  return {n, n * static_cast<double>(pivot) + s.rest, s.squares - s.rest * s.rest / n, s.dot,
-          constant};
+  const T near = *pivot;
+  const ShiftedSums s = grad == nullptr ? shifted_sums<true, false>(x, grad, count, near)
+                                        : shifted_sums<true, true>(x, grad, count, near);
+  *pivot = finite_pivot<T>(static_cast<double>(near) + s.rest / n);
+  return {n, n * static_cast<double>(near) + s.rest, s.squares - s.rest * s.rest / n, s.dot,
+          is_constant(s.rest, s.squares, near, first)};
 }
 
 // The statistic of one channel of one image.
@@ -838,75 +1223,96 @@ SR_INLINE void sweep_tables(int64_t elements, int64_t size, const Function& func
     sweep<T>(min64(size, elements - begin),
              [&](int64_t i, auto tag) { function(begin + i, i, tag); });
 }
-// The sum of a table's entries for channel c, in float64.
+// sums (C) <- the sums of a table's entries for each channel.
 template <typename T>
-double table_sum(const T* table, int64_t channels, int64_t c) {
-  double sum = 0;
-  for (int64_t i = c; i < table_size<T>(channels); i += channels)
-    sum += static_cast<double>(table[i]);
-  return sum;
+void add_up_table(const T* table, int64_t channels, double* sums) {
+  for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
+  for (int64_t k = 0; k < Simd<T>::width; ++k)
+    for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(table[k * channels + c]);
 }
 
-// run_moments for all channels of `count` pixels that lie one after the other. first: a table of
-// the channels' first pixels. tables: kMomentTables more.
-constexpr int64_t kMomentTables = 6;
-template <typename T>
-void pixel_moments(const T* x, const T* grad, int64_t count, int64_t channels, const T* first,
-                   bool contrast, T* tables, Moments* moments) {
-  const int64_t size = table_size<T>(channels), elements = count * channels;
-  T *sums = tables, *dots = sums + size, *means = dots + size, *rests = means + size;
-  T *squares = rests + size, *differing = squares + size;
-  for (int64_t i = 0; i < kMomentTables * size; ++i) tables[i] = T(0);
-
+// shifted_sums() for tables: adds to those of rests, squares and dots. A pivot a channel.
+template <bool kSquares, bool kDot, typename T>
+void add_shifted_pixels(const T* x, const T* grad, int64_t elements, int64_t size, const T* pivots,
+                        T* rests, T* squares, T* dots) {
   // Four tables of pixels at a time: sums stay in registers for longer.
   int64_t begin = 0;
-  for (; begin + 4 * size <= elements; begin += 4 * size) {
-    const T *x0 = x + begin, *x1 = x0 + size, *x2 = x1 + size, *x3 = x2 + size;
-    for (int64_t i = 0; i < size; i += Simd<T>::width)
-      store<T>(sums + i,
-               load(sums + i) + ((load(x0 + i) + load(x1 + i)) + (load(x2 + i) + load(x3 + i))));
-    if (grad == nullptr) continue;
-    const T *g0 = grad + begin, *g1 = g0 + size, *g2 = g1 + size, *g3 = g2 + size;
-    for (int64_t i = 0; i < size; i += Simd<T>::width)
-      store<T>(dots + i,
-               load(dots + i) + ((load(x0 + i) * load(g0 + i) + load(x1 + i) * load(g1 + i)) +
-                                 (load(x2 + i) * load(g2 + i) + load(x3 + i) * load(g3 + i))));
-  }
+  for (; begin + 4 * size <= elements; begin += 4 * size)
+    for (int64_t i = 0; i < size; i += Simd<T>::width) {
+      const Vec<T> pivot = kSquares ? load(pivots + i) : Vec<T>{};
+      Vec<T> d[4], square = load(squares + i), dot = load(dots + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec<T> v = load(x + begin + j * size + i);
+        d[j] = kSquares ? v - pivot : v;
+        if (kSquares) square += d[j] * d[j];
+        if (kDot) dot += v * load(grad + begin + j * size + i);
+      }
+      store<T>(rests + i, load(rests + i) + ((d[0] + d[1]) + (d[2] + d[3])));
+      if (kSquares) store<T>(squares + i, square);
+      if (kDot) store<T>(dots + i, dot);
+    }
   sweep_tables<T>(elements - begin, size, [&](int64_t element, int64_t i, auto tag) {
     using V = decltype(tag);
-    const V v = get<V>(x + begin + element);
-    put(sums + i, get<V>(sums + i) + v);
-    if (grad != nullptr) put(dots + i, get<V>(dots + i) + v * get<V>(grad + begin + element));
-  });
-  for (int64_t c = 0; c < channels; ++c)
-    moments[c] = {static_cast<double>(count), table_sum(sums, channels, c), 0,
-                  grad != nullptr ? table_sum(dots, channels, c) : 0, true};
-  if (!contrast) return;
-
-  fill_table(means, channels,
-             [&](int64_t c) { return static_cast<T>(moments[c].sum / moments[c].count); });
-  sweep_tables<T>(elements, size, [&](int64_t element, int64_t i, auto tag) {
-    using V = decltype(tag);
-    const V zero = V{}, one = zero + T(1), v = get<V>(x + element), d = v - get<V>(means + i);
+    const V v = get<V>(x + begin + element), d = kSquares ? v - get<V>(pivots + i) : v;
     put(rests + i, get<V>(rests + i) + d);
-    put(squares + i, get<V>(squares + i) + d * d);
-    put(differing + i, get<V>(differing + i) + (v == get<V>(first + i) ? zero : one));
+    if (kSquares) put(squares + i, get<V>(squares + i) + d * d);
+    if (kDot) put(dots + i, get<V>(dots + i) + v * get<V>(grad + begin + element));
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    Moments& m = moments[c];
-    const double rest = table_sum(rests, channels, c);
-    if (std::isfinite(rest)) m.sum = m.count * static_cast<double>(means[c]) + rest;
-    m.squares = table_sum(squares, channels, c) - rest * rest / m.count;
-    m.constant = table_sum(differing, channels, c) == 0;
+}
+
+// sampled_pivot() for a table of all channels of `count` pixels. sums: a table to work in.
+template <typename T>
+void sampled_pivots(const T* x, int64_t count, int64_t channels, T* sums, T* pivots) {
+  constexpr int64_t W = Simd<T>::width;
+  if (count < 4 * W) {
+    fill_table(pivots, channels,
+               [&](int64_t c) { return finite_pivot<T>(static_cast<double>(x[c])); });
+    return;
   }
+  const T *x0 = x, *x1 = x + (count - W) / 3 * channels;
+  const T *x2 = x + 2 * (count - W) / 3 * channels, *x3 = x + (count - W) * channels;
+  for (int64_t i = 0; i < table_size<T>(channels); i += W)
+    store<T>(sums + i, (load(x0 + i) + load(x1 + i)) + (load(x2 + i) + load(x3 + i)));
+  for (int64_t half = W / 2 * channels; half >= channels; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  fill_table(pivots, channels,
+             [&](int64_t c) { return finite_pivot<T>(static_cast<double>(sums[c]) / (4 * W)); });
+}
+
+// run_moments for all channels of `count` pixels that lie one after the other. first (C): the
+// channels' first pixels. tables: kMomentTables of them; totals: 3 C.
+constexpr int64_t kMomentTables = 4;
+template <typename T>
+void pixel_moments(const T* x, const T* grad, int64_t count, int64_t channels, const T* first,
+                   bool contrast, T* tables, double* totals, Moments* moments) {
+  const int64_t size = table_size<T>(channels), elements = count * channels;
+  T *pivots = tables, *rests = pivots + size, *squares = rests + size, *dots = squares + size;
+  if (contrast) sampled_pivots(x, count, channels, rests, pivots);
+  for (int64_t i = 0; i < 3 * size; ++i) rests[i] = T(0);
+  const auto add = contrast ? (grad != nullptr ? add_shifted_pixels<true, true, T>
+                                               : add_shifted_pixels<true, false, T>)
+                            : (grad != nullptr ? add_shifted_pixels<false, true, T>
+                                               : add_shifted_pixels<false, false, T>);
+  add(x, grad, elements, size, pivots, rests, squares, dots);
+  double *rest = totals, *square = rest + channels, *dot = square + channels;
+  add_up_table(rests, channels, rest);
+  add_up_table(squares, channels, square);
+  add_up_table(dots, channels, dot);
+  const double n = static_cast<double>(count);
+  for (int64_t c = 0; c < channels; ++c)
+    moments[c] = contrast ? Moments{n, n * static_cast<double>(pivots[c]) + rest[c],
+                                    square[c] - rest[c] * rest[c] / n, dot[c],
+                                    is_constant(rest[c], square[c], pivots[c], first[c])}
+                          : Moments{n, rest[c], 0, dot[c], true};
 }
 
 // Pixels in a run of channel statistics. Tiles are short; what is read in place need not be, but
-// deviations want a run that the second-level cache still holds.
+// deviations want a pivot from not too far away.
 template <typename T>
 int64_t statistics_run(Walk walk, int64_t channels, bool contrast) {
-  if (walk == Walk::kPlanes) return contrast ? 2048 : 8192;
-  return walk == Walk::kPixels && !contrast ? 1024 : run_length<T>(channels);
+  if (walk == Walk::kTiles) return run_length<T>(channels);
+  return walk == Walk::kPlanes && !contrast ? 8192 : 2048;
 }
 
 // statistics (N, C). With grad.data nullptr dot is 0.
@@ -932,31 +1338,37 @@ void channel_statistics_of(const ChannelAttentionParams& p, const FeatureMap& gr
     parallel_for(parallel, p.batch * p.channels, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t n = plane / p.channels, c = plane % p.channels;
+        T pivot = 0;
         for (int64_t index = n * runs; index < (n + 1) * runs; ++index) {
           const Tile t = tiling[index];
-          const void* x = at<S>(p.x, n, c, t.h, t.w);
-          const void* g = grad.data != nullptr ? at<S>(grad, n, c, t.h, t.w) : nullptr;
+          const void* x_run = at<S>(p.x, n, c, t.h, t.w);
+          const void* g_run = grad.data != nullptr ? at<S>(grad, n, c, t.h, t.w) : nullptr;
+          const T *x = static_cast<const T*>(x_run), *g = static_cast<const T*>(g_run);
+          if (p.contrast && index == n * runs) pivot = sampled_pivot(x, t.columns);
           moments[index * p.channels + c] =
-              run_moments(static_cast<const T*>(x), static_cast<const T*>(g), t.columns,
-                          first_pixel(n, c), p.contrast);
+              run_moments(x, g, t.columns, first_pixel(n, c), p.contrast, &pivot);
         }
       }
     });
   } else {
     parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-      Scratch scratch(walk == Walk::kPixels ? Scratch::bytes_for<T>((1 + kMomentTables) * table)
-                                            : 2 * Scratch::bytes_for<T>(size));
-      T* first = walk == Walk::kPixels ? scratch.take<T>((1 + kMomentTables) * table) : nullptr;
-      T* x_tile = walk == Walk::kTiles ? scratch.take<T>(size) : nullptr;
-      T* grad_tile = walk == Walk::kTiles ? scratch.take<T>(size) : nullptr;
+      const bool by_pixel = walk == Walk::kPixels;
+      Scratch scratch(by_pixel ? Scratch::bytes_for<T>(kMomentTables * table) +
+                                     Scratch::bytes_for<double>(3 * p.channels)
+                               : 2 * Scratch::bytes_for<T>(size));
+      T* tables = by_pixel ? scratch.take<T>(kMomentTables * table) : nullptr;
+      double* totals = by_pixel ? scratch.take<double>(3 * p.channels) : nullptr;
+      T* x_tile = by_pixel ? nullptr : scratch.take<T>(size);
+      T* grad_tile = by_pixel ? nullptr : scratch.take<T>(size);
       for (int64_t index = begin; index < end; ++index) {
         const Tile t = tiling[index];
-        if (walk == Walk::kPixels) {
-          fill_table(first, p.channels, [&](int64_t c) { return first_pixel(t.n, c); });
+        if (by_pixel) {
           const void* x = at<S>(p.x, t.n, 0, t.h, t.w);
           const void* g = grad.data != nullptr ? at<S>(grad, t.n, 0, t.h, t.w) : nullptr;
+          const void* first = at<S>(p.x, t.n, 0, 0, 0);
           pixel_moments(static_cast<const T*>(x), static_cast<const T*>(g), t.columns, p.channels,
-                        first, p.contrast, first + table, moments + index * p.channels);
+                        static_cast<const T*>(first), p.contrast, tables, totals,
+                        moments + index * p.channels);
           continue;
         }
         const StridedRows<T> x =
@@ -964,9 +1376,12 @@ void channel_statistics_of(const ChannelAttentionParams& p, const FeatureMap& gr
         StridedRows<T> g{nullptr, 0};
         if (grad.data != nullptr)
           g = view_run<S>(grad, t, p.channels, image.height, image.width, grad_tile, stride);
-        for (int64_t c = 0; c < p.channels; ++c)
-          moments[index * p.channels + c] = run_moments(x[c], g.data != nullptr ? g[c] : nullptr,
-                                                        t.columns, first_pixel(t.n, c), p.contrast);
+        for (int64_t c = 0; c < p.channels; ++c) {
+          T pivot = p.contrast ? sampled_pivot(x[c], t.columns) : T(0);
+          moments[index * p.channels + c] =
+              run_moments(x[c], g.data != nullptr ? g[c] : nullptr, t.columns, first_pixel(t.n, c),
+                          p.contrast, &pivot);
+        }
       }
     });
   }
@@ -1321,89 +1736,37 @@ void channel_backward(const ChannelAttentionBackwardParams& params, ParallelFor 
 
 // ------------------------------------------------------------------ gated convolution
 
-// y[i, o] = bias[o] + sum_c x[i, c] weight[c, o] for M pixels and V vectors of output channels.
-template <typename T, int M, int V>
-SR_INLINE void pixel_product_tile(const T* x, int64_t x_stride, int64_t c_in, const T* weight,
-                                  int64_t ld, const T* bias, T* y) {
-  constexpr int W = Simd<T>::width;
-  Vec<T> sums[M][V];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) sums[i][j] = load(bias + j * W);
-  for (int64_t c = 0; c < c_in; ++c) {
-    Vec<T> row[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) row[j] = load(weight + c * ld + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const Vec<T> value = broadcast(x[i * x_stride + c]);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) sums[i][j] += value * row[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) store(y + i * ld + j * W, sums[i][j]);
-}
-template <typename T, int M>
-void pixel_product(const T* x, int64_t x_stride, int64_t c_in, const T* weight, int64_t ld,
-                   const T* bias, T* y) {
-  constexpr int W = Simd<T>::width;
-  int64_t o = 0;
-  for (; o + kTileVectors * W <= ld; o += kTileVectors * W)
-    pixel_product_tile<T, M, kTileVectors>(x, x_stride, c_in, weight + o, ld, bias + o, y + o);
-  for (; o < ld; o += W)
-    pixel_product_tile<T, M, 1>(x, x_stride, c_in, weight + o, ld, bias + o, y + o);
-}
-
 // gated_forward where the channels of a pixel lie side by side: vectors run over the output
 // channels, and no tile is transposed. image: as gated_forward sees it.
 template <typename T>
 void gated_forward_by_pixel(const GatedConvParams& p, const PixelRows& image,
                             ParallelFor parallel) {
-  const int64_t ld = padded<T>(p.c_out);
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(p.c_in * ld) + Scratch::bytes_for<T>(ld) +
-                    Scratch::bytes_for<T>(kTileRows * ld));
-    T* weight = scratch.take<T>(p.c_in * ld);  // (c_in, ld), times the gate; zero past c_out
-    T* bias = scratch.take<T>(ld);
-    T* sums = scratch.take<T>(kTileRows * ld);
-    if (p.bias != nullptr) load_vector<T>(p.bias, p.c_out, bias);
-    int64_t filled_for = -1;  // the image whose gate the weight holds
+    const int64_t sums_size = PixelPanels<T>::sums_size(p.c_out, p.c_in);
+    Scratch scratch(PixelPanels<T>::bytes(p.c_out, p.c_in) + Scratch::bytes_for<T>(sums_size));
+    PixelPanels<T> panels(p.c_out, p.c_in, scratch);
+    T* sums = scratch.take<T>(sums_size);
+    int64_t filled_for = -1;  // the image whose gate the panels hold
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      if (t.n != filled_for) {
-        const T* gate = static_cast<const T*>(p.gate) + t.n * p.c_in;
-        const T* source = static_cast<const T*>(p.weight);
-        for (int64_t o = 0; o < p.c_out; ++o)
-          for (int64_t c = 0; c < p.c_in; ++c)
-            weight[c * ld + o] = source[o * p.c_in + c] * gate[c];
-        filled_for = t.n;
-      }
-      for (int64_t i = 0; i < t.columns;) {
-        const T* x = at<T>(p.x, t.n, 0, t.h, t.w + i);
-        const int64_t count = t.columns - i < kTileRows ? 1 : kTileRows;
-        if (count == 1)
-          pixel_product<T, 1>(x, p.x.stride_w, p.c_in, weight, ld, bias, sums);
-        else
-          pixel_product<T, kTileRows>(x, p.x.stride_w, p.c_in, weight, ld, bias, sums);
-        for (int64_t k = 0; k < count; ++k) {
-          const T* row = sums + k * ld;
-          T* y = at<T>(p.y, t.n, 0, t.h, t.w + i + k);
-          const T* skip =
-              p.residual.data != nullptr ? at<T>(p.residual, t.n, 0, t.h, t.w + i + k) : nullptr;
-          sweep<T>(p.c_out, [&](int64_t o, auto tag) {
-            using V = decltype(tag);
-            V value = get<V>(row + o);
-            if (skip != nullptr) value += get<V>(skip + o);
-            put(y + o, value);
-          });
-        }
-        i += count;
-      }
+      if (t.n != filled_for)
+        panels.fill(static_cast<const T*>(p.weight), static_cast<const T*>(p.gate) + t.n * p.c_in,
+                    static_cast<const T*>(p.bias));
+      filled_for = t.n;
+      const T* residual =
+          p.residual.data != nullptr ? at<T>(p.residual, t.n, 0, t.h, t.w) : nullptr;
+      T* y_run = at<T>(p.y, t.n, 0, t.h, t.w);
+      product_by_pixel(panels, at<const T>(p.x, t.n, 0, t.h, t.w), p.x.stride_w, t.columns, sums,
+                       [&](int64_t i, const T* row) {
+                         T* y = y_run + i * p.y.stride_w;
+                         const T* skip =
+                             residual != nullptr ? residual + i * p.residual.stride_w : nullptr;
+                         for_each_vector<T>(p.c_out, [&](int64_t o) {
+                           const Vec<T> sum = load(row + o);
+                           store<T>(y + o, skip != nullptr ? sum + load(skip + o) : sum);
+                         });
+                       });
     }
   });
 }
@@ -1414,7 +1777,7 @@ void gated_forward(const GatedConvParams& params, ParallelFor parallel) {
   GatedConvParams p = params;
   const PixelRows image(p.height, p.width, {&p.x, &p.residual, &p.y});
   if constexpr (std::is_same_v<S, T>) {
-    if (p.x.stride_c == 1 && p.x.stride_w != 1 && p.y.stride_c == 1 && p.c_out > 1 &&
+    if (p.x.stride_c == 1 && p.x.stride_w != 1 && channels_fill_vectors<S>(p.y, p.c_out) &&
         (p.residual.data == nullptr || p.residual.stride_c == 1))
       return gated_forward_by_pixel<T>(p, image, parallel);
   }

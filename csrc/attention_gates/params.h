@@ -36,7 +36,7 @@ struct SpatialAttentionParams {
   FeatureMap y;
   void* workspace;  // (N, kForwardPlanes or kBackwardPlanes, H, W), of the CPU kernels
 
-  static constexpr int64_t kForwardPlanes = 3, kBackwardPlanes = 5;
+  static constexpr int64_t kForwardPlanes = 2, kBackwardPlanes = 5;
 };
 
 struct SpatialAttentionBackwardParams {

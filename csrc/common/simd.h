@@ -570,10 +570,6 @@ SR_INLINE Vec<double> erf(Vec<double> x) {
   for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::erf(x[i]);
   return x;
 }
-template <typename V>
-SR_INLINE V maximum(V a, V b) {
-  return (a > b) | (a != a) ? a : b;  // a NaN in a passes, as does one in b
-}
 
 // ---------------------------------------------------------------- matrix products
 
