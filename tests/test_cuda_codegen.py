@@ -45,6 +45,8 @@ TWO_BLOCKS = {
     "conv3x3_kernel<__half>",
     "conv_kernel<__half>",
     "block_kernel<__half, 1>",
+    "block_input_gradient_kernel<__half, 1>",
+    "block_weight_gradient_kernel<__half, 1>",
     "weight_gradient_kernel<__half>",
     "weight_gradient_kernel<float>",
     "gated_conv_kernel<__half>",
@@ -79,6 +81,8 @@ PRODUCTS = {
     "conv3x3_kernel",
     "conv_kernel",
     "block_kernel",
+    "block_input_gradient_kernel",
+    "block_weight_gradient_kernel",
     "weight_gradient_kernel",
     "window_attention_kernel",
     "window_statistics_kernel",
@@ -90,7 +94,11 @@ PRODUCTS = {
 
 
 # Those that store tiles by runs of 16 bytes.
-RUNS = PRODUCTS - {"weight_gradient_kernel", "window_statistics_kernel"}
+RUNS = PRODUCTS - {
+    "block_weight_gradient_kernel",
+    "weight_gradient_kernel",
+    "window_statistics_kernel",
+}
 
 
 def test_tiles_move_sixteen_bytes_at_a_time(kernels):
