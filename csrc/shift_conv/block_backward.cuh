@@ -78,16 +78,17 @@ struct HiddenTile {
   Inner inner;
   Outer outer;
 
+  // Tiles of all images: an int, or the launch is refused.
   static SR_HOST_DEVICE int64_t count(const ImageSize& size) {
     return size.batch * ((size.height + kRows - 1) / kRows) *
            ((size.width + kColumns - 1) / kColumns);
   }
-  SR_DEVICE HiddenTile(const ImageSize& size, int64_t index) {
+  SR_DEVICE HiddenTile(const ImageSize& size, int index) {
     const int tiles_w = (size.width + kColumns - 1) / kColumns;
     const int tiles_h = (size.height + kRows - 1) / kRows;
     const int w0 = static_cast<int>(index % tiles_w) * kColumns;
     const int h0 = static_cast<int>(index / tiles_w % tiles_h) * kRows;
-    const int64_t n = index / tiles_w / tiles_h;
+    const int n = index / tiles_w / tiles_h;
     inner = {size, n, h0, w0};
     outer = {size, n, h0 - 1, w0 - 1};
   }
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUnits == 1 ? 2 : 1)
     block_input_gradient_kernel(BlockBackwardParams p) {
   using Tile = HiddenTile<E>;
   const int thread = static_cast<int>(threadIdx.x);
-  const Tile tile(p.size, blockIdx.x);
+  const Tile tile(p.size, static_cast<int>(blockIdx.x));
   const HiddenArrays<E> s(p, !fits_in_epilogue(p.activation));
 
   TileProduct<E, Tile::kPixels> dx[kUnits];
@@ -291,9 +292,9 @@ __global__ void __launch_bounds__(kBlockThreads, kUnits == 1 ? 2 : 1)
   Product dw0[kUnits], dw1[kUnits];  // rows: hidden channels; sums of sums
   float db0 = 0.0f, db1[kUnits] = {};  // of row thread / 4, every fourth pixel of it
   const bool with_db1 = p.db1_parts != nullptr && j0 == 0;
-  const int64_t tiles = Tile::count(p.size);
+  const int tiles = static_cast<int>(Tile::count(p.size));
 #pragma unroll 1
-  for (int64_t index = slice; index < tiles; index += p.slices) {
+  for (int index = static_cast<int>(blockIdx.x); index < tiles; index += p.slices) {
     const Tile tile(p.size, index);
     hidden_gradient(p, s, tile, j0, true, thread);
     __syncthreads();
