@@ -69,7 +69,11 @@ struct HiddenTile {
   static constexpr int kGradientAt = kInputAt + Input::bytes(kPiece);
   static constexpr int kHiddenAt = kGradientAt + kProductRows * kLdGradient * kBytes;
   static constexpr int kEnd = kHiddenAt + kProductRows * kLdHidden * kBytes;
-  static_assert(kEnd <= kMaxSharedBytes, "starts on every GPU");
+  // Sums of db0's rows, then of db1's, of up to three units: registers are for products.
+  static constexpr int kBiasAt = kEnd;
+  static constexpr int weight_gradient_bytes(int units) {
+    return kBiasAt + (1 + units) * kProductRows * 4;
+  }
   // gelu and silu need z again, in the place of act(z).
   static int input_gradient_bytes(Activation activation) {
     return fits_in_epilogue(activation) ? kHiddenAt : kEnd;
@@ -97,6 +101,9 @@ struct HiddenTile {
     return (q / kColumns + dy + 1) * kHaloColumns + q % kColumns + dx + 1;
   }
 };
+
+static_assert(HiddenTile<__half>::weight_gradient_bytes(3) <= kMaxSharedBytes,
+              "starts on every GPU");
 
 // The arrays of a HiddenTile.
 template <typename E>
@@ -156,8 +163,10 @@ SR_DEVICE void hidden_gradient(const BlockBackwardParams& p, const HiddenArrays<
     s.load_piece(p.w1, m0, j0, p.c_out, p.c_hidden, opaque(thread));
     if (fresh || p.c_out > kPiece) s.load_grad(p, tile, m0, opaque(thread));
     finish_copies();
-    s.grad.template accumulate<true>(u, s.weights, Tile::kLdW, 0, padded(p.c_out - m0),
-                                     opaque(thread));
+#pragma unroll 1  // a step at a time: two would hold fragments of both beside all these sums
+    for (int k = 0; k < padded(p.c_out - m0); k += kStepOfK<E>)
+      s.grad.template accumulate<true>(u, s.weights + k * Tile::kLdW, Tile::kLdW, k, kStepOfK<E>,
+                                       opaque(thread));
   }
   u.visit(opaque(thread), [&](int row, int column, float first, float second) {
     const ShiftOffset offset = p.shift_hidden(j0 + row);
@@ -216,6 +225,14 @@ SR_DEVICE void hidden_gradient(const BlockBackwardParams& p, const HiddenArrays<
                     from_float<E>(to_float(load_shared<E>(gradient)) *
                                   activation_derivative(p.activation, value, p.slope)));
   }
+}
+
+// sums[unit] += product, of sums in registers, which no index can reach.
+template <int kUnits, typename Product>
+SR_DEVICE void add_to(Product (&sums)[kUnits], int unit, const Product& product) {
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i)
+    if (i == unit) sums[i].add(product);
 }
 
 // kUnits: c_in (and, of the weights, c_out) in units of 64.
@@ -289,8 +306,18 @@ __global__ void __launch_bounds__(kBlockThreads, kUnits == 1 ? 2 : 1)
   for (int i = thread; i < kProductRows * Tile::kLdHidden / 8; i += kBlockThreads)
     store_shared(s.hidden + 8 * i, zeros);
 
+  float* const bias_sums = shared_array<float>(Tile::kBiasAt, (1 + kUnits) * kProductRows);
+  for (int i = thread; i < (1 + kUnits) * kProductRows; i += kBlockThreads)
+    store_shared<float>(bias_sums + i, 0.0f);
+  // A row's sum over pixels, of which four threads have a part each.
+  const auto add_bias = [&](int unit, float sum) {
+    sum += __shfl_xor_sync(kFullWarp, sum, 1);
+    sum += __shfl_xor_sync(kFullWarp, sum, 2);
+    float* const to = bias_sums + unit * kProductRows + thread / 4;
+    if (thread % 4 == 0) store_shared<float>(to, load_shared<float>(to) + sum);
+  };
+
   Product dw0[kUnits], dw1[kUnits];  // rows: hidden channels; sums of sums
-  float db0 = 0.0f, db1[kUnits] = {};  // of row thread / 4, every fourth pixel of it
   const bool with_db1 = p.db1_parts != nullptr && j0 == 0;
   const int tiles = static_cast<int>(Tile::count(p.size));
 #pragma unroll 1
@@ -299,38 +326,39 @@ __global__ void __launch_bounds__(kBlockThreads, kUnits == 1 ? 2 : 1)
     hidden_gradient(p, s, tile, j0, true, thread);
     __syncthreads();
     if (p.db0_parts != nullptr) {
-      float of_tile = 0.0f;
+      float sum = 0.0f;
       for (int i = thread % 4; i < Tile::kPixels; i += 4)
-        of_tile += to_float(load_shared<E>(s.gradient + thread / 4 * Tile::kLdGradient + i));
-      db0 += of_tile;
+        sum += to_float(load_shared<E>(s.gradient + thread / 4 * Tile::kLdGradient + i));
+      add_bias(0, sum);
     }
-#pragma unroll
+#pragma unroll 1
     for (int unit = kUnits - 1; unit >= 0; --unit) {  // the last pieces of S(x) and G are there
       const int c0 = unit * Tile::kPiece;
-      const bool with_x = c0 < p.c_in, with_grad = c0 < p.c_out;
-      if (c0 + Tile::kPiece < (p.c_in > p.c_out ? p.c_in : p.c_out)) {
+      const bool next_x = c0 + Tile::kPiece < p.c_in, next_grad = c0 + Tile::kPiece < p.c_out;
+      if (kUnits > 1 && (next_x || next_grad)) {
         __syncthreads();
-        if (c0 + Tile::kPiece < p.c_in) s.load_input(p, tile, c0, opaque(thread));
-        if (c0 + Tile::kPiece < p.c_out) s.load_grad(p, tile, c0, opaque(thread));
+        if (next_x) s.load_input(p, tile, c0, opaque(thread));
+        if (next_grad) s.load_grad(p, tile, c0, opaque(thread));
         finish_copies();
       }
-      if (with_x && p.dw0_parts != nullptr) {
-        Product of_tile;
+      Product of_tile;
+      if (c0 < p.c_in && p.dw0_parts != nullptr) {
         s.input.accumulate_transposed(of_tile, s.gradient, Tile::kLdGradient, opaque(thread));
-        dw0[unit].add(of_tile);
+        add_to<kUnits>(dw0, unit, of_tile);
       }
-      if (with_grad && p.dw1_parts != nullptr) {
-        Product of_tile;
+      if (c0 >= p.c_out) continue;
+      if (p.dw1_parts != nullptr) {
+        of_tile = Product();
         s.grad.accumulate_transposed(of_tile, s.hidden, Tile::kLdHidden, opaque(thread));
-        dw1[unit].add(of_tile);
+        add_to<kUnits>(dw1, unit, of_tile);
       }
-      if (with_grad && with_db1) {
+      if (with_db1) {
         const E* const row = s.grad.data + thread / 4 * (s.grad.by_pixel ? 1 : s.grad.ld);
-        float of_tile = 0.0f;
+        float sum = 0.0f;
         for (int i = thread % 4; i < Tile::kPixels; i += 4)
-          of_tile += to_float(
+          sum += to_float(
               load_shared<E>(row + Tile::outer_index(i, 0, 0) * (s.grad.by_pixel ? s.grad.ld : 1)));
-        db1[unit] += of_tile;
+        add_bias(1 + unit, sum);
       }
     }
   }
@@ -352,22 +380,15 @@ __global__ void __launch_bounds__(kBlockThreads, kUnits == 1 ? 2 : 1)
         if (j < p.c_hidden && m < p.c_out) store_global<float>(part, first);
         if (j < p.c_hidden && m + 1 < p.c_out) store_global<float>(part + p.c_hidden, second);
       });
-    if (with_db1) {
-      float sum = db1[unit];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      const int m = c0 + thread / 4;
-      if (thread % 4 == 0 && m < p.c_out)
-        store_global<float>(p.db1_parts + slice * p.c_out + m, sum);
-    }
   }
-  if (p.db0_parts != nullptr) {
-    db0 += __shfl_xor_sync(kFullWarp, db0, 1);
-    db0 += __shfl_xor_sync(kFullWarp, db0, 2);
-    const int j = j0 + thread / 4;
-    if (thread % 4 == 0 && j < p.c_hidden)
-      store_global<float>(p.db0_parts + slice * p.c_hidden + j, db0);
-  }
+  __syncthreads();
+  for (int i = thread; i < kProductRows && p.db0_parts != nullptr; i += kBlockThreads)
+    if (j0 + i < p.c_hidden)
+      store_global<float>(p.db0_parts + slice * p.c_hidden + j0 + i,
+                          load_shared<float>(bias_sums + i));
+  for (int m = thread; m < p.c_out && with_db1; m += kBlockThreads)
+    store_global<float>(p.db1_parts + slice * p.c_out + m,
+                        load_shared<float>(bias_sums + kProductRows + m));
 }
 
 }  // namespace sr_kernels

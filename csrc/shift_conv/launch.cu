@@ -290,7 +290,7 @@ const char* launch_fused_backward(const ShiftConvBlockBackwardParams& p, const B
   SR_KERNELS_RETURN_IF_ERROR(
       launch_kernel(block_weight_gradient_kernel<E, kUnits>,
                     dim3(static_cast<unsigned>(b.slices), static_cast<unsigned>(chunks)),
-                    kBlockThreads, Tile::kEnd, stream, b));
+                    kBlockThreads, Tile::weight_gradient_bytes(kUnits), stream, b));
   SR_KERNELS_RETURN_IF_ERROR(launch_reduction<E>(take.first, p.dw0, p.db0, stream));
   return launch_reduction<E>(take.second, p.dw1, p.db1, stream);
 }

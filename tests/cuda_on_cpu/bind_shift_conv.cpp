@@ -68,7 +68,7 @@ PYBIND11_MODULE(shift_conv, m) {
         Backward::input_gradient_bytes(Activation::kRelu);
     bytes["block_input_gradient_kernel<__half> with gelu"] =
         Backward::input_gradient_bytes(Activation::kGelu);
-    bytes["block_weight_gradient_kernel<__half>"] = Backward::kEnd;
+    bytes["block_weight_gradient_kernel<__half>"] = Backward::weight_gradient_bytes(3);
     bytes["weight_gradient_kernel<float>"] = WeightGradientTile<float>::kSharedBytes;
     bytes["weight_gradient_kernel<__half>"] = WeightGradientTile<__half>::kSharedBytes;
     return bytes;

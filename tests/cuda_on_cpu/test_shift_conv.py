@@ -183,7 +183,7 @@ SHARED_BYTES = {
     "block_kernel<__half, 3>": 49472,
     "block_input_gradient_kernel<__half>": 72704,
     "block_input_gradient_kernel<__half> with gelu": 98304,
-    "block_weight_gradient_kernel<__half>": 98304,
+    "block_weight_gradient_kernel<__half>": 99328,
     "weight_gradient_kernel<float>": 36864,
     "weight_gradient_kernel<__half>": 18432,
 }
