@@ -712,9 +712,7 @@ def apply_grouped_attention_block(
     if out is not None:
         _checks.output(out, x, x.shape[1])
     widest = x.shape[1] // len(scores.windows)
-    chosen = backends.choose(
-        "apply_grouped_attention_block", (x,), backend, head_channels=widest
-    )
+    chosen = backends.choose("apply_grouped_attention_block", (x,), backend, head_channels=widest)
     free_to_choose = (backend or backends.current_backend()) == "auto"
     if scores.kind == "grouped" and (chosen == "reference" or free_to_choose):
         y = reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)

@@ -111,7 +111,7 @@ def test_heads_too_wide_for_the_cuda_kernels_go_to_the_next_backend(monkeypatch,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(head_channels=128) == "cuda"
-        with pytest.raises(RuntimeError, match="'cuda' cannot run .* up to 128 channels, not 129"):
+        with pytest.raises(RuntimeError, match=r"'cuda' .*up to 128 channels, not 129"):
             choose("cuda", head_channels=129)
         if with_triton:
             assert choose(head_channels=129) == "triton"

@@ -221,9 +221,8 @@ SR_DEVICE void hidden_gradient(const BlockBackwardParams& p, const HiddenArrays<
         s.hidden + row * Tile::kLdHidden + Tile::outer_index(q, -offset.dy, -offset.dx);
     const float value = to_float(load_shared<E>(hidden));
     store_shared<E>(hidden, from_float<E>(activate(p.activation, value, p.slope)));
-    store_shared<E>(gradient,
-                    from_float<E>(to_float(load_shared<E>(gradient)) *
-                                  activation_derivative(p.activation, value, p.slope)));
+    store_shared<E>(gradient, from_float<E>(to_float(load_shared<E>(gradient)) *
+                                            activation_derivative(p.activation, value, p.slope)));
   }
 }
 

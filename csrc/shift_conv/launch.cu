@@ -282,9 +282,9 @@ const char* launch_fused_backward(const ShiftConvBlockBackwardParams& p, const B
   const int64_t blocks = Tile::count(b.size);
   if (blocks + b.slices > kMaxGridX) return kTooLarge;  // the kernels count them in int
   if (p.dx.data != nullptr && blocks > 0)
-    SR_KERNELS_RETURN_IF_ERROR(launch_kernel(
-        block_input_gradient_kernel<E, kUnits>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
-        Tile::input_gradient_bytes(f.activation), stream, b));
+    SR_KERNELS_RETURN_IF_ERROR(launch_kernel(block_input_gradient_kernel<E, kUnits>,
+                                             dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                                             Tile::input_gradient_bytes(f.activation), stream, b));
   if (p.dw0 == nullptr && p.db0 == nullptr && p.dw1 == nullptr && p.db1 == nullptr) return nullptr;
   const int64_t chunks = (f.c_hidden + kProductRows - 1) / kProductRows;
   SR_KERNELS_RETURN_IF_ERROR(
