@@ -36,6 +36,8 @@ _DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
 
+# What the tiles of a backend's attention kernels have room for (csrc/window_attention/launch.cu).
+_MOST_HEAD_CHANNELS = {"cuda": 128}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -98,7 +100,9 @@ def current_backend() -> str:
     return _checked(_preference, "SR_KERNELS_BACKEND")
 
 
-def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[bool, str]:
+def can_run(
+    backend: str, op: str, tensors: Sequence[torch.Tensor], *, head_channels: int = 0
+) -> tuple[bool, str]:
     """Whether ``backend`` can run operator ``op`` on these tensors, and if not, why.
 
     One predicate serves the choice, the error message and whoever wants to ask beforehand.
@@ -107,6 +111,7 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
         backend: one of :data:`BACKENDS`.
         op: the operator's name, such as ``"shift_conv2d"``.
         tensors: the call's feature maps (weights need not be listed: they must match anyway).
+        head_channels: of attention, the most channels that a head has in q or v; 0: not known.
 
     Returns:
         ``(True, "")`` or ``(False, reason)``.
@@ -132,6 +137,9 @@ def can_run(backend: str, op: str, tensors: Sequence[torch.Tensor]) -> tuple[boo
             return False, f"dtype {tensor.dtype} is not supported ({backend} has {accepted})"
         if tensor.device.type != device:
             return False, f"tensors on different devices: {device} and {tensor.device.type}"
+    most = _MOST_HEAD_CHANNELS.get(backend, head_channels)
+    if head_channels > most:
+        return False, f"{backend} has attention heads of up to {most} channels, not {head_channels}"
     return True, ""
 
 
@@ -162,13 +170,20 @@ def _why_no_triton(device: str) -> str:
 _TORCHS_OWN_ON_GPU = frozenset({"conv3x3"})
 
 
-def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
+def choose(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    backend: str | None = None,
+    *,
+    head_channels: int = 0,
+) -> str:
     """The backend that runs this call.
 
     Args:
         op: the operator's name.
         tensors: the call's feature maps.
         backend: the call's own wish; None takes :func:`current_backend`.
+        head_channels: as in :func:`can_run`.
 
     Raises:
         ValueError: an unknown backend name, here or in ``SR_KERNELS_BACKEND``.
@@ -176,7 +191,7 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
     """
     wanted = current_backend() if backend is None else _checked(backend, "backend")
     if wanted != "auto":
-        ok, reason = can_run(wanted, op, tensors)
+        ok, reason = can_run(wanted, op, tensors, head_channels=head_channels)
         if not ok:
             raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
         return wanted
@@ -184,7 +199,7 @@ def choose(op: str, tensors: Sequence[torch.Tensor], backend: str | None = None)
         return "reference"
     reasons = []
     for native in ("cuda", "triton") if tensors[0].is_cuda else ("cpu",):
-        ok, reason = can_run(native, op, tensors)
+        ok, reason = can_run(native, op, tensors, head_channels=head_channels)
         if ok:
             return native
         reasons.append(reason)

@@ -330,7 +330,8 @@ def window_attention(
         scale = float(head_dim) ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    chosen = backends.choose("window_attention", (q, v), backend)
+    widest = max(q.shape[1], v.shape[1]) // num_heads
+    chosen = backends.choose("window_attention", (q, v), backend, head_channels=widest)
     if chosen == "reference":
         result = reference.window_attention(
             q,
@@ -438,7 +439,8 @@ def grouped_window_attention(
     if qv.shape[1] % 2 != 0:
         raise ValueError(f"qv must have an even number of channels (2C), got {qv.shape[1]}")
     sizes = _grouped_windows(windows, qv.shape[1] // 2, "half of qv's channels", qv)
-    chosen = backends.choose("grouped_window_attention", (qv,), backend)
+    widest = qv.shape[1] // 2 // len(sizes)
+    chosen = backends.choose("grouped_window_attention", (qv,), backend, head_channels=widest)
     if chosen == "reference":
         return reference.grouped_window_attention(
             qv, windows=sizes, shifted=shifted, return_scores=return_scores
@@ -485,7 +487,11 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
             )
     else:
         _window_tensors(q, scores.k, v, scores.num_heads, scores.window)
-    chosen = backends.choose("apply_window_scores", (q, v), backend)
+    if scores.kind == "grouped":
+        widest = v.shape[1] // len(scores.windows)
+    else:
+        widest = max(q.shape[1], v.shape[1]) // scores.num_heads
+    chosen = backends.choose("apply_window_scores", (q, v), backend, head_channels=widest)
     free_to_choose = (backend or backends.current_backend()) == "auto"
     if chosen == "reference" or (scores.lse is None and free_to_choose):
         return reference.apply_window_scores(scores, v)
@@ -614,7 +620,8 @@ def grouped_attention_block(
     sizes = _grouped_windows(windows, x.shape[1], "x's channels", x)
     _block_weights(x, w_in, b_in, w_out, b_out, 2 * x.shape[1], "in")
     y, q = _block_outputs(out, return_scores, x)
-    chosen = backends.choose("grouped_attention_block", (x,), backend)
+    widest = x.shape[1] // len(sizes)
+    chosen = backends.choose("grouped_attention_block", (x,), backend, head_channels=widest)
     if chosen == "reference":
         found = reference.grouped_attention_block(
             x,
@@ -704,7 +711,8 @@ def apply_grouped_attention_block(
     _block_weights(x, w_v, b_v, w_out, b_out, x.shape[1], "v")
     if out is not None:
         _checks.output(out, x, x.shape[1])
-    chosen = backends.choose("apply_grouped_attention_block", (x,), backend)
+    widest = x.shape[1] // len(scores.windows)
+    chosen = backends.choose("apply_grouped_attention_block", (x,), backend, head_channels=widest)
     free_to_choose = (backend or backends.current_backend()) == "auto"
     if scores.kind == "grouped" and (chosen == "reference" or free_to_choose):
         y = reference.apply_grouped_attention_block(scores, x, w_v, b_v, w_out, b_out)

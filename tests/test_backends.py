@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,53 @@ def test_a_gpu_that_the_cuda_kernels_were_not_built_for(
         _library.why_no_image.cache_clear()
     assert ok == fits
     assert fits or f"built for compute capability {built}, the GPU has {capability[0]}." in reason
+
+
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_heads_too_wide_for_the_cuda_kernels_go_to_the_next_backend(monkeypatch, with_triton):
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", _library.LoadResult("_C_cuda", None, None))
+    monkeypatch.setattr(backends, "_why_no_cuda", lambda index: "")
+    no_triton = "" if with_triton else "no Triton here"
+    monkeypatch.setattr(backends, "_why_no_triton", lambda device: no_triton)
+    monkeypatch.setattr(backends, "_warned", set())
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16, is_cuda=True)
+    choose = partial(backends.choose, "window_attention", [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(head_channels=128) == "cuda"
+        with pytest.raises(RuntimeError, match=r"'cuda' .*up to 128 channels, not 129"):
+            choose("cuda", head_channels=129)
+        if with_triton:
+            assert choose(head_channels=129) == "triton"
+            return
+    with pytest.warns(sr_kernels.FallbackWarning, match="128 channels, not 129; no Triton here"):
+        assert choose(head_channels=129) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(head_channels=129) == "reference"
+
+
+def test_every_attention_says_how_wide_its_heads_are(monkeypatch):
+    seen = {}
+
+    def choose(op, tensors, backend=None, *, head_channels=0, real=backends.choose):
+        seen[op] = head_channels
+        return real(op, tensors, backend, head_channels=head_channels)
+
+    monkeypatch.setattr(backends, "choose", choose)
+    q, v = make_tensor((1, 6, 4, 4)), make_tensor((1, 10, 4, 4), seed=1)
+    _, scores = sr_kernels.window_attention(q, q, v, window=4, num_heads=2, return_scores=True)
+    sr_kernels.apply_window_scores(scores, v)
+    assert seen == {"window_attention": 5, "apply_window_scores": 5}
+    seen.clear()
+    options = {"windows": (2, 4), "return_scores": True}
+    x, w = make_tensor((1, 14, 4, 4)), make_tensor((28, 14, 1, 1), seed=1)
+    _, scores = sr_kernels.grouped_window_attention(torch.cat((x, x), 1), **options)
+    sr_kernels.apply_window_scores(scores, x)
+    _, scores = sr_kernels.grouped_attention_block(x, w, None, w[:14], None, **options)
+    sr_kernels.apply_grouped_attention_block(scores, x, w[:14], None, w[:14], None)
+    assert len(seen) == 4
+    assert set(seen.values()) == {7}
 
 
 def test_unknown_names_are_refused_with_the_list():

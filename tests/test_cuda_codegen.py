@@ -45,6 +45,8 @@ BLOCKS = {
     "conv3x3_kernel<__half>": 2,
     "conv_kernel<__half>": 2,
     "block_kernel<__half, 1>": 2,
+    "block_input_gradient_kernel<__half, 1>": 2,
+    "block_weight_gradient_kernel<__half, 1>": 2,
     "weight_gradient_kernel<__half>": 2,
     "weight_gradient_kernel<float>": 2,
     "gated_conv_kernel<__half>": 2,
@@ -81,6 +83,8 @@ PRODUCTS = {
     "conv3x3_kernel",
     "conv_kernel",
     "block_kernel",
+    "block_input_gradient_kernel",
+    "block_weight_gradient_kernel",
     "weight_gradient_kernel",
     "window_attention_kernel",
     "window_statistics_kernel",
@@ -93,7 +97,11 @@ PRODUCTS = {
 
 # Those that load tiles into shared memory, and those that store them by runs of 16 bytes.
 TILES = PRODUCTS | {"channel_attention_kernel"}
-RUNS = TILES - {"weight_gradient_kernel", "window_statistics_kernel"}
+RUNS = TILES - {
+    "block_weight_gradient_kernel",
+    "weight_gradient_kernel",
+    "window_statistics_kernel",
+}
 
 
 def test_tiles_move_sixteen_bytes_at_a_time(kernels):

@@ -156,7 +156,7 @@ SR_DEVICE void put_run(const float (&value)[kCount], const FeatureMap& map, cons
 
 // Activations of an instruction or two are applied to sums in registers; exp and erf, inlined for
 // each of them, would push them out.
-SR_DEVICE bool fits_in_epilogue(Activation activation) {
+SR_HOST_DEVICE bool fits_in_epilogue(Activation activation) {
   return activation != Activation::kGelu && activation != Activation::kSilu;
 }
 SR_DEVICE float activate_in_epilogue(Activation activation, float slope, float z) {

@@ -29,13 +29,17 @@ struct WeightGradient {
   int slices;
   float *weight_parts, *bias_parts;
 };
-inline WeightGradient take_weight_gradient(WorkspacePieces& pieces, int64_t pixels, int64_t m_count,
-                                           int64_t k_count, bool weight, bool bias) {
-  WeightGradient g{m_count, k_count, weight_gradient_slices(pixels, m_count, k_count), nullptr,
-                   nullptr};
+inline WeightGradient take_parts(WorkspacePieces& pieces, int slices, int64_t m_count,
+                                 int64_t k_count, bool weight, bool bias) {
+  WeightGradient g{m_count, k_count, slices, nullptr, nullptr};
   if (weight) g.weight_parts = pieces.take<float>(g.slices * m_count * k_count);
   if (bias) g.bias_parts = pieces.take<float>(g.slices * m_count);
   return g;
+}
+inline WeightGradient take_weight_gradient(WorkspacePieces& pieces, int64_t pixels, int64_t m_count,
+                                           int64_t k_count, bool weight, bool bias) {
+  return take_parts(pieces, weight_gradient_slices(pixels, m_count, k_count), m_count, k_count,
+                    weight, bias);
 }
 
 // The parts of dW = dz act(S(x))^T and db = sum dz.
@@ -63,15 +67,9 @@ const char* launch_weight_gradient_parts(const WeightGradient& g, const ImageSiz
                        kBlockThreads, WeightGradientTile<E>::kSharedBytes, stream, p);
 }
 
-// dW and db themselves, dense, in the type of x; nullptr: not wanted.
+// dW and db from their parts, dense, in the type of x; nullptr: not wanted.
 template <typename E>
-const char* launch_weight_gradient(const WeightGradient& g, const ImageSize& size,
-                                   const FeatureMap& dz, const FeatureMap& x, const Shift& shift,
-                                   Activation activation, float slope, void* dweight, void* dbias,
-                                   void* stream) {
-  if (dweight == nullptr && dbias == nullptr) return nullptr;
-  SR_KERNELS_RETURN_IF_ERROR(
-      launch_weight_gradient_parts<E>(g, size, dz, x, shift, activation, slope, stream));
+const char* launch_reduction(const WeightGradient& g, void* dweight, void* dbias, void* stream) {
   const auto reduce = [&](const float* parts, int64_t count, void* out) -> const char* {
     const int64_t blocks = (count + kBlockThreads - 1) / kBlockThreads;
     if (out == nullptr || blocks == 0) return nullptr;
@@ -80,6 +78,18 @@ const char* launch_weight_gradient(const WeightGradient& g, const ImageSize& siz
   };
   SR_KERNELS_RETURN_IF_ERROR(reduce(g.weight_parts, g.m_count * g.k_count, dweight));
   return reduce(g.bias_parts, g.m_count, dbias);
+}
+
+// Both stages.
+template <typename E>
+const char* launch_weight_gradient(const WeightGradient& g, const ImageSize& size,
+                                   const FeatureMap& dz, const FeatureMap& x, const Shift& shift,
+                                   Activation activation, float slope, void* dweight, void* dbias,
+                                   void* stream) {
+  if (dweight == nullptr && dbias == nullptr) return nullptr;
+  SR_KERNELS_RETURN_IF_ERROR(
+      launch_weight_gradient_parts<E>(g, size, dz, x, shift, activation, slope, stream));
+  return launch_reduction<E>(g, dweight, dbias, stream);
 }
 
 }  // namespace sr_kernels

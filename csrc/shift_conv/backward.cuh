@@ -11,10 +11,11 @@
 // Floor: dz and x once, e (C_out + C_in) bytes and 2 C_in C_out FLOP a pixel; dz is read
 // C_in / 64 times here (rounded up), x C_out / 64 times.
 //
-// The block's backward is a sequence, with z = W0 S(x) + b0, made again, and dz in memory for as
-// long as the call lasts. Its floor, with both on chip, per pixel, C channels in and out, H hidden:
-// 3 e C bytes and 10 C H FLOP. Here the FLOP are 10 C H and the bytes, up to C 64 and H 128, e (8 C
-// + 6 H): z, dz and dx take e (4 C + 4 H), both weight gradients e (4 C + 2 H).
+// The block's backward, in float32 and above 192 channels (block_backward.cuh has the others), is a
+// sequence, with z = W0 S(x) + b0, made again, and dz in memory for as long as the call lasts. Its
+// floor, with both on chip, per pixel, C channels in and out, H hidden: 3 e C bytes and 10 C H
+// FLOP. Here the FLOP are 10 C H and the bytes, up to C 64 and H 128, e (8 C + 6 H): z, dz and dx
+// take e (4 C + 4 H), both weight gradients e (4 C + 2 H).
 // Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 

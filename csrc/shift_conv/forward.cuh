@@ -41,6 +41,24 @@ struct Shift {
   }
 };
 
+// Where S^T puts a channel of pixel `at`, which `offset` moves. What leaves the image on one side
+// (lost) comes in on the other as 0: every element is written once.
+struct Scattered {
+  Pixel pixel;
+  bool lost;
+  SR_DEVICE Scattered(const ImageSize& size, const Pixel& at, const ShiftOffset& offset)
+      : pixel{at.n, at.h + offset.dy, at.w + offset.dx, true},
+        lost(!size.has(pixel.h, at.w) || !size.has(at.h, pixel.w)) {
+    pixel.h = pixel.h < 0 ? size.height - 1 : (pixel.h >= size.height ? 0 : pixel.h);
+    pixel.w = pixel.w < 0 ? size.width - 1 : (pixel.w >= size.width ? 0 : pixel.w);
+  }
+};
+// For with_access_width: runs of channels move as one, runs of pixels do not.
+SR_DEVICE uint64_t scatter_places(const Shift& scatter, bool channels_last) {
+  if (scatter.pattern == ShiftPattern::kNone) return 0;
+  return channels_last ? scatter.channels / scatter.groups : 1;
+}
+
 // Channels first_channel ... of S(x) at the given pixels into shared memory, element (c, p) to
 // tile[c * stride_c + p * stride_p], for c < rows (a multiple of 4, in 16 bits of 8); zero outside
 // the image and from `channels` on. With an activation, act(S(x)). One of the strides is 1; a run
@@ -200,16 +218,29 @@ struct InputTile {
       load_shifted<E, kPixels>(data, ld, 1, rows, x, size, pixels, shift, first_channel, channels,
                                Activation::kNone, 0.0f, thread);
   }
-  // product += A times the channels from k on.
-  template <typename Product>
+  // product += A times the channels from k on. A may be in memory as [k][m] in 16 bits.
+  template <bool kAByK = false, typename Product>
   SR_DEVICE void accumulate(Product& product, const E* a, int lda, int k, int k_count,
                             int thread) const {
-    if constexpr (kCanBeByPixel)
-      if (by_pixel) {
-        product.template accumulate<false, true>(a, lda, data + k, ld, k_count, thread, kRows);
-        return;
-      }
-    product.accumulate(a, lda, data + k * kLdChannel, kLdChannel, k_count, thread);
+    if constexpr (kCanBeByPixel) {
+      if (by_pixel)
+        product.template accumulate<kAByK, true>(a, lda, data + k, ld, k_count, thread, kRows);
+      else
+        product.template accumulate<kAByK, false>(a, lda, data + k * kLdChannel, kLdChannel,
+                                                  k_count, thread);
+    } else {
+      product.accumulate(a, lda, data + k * kLdChannel, kLdChannel, k_count, thread);
+    }
+  }
+  // product += A, [m][pixel], times all pixels, [pixel][channel]; of a 16-bit tile without
+  // pixels that do not exist.
+  template <typename Product>
+  SR_DEVICE void accumulate_transposed(Product& product, const E* a, int lda, int thread) const {
+    static_assert(kCanBeByPixel && kRows == kPixels);
+    if (by_pixel)
+      product.accumulate(a, lda, data, ld, kPixels, thread);
+    else
+      product.template accumulate<false, true>(a, lda, data, kLdChannel, kPixels, thread);
   }
 };
 
@@ -281,19 +312,15 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1) conv_ke
   const bool channels_last = stage.by_pixel;
   uint64_t places = run_places<E>(p.out, channels_last) | run_places<E>(p.grad, channels_last) |
                     run_places<E>(p.before, channels_last) |
-                    run_places<E>(p.residual, channels_last);
+                    run_places<E>(p.residual, channels_last) |
+                    scatter_places(p.scatter, channels_last);
   if (!fits_in_epilogue(p.activation) || !fits_in_epilogue(p.before_activation)) places |= 1;
-  if (p.scatter.pattern != ShiftPattern::kNone)  // a run moves as one, along its channels
-    places |= channels_last ? p.scatter.channels / p.scatter.groups : 1;
   stage.template visit<E>(
       places, pixels, p.size.width, m_count, thread, [&](const Pixel& at, int c, int, auto& value) {
         constexpr int kRun = static_cast<int>(sizeof(value) / sizeof(float));
         const int m = m0 + c;
-        const ShiftOffset offset = p.scatter(m);
-        Pixel to{at.n, at.h + offset.dy, at.w + offset.dx, true};
-        const bool lost = !p.size.has(to.h, at.w) || !p.size.has(at.h, to.w);
-        to.h = to.h < 0 ? p.size.height - 1 : (to.h >= p.size.height ? 0 : to.h);
-        to.w = to.w < 0 ? p.size.width - 1 : (to.w >= p.size.width ? 0 : to.w);
+        const Scattered target(p.size, at, p.scatter(m));
+        const Pixel& to = target.pixel;
         if (p.grad.data != nullptr) {
           const auto grad = load_run<E, kRun>(p.grad, to, m);
 #pragma unroll
@@ -316,7 +343,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(E) == 2 ? 2 : 1) conv_ke
                                   : derivative_in_epilogue(p.before_activation, p.slope, z);
           }
         }
-        if (lost) {
+        if (target.lost) {
 #pragma unroll
           for (int i = 0; i < kRun; ++i) value[i] = 0.0f;
         }

@@ -4,6 +4,7 @@
 #include "common/weight_gradient.cuh"
 #include "common/workspace.h"
 #include "shift_conv/backward.cuh"
+#include "shift_conv/block_backward.cuh"
 #include "shift_conv/forward.cuh"
 
 namespace sr_kernels {
@@ -203,7 +204,29 @@ const char* run(const ShiftConvBlockParams& p, void* workspace, void* stream) {
   return run<E>(second, stream);
 }
 
+// Units of 64 channels that the kernels of block_backward.cuh keep sums of, 0: the sequence runs.
+template <typename E>
+int units_in_fused_backward(const ShiftConvBlockParams& p) {
+  const int64_t channels = p.c_in > p.c_out ? p.c_in : p.c_out;
+  if (sizeof(E) != 2 || channels > 192) return 0;
+  return channels <= 64 ? 1 : 3;
+}
+int units_in_fused_backward(const ShiftConvBlockParams& p) {
+  return p.kind == ScalarKind::kFloat32 ? units_in_fused_backward<float>(p)
+                                        : units_in_fused_backward<__half>(p);
+}
+// How many blocks share the tiles: at least 8 tiles for each, and about 512 blocks in all, 256 of
+// those that are alone on a multiprocessor.
+int slices_of_fused_backward(const ShiftConvBlockParams& p, int units) {
+  const int64_t tiles = HiddenTile<__half>::count(image_size(p.batch, p.height, p.width));
+  const int64_t chunks = (p.c_hidden + kProductRows - 1) / kProductRows;
+  const int64_t most = (units == 1 ? 512 : 256) / chunks;
+  const int64_t slices = tiles / 8 < most ? tiles / 8 : most;
+  return static_cast<int>(slices < 1 ? 1 : slices);
+}
+
 struct BlockBackward {
+  int units;  // 0: the sequence, with these maps
   bool need_z, need_dz;
   FeatureMap z, dz;
   WeightGradient first, second;
@@ -212,6 +235,13 @@ BlockBackward take(WorkspacePieces& pieces, const ShiftConvBlockBackwardParams& 
   const ShiftConvBlockParams& f = p.forward;
   const int64_t pixels = f.batch * f.height * f.width;
   BlockBackward b{};
+  b.units = units_in_fused_backward(f);
+  if (b.units > 0) {
+    const int slices = slices_of_fused_backward(f, b.units);
+    b.first = take_parts(pieces, slices, f.c_hidden, f.c_in, p.dw0 != nullptr, p.db0 != nullptr);
+    b.second = take_parts(pieces, slices, f.c_out, f.c_hidden, p.dw1 != nullptr, p.db1 != nullptr);
+    return b;
+  }
   b.need_dz = p.dx.data != nullptr || p.dw0 != nullptr || p.db0 != nullptr;
   b.need_z = p.dw1 != nullptr || (b.need_dz && f.activation != Activation::kNone);
   if (b.need_z) b.z = take_hidden(pieces, f);
@@ -222,6 +252,49 @@ BlockBackward take(WorkspacePieces& pieces, const ShiftConvBlockBackwardParams& 
       take_weight_gradient(pieces, pixels, f.c_out, f.c_hidden, p.dw1 != nullptr, p.db1 != nullptr);
   return b;
 }
+
+template <typename E, int kUnits>
+const char* launch_fused_backward(const ShiftConvBlockBackwardParams& p, const BlockBackward& take,
+                                  void* stream) {
+  using Tile = HiddenTile<E>;
+  const ShiftConvBlockParams& f = p.forward;
+  BlockBackwardParams b{};
+  b.size = image_size(f.batch, f.height, f.width);
+  b.c_in = static_cast<int>(f.c_in);
+  b.c_hidden = static_cast<int>(f.c_hidden);
+  b.c_out = static_cast<int>(f.c_out);
+  b.x = f.x;
+  b.grad = p.grad;
+  b.dx = p.dx;
+  b.w0 = f.w0;
+  b.b0 = f.b0;
+  b.w1 = f.w1;
+  b.shift_in = shift_of(f.pattern, f.c_in, f.groups);
+  b.shift_hidden = shift_of(f.pattern, f.c_hidden, f.groups);
+  b.activation = f.activation;
+  b.slope = static_cast<float>(f.negative_slope);
+  b.residual = f.residual;
+  b.slices = take.first.slices;
+  b.dw0_parts = take.first.weight_parts;
+  b.db0_parts = take.first.bias_parts;
+  b.dw1_parts = take.second.weight_parts;
+  b.db1_parts = take.second.bias_parts;
+  const int64_t blocks = Tile::count(b.size);
+  if (blocks + b.slices > kMaxGridX) return kTooLarge;  // the kernels count them in int
+  if (p.dx.data != nullptr && blocks > 0)
+    SR_KERNELS_RETURN_IF_ERROR(launch_kernel(block_input_gradient_kernel<E, kUnits>,
+                                             dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                                             Tile::input_gradient_bytes(f.activation), stream, b));
+  if (p.dw0 == nullptr && p.db0 == nullptr && p.dw1 == nullptr && p.db1 == nullptr) return nullptr;
+  const int64_t chunks = (f.c_hidden + kProductRows - 1) / kProductRows;
+  SR_KERNELS_RETURN_IF_ERROR(
+      launch_kernel(block_weight_gradient_kernel<E, kUnits>,
+                    dim3(static_cast<unsigned>(b.slices), static_cast<unsigned>(chunks)),
+                    kBlockThreads, Tile::weight_gradient_bytes(kUnits), stream, b));
+  SR_KERNELS_RETURN_IF_ERROR(launch_reduction<E>(take.first, p.dw0, p.db0, stream));
+  return launch_reduction<E>(take.second, p.dw1, p.db1, stream);
+}
+
 // z = W0 S(x) + b0 is computed again; dz = S^T(W1^T G) act'(z), dx = S^T(W0^T dz) + G.
 template <typename E>
 const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* stream) {
@@ -232,6 +305,10 @@ const char* run(const ShiftConvBlockBackwardParams& p, void* workspace, void* st
   const auto slope = static_cast<float>(f.negative_slope);
   WorkspacePieces pieces(workspace);
   const BlockBackward b = take(pieces, p);
+  if constexpr (sizeof(E) == 2) {
+    if (b.units == 1) return launch_fused_backward<E, 1>(p, b, stream);
+    if (b.units == 3) return launch_fused_backward<E, 3>(p, b, stream);
+  }
   if (b.need_z) SR_KERNELS_RETURN_IF_ERROR(run<E>(first_conv(f, b.z), stream));
   if (b.need_dz) {
     ConvParams c = transposed_conv(size, p.grad, f.w1, f.c_out, f.c_hidden, shift_hidden, b.dz);

@@ -23,6 +23,8 @@ int64_t shift_conv_block_workspace(const ShiftConvBlockParams& params);
 const char* launch_shift_conv_block(const ShiftConvBlockParams& params, void* workspace,
                                     void* stream);
 
+// Two kernels, and a workspace for sums of the weights' gradients alone, in 16 bits up to 192
+// channels in and out; others are a sequence with two hidden maps in the workspace.
 int64_t shift_conv_block_backward_workspace(const ShiftConvBlockBackwardParams& params);
 const char* launch_shift_conv_block_backward(const ShiftConvBlockBackwardParams& params,
                                              void* workspace, void* stream);

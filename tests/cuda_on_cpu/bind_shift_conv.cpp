@@ -63,6 +63,12 @@ PYBIND11_MODULE(shift_conv, m) {
     bytes["block_kernel<float, 1>"] = BlockTile<float, 1>::shared_bytes(c_in);
     bytes["block_kernel<__half, 1>"] = BlockTile<__half, 1>::shared_bytes(c_in);
     bytes["block_kernel<__half, 3>"] = BlockTile<__half, 3>::shared_bytes(c_in);
+    using Backward = HiddenTile<__half>;
+    bytes["block_input_gradient_kernel<__half>"] =
+        Backward::input_gradient_bytes(Activation::kRelu);
+    bytes["block_input_gradient_kernel<__half> with gelu"] =
+        Backward::input_gradient_bytes(Activation::kGelu);
+    bytes["block_weight_gradient_kernel<__half>"] = Backward::weight_gradient_bytes(3);
     bytes["weight_gradient_kernel<float>"] = WeightGradientTile<float>::kSharedBytes;
     bytes["weight_gradient_kernel<__half>"] = WeightGradientTile<__half>::kSharedBytes;
     return bytes;
@@ -116,7 +122,9 @@ PYBIND11_MODULE(shift_conv, m) {
     p.db0 = db0.data();
     p.dw1 = dw1.data();
     p.db1 = db1.data();
-    Workspace workspace(shift_conv_block_backward_workspace(p));
+    const int64_t bytes = shift_conv_block_backward_workspace(p);
+    Workspace workspace(bytes);
     require_success(launch_shift_conv_block_backward(p, workspace.data(), nullptr));
+    return bytes;
   });
 }

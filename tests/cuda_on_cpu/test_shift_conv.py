@@ -1,5 +1,7 @@
 """The shift convolution's CUDA kernels, run on the CPU, against the definition in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 from emulated import emulated, run_sanitized
@@ -127,6 +129,50 @@ def test_which_blocks_need_a_workspace(on_emulated_kernels, dtype):
     assert workspace(200, 200) > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_which_backwards_need_the_hidden_map_in_memory(on_emulated_kernels, dtype):
+    kind = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}[dtype]
+
+    def more_than_sums(channels, hidden):
+        tensors = list(block_inputs(1, channels, hidden, 2, 3, dtype=dtype).values())
+        x, w0, b0, w1, b1 = (t.view(torch.int16) if t.element_size() == 2 else t for t in tensors)
+        results = [torch.empty_like(t).numpy() for t in (x, w0, b0, w1, b1)]
+        arrays = [t.numpy() for t in (x, x, w0, b0, w1)]
+        found = on_emulated_kernels.shift_conv_block_backward(
+            kind, *arrays, 1, 0.0, True, 0, 5, *results
+        )
+        return found - sum(-(-4 * r.size // 256) * 256 for r in results[1:])
+
+    assert (more_than_sums(60, 120) == 0) == (dtype != torch.float32)
+    assert (more_than_sums(180, 360) == 0) == (dtype != torch.float32)
+    assert more_than_sums(200, 70) > 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [(70, 40, 130), (130, 40, 20), (20, 70, 64)], ids=str)
+def test_block_with_other_channels_out_than_in(channels, layout):
+    c_in, hidden, c_out = channels
+    inputs = block_inputs(1, c_in, hidden, 3, 20, dtype=torch.float16, layout=layout)
+    inputs["w1"] = make_tensor((c_out, hidden, 1, 1), torch.float16, seed=3, scale=hidden**-0.5)
+    inputs["b1"] = make_tensor((c_out,), torch.float16, seed=4)
+    check_block(inputs, residual=False, few_pixels_slack=True)
+
+
+@pytest.mark.parametrize("channels", [20, 70])
+def test_backward_does_not_depend_on_layouts(channels):
+    inputs = block_inputs(2, channels, 24, 9, 33, dtype=torch.float16)
+    grad = make_tensor(inputs["x"].shape, torch.float16, seed=9)
+    results = []
+    for x_format, grad_format in product((torch.contiguous_format, torch.channels_last), repeat=2):
+        leaves = dict(inputs, x=inputs["x"].contiguous(memory_format=x_format))
+        leaves = [t.detach().requires_grad_() for t in leaves.values()]
+        out = sr_kernels.shift_conv_block(*leaves, backend="cpu")
+        grads = torch.autograd.grad(out, leaves, grad.contiguous(memory_format=grad_format))
+        results.append(grads)
+    for other in results[1:]:
+        assert all(map(bitwise_equal, results[0], other))
+
+
 # Bytes a block, as cuda_codegen.json has the registers: more is a decision. block_kernel's are with
 # 60 input channels; two of its blocks in 16 bits fit a multiprocessor of every architecture.
 SHARED_BYTES = {
@@ -135,6 +181,9 @@ SHARED_BYTES = {
     "block_kernel<float, 1>": 95104,
     "block_kernel<__half, 1>": 49472,
     "block_kernel<__half, 3>": 49472,
+    "block_input_gradient_kernel<__half>": 72704,
+    "block_input_gradient_kernel<__half> with gelu": 98304,
+    "block_weight_gradient_kernel<__half>": 99328,
     "weight_gradient_kernel<float>": 36864,
     "weight_gradient_kernel<__half>": 18432,
 }
