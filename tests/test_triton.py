@@ -508,18 +508,19 @@ def test_tune_skips_what_does_not_fit(configs):
 
 
 def test_tune_leaves_out_what_is_wrong_and_says_so(configs):
-    """The larger the faster, and from 128 on with another result."""
+    """The fastest are wrong: from 128 on. A second round, which comes after a gain, is silent."""
     from sr_kernels.triton import tuning
 
+    times = {16: 1.0, 32: 0.5, 64: 1.0, 128: 0.1, 256: 0.1}
     problem, used = problem_of(configs, tuning, lambda config: float(config["BLOCK_P"] >= 128))
     said = []
     tuned, defects = tuning.tune(
         [problem],
         configs.Device("Fake", (9, 0), 1000),
-        lambda run: 1 / used[-1]["BLOCK_P"],
+        lambda run: times[used[-1]["BLOCK_P"]],
         say=said.append,
     )
-    assert next(iter(tuned.entries.values()))["BLOCK_P"] == 64
+    assert next(iter(tuned.entries.values()))["BLOCK_P"] == 32
     wrong = [text for text in said if "fake gives another result with" in text]
     assert len(wrong) == defects == 2, "128 and 256, each once"
 
