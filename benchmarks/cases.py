@@ -62,11 +62,16 @@ class Case:
 def parse_size(text: str) -> tuple[int, int, int]:
     """ "180x320" or "4x64x64" -> (batch, height, width)."""
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (2, 3) or not all(_is_size(part) for part in parts):
         raise ValueError(f"size is {text!r}; expected HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH")
     numbers = [int(part) for part in parts]
     batch, height, width = numbers if len(numbers) == 3 else [1, *numbers]
     return batch, height, width
+
+
+def _is_size(text: str) -> bool:
+    # Superscripts are digits to str.isdigit, and nothing to int.
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def read(path: Path = _FILE) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def select(
     device: str = "cpu",
     quick: bool = False,
 ) -> list[Case]:
-    """The cases to measure, in the file's order.
+    """The cases to measure, in the file's order, each once.
 
     Empty filters take what the file lists: an operator's first number of channels at every size,
     and every number of channels at its first size. A size, number of channels or mode that is asked
@@ -141,7 +146,7 @@ def select(
                 for dtype in dtypes
                 for mode in wanted
             )
-    return cases
+    return list(dict.fromkeys(cases))
 
 
 def _shapes(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from sr_kernels.models import checkpoints
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -123,9 +124,20 @@ def load(case: Case, weights: Path | None, image: Path) -> tuple[Any, str]:
 
 
 def _load_theirs(name: str, file: Path) -> nn.Module:
-    """The network with the weights of a file that its authors published."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("params", state)
+    """The network with the weights of a file that its authors published.
+
+    Raises:
+        ValueError: that is no such file; it says what is accepted.
+    """
+    state = checkpoints.read(file)
+    state = state.get("params", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(
+            f"weights for {name} are {file}, which does not hold names with tensors; expected a "
+            'state_dict saved with torch.save, as it is or under "params"'
+        )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if "tail.weight" in state:  # FriedRiceLab's ELAN
         state = {key.replace("tail.", "tail.0."): value for key, value in state.items()}

@@ -135,18 +135,17 @@ def draw(folder: Path, root: Path | None = None) -> list[Path]:
     return written
 
 
-def _label(row: Row, rows: Sequence[Row]) -> str:
-    """The case, as it is told apart from the others among `rows`."""
+def _label(row: Row) -> str:
+    """The case, without what is usual: forward, float32, a warm cache, the shipped weights."""
     mode = "" if row.mode == "forward" else f" {row.mode}"
     dtype = "" if row.dtype == "float32" else f" {row.dtype}"
     cache = "" if row.cache in ("warm", "hot") else f" {row.cache}"
-    return f"{row.op} {row.shape}{mode}{dtype}{cache}{_weights(row, rows)}"
+    return f"{row.op} {row.shape}{mode}{dtype}{cache}{_weights(row)}"
 
 
-def _weights(row: Row, rows: Sequence[Row]) -> str:
-    """ " weights" where `rows` has the network with several."""
-    several = len({other.weights for other in rows if other.op == row.op}) > 1
-    return f" {row.weights}" if several else ""
+def _weights(row: Row) -> str:
+    """ " weights", unless an operator has none or they are those that come with the package."""
+    return f" {row.weights}" if row.weights not in ("", row.op) else ""
 
 
 def _threads(rows: Sequence[Row]) -> int:
@@ -164,7 +163,7 @@ def _speedup(rows: Sequence[Row], device: str) -> Any:
         best, other = _best(group), fastest_other(group)
         if best is None or other is None or not best.median_ms or not other.median_ms:
             continue
-        bars.append((_label(best, rows), other.median_ms / best.median_ms, other.provider))
+        bars.append((_label(best), other.median_ms / best.median_ms, other.provider))
     if not bars:
         return None
     bars.reverse()
@@ -242,7 +241,7 @@ def _sizes(rows: Sequence[Row], device: str) -> Any:
         and row.cache in ("warm", "hot")
         and row.op in NETWORKS
     ]
-    networks = list(dict.fromkeys(row.op + _weights(row, chosen) for row in chosen))
+    networks = list(dict.fromkeys(row.op + _weights(row) for row in chosen))
     if not networks:
         return None
     figure, grid = plt.subplots(
@@ -260,7 +259,7 @@ def _sizes(rows: Sequence[Row], device: str) -> Any:
                 own = [
                     row
                     for row in chosen
-                    if row.op + _weights(row, chosen) == network and row.provider == provider
+                    if row.op + _weights(row) == network and row.provider == provider
                 ]
                 points = sorted(
                     (r.size[0] * r.size[2] * r.size[3], v) for r in own if (v := value(r))
@@ -334,7 +333,7 @@ def readme_section(folder: Path, root: Path) -> str:
             )
             busy = any((row.other_load or 0.0) > BUSY for row in (best, other))
             lines.append(
-                f"| {_label(best, own)}{' (busy machine)' if busy else ''} "
+                f"| {_label(best)}{' (busy machine)' if busy else ''} "
                 f"| {best.median_ms:.4g} ({best.p20_ms:.4g} .. {best.p80_ms:.4g}) "
                 f"| {other.median_ms:.4g} {other.provider} "
                 f"| {other.median_ms / best.median_ms:.2f} | {best.fraction:.0%} {best.bound} "

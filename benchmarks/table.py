@@ -13,6 +13,7 @@ import fcntl
 import functools
 import io
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -128,10 +129,16 @@ def read(folder: Path) -> list[Row]:
     file = folder / FILE_NAME
     if not file.exists():
         return []
+    with file.open(newline="") as stream:
+        try:
+            text = stream.read()
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{file}, line {line}: is not text; the file is damaged") from error
     rows = []
     names = [f.name for f in fields(Row)]
-    with file.open(newline="") as stream:
-        reader = csv.DictReader(stream)
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
         if reader.fieldnames != names:
             found = set(reader.fieldnames or ())
             raise ValueError(
@@ -151,8 +158,26 @@ def read(folder: Path) -> list[Row]:
             values: dict[str, object] = dict(record)
             for name in _NUMBERS:
                 values[name] = _number(name, record[name], where)
-            rows.append(Row(**values))  # type: ignore[arg-type]
+            row = Row(**values)  # type: ignore[arg-type]
+            _check_row(row, where)
+            rows.append(row)
+    except csv.Error as error:
+        # The reader counts a line once it has it: the one that it stumbles over is the next.
+        raise ValueError(f"{file}, line {reader.line_num + 1}: {error}") from error
     return rows
+
+
+def _check_row(row: Row, where: str) -> None:
+    """Raises ValueError for what reports could not be made of."""
+    if not re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*){3}", row.shape):
+        raise ValueError(f"{where}: shape is {row.shape!r}; expected NxCxHxW")
+    if row.median_ms is None:
+        return
+    if not 0 < row.median_ms < float("inf"):
+        raise ValueError(f"{where}: median_ms is {row.median_ms}; expected a positive number")
+    for name in ("p20_ms", "p80_ms", "bound", "fraction"):
+        if getattr(row, name) in (None, ""):
+            raise ValueError(f"{where}: {name} is ''; a row with a time has one")
 
 
 def _number(name: str, text: str, where: str) -> float | int | None:

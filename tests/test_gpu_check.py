@@ -63,16 +63,18 @@ def test_all_steps_together_have_a_limit(tool, capfd):
     late = tool.Step("benchmarks", (sys.executable, "-c", "print('ran')"), 30)
     outcomes = tool.run_all([sleeper, late], total=2)
     assert [text for _, text, _ in outcomes] == [
-        "failed (not done after 2 s)",
+        "failed (not done after 2 s; its limit is 30 s, but no more were left)",
         "not run: no time is left",
     ]
-    assert "ran\n" not in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "--- 2 s for tests; its limit is 30 s, but no more were left" in out
+    assert "ran\n" not in out
 
 
 def test_the_plan_has_every_step(tool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     planned = {step.name: step for step in tool.steps(built=False)}
-    expected = ["build", "tests", *tool.SANITIZERS, "network", "benchmarks", "triton"]
+    expected = ["build", "tests", *tool.SANITIZERS, "triton", "network", "benchmarks"]
     assert list(planned) == expected
     assert ("SR_KERNELS_CUDA_ARCHS", "9.0a") in planned["build"].environment
     assert list(tool.SANITIZERS) == ["memcheck", "racecheck", "initcheck", "synccheck"]

@@ -4,11 +4,12 @@
     python tools/gpu_check.py --built     # with the libraries that are in sr_kernels/ already
 
 Steps: build; `pytest -m gpu`; compute-sanitizer (memcheck, racecheck, initcheck, synccheck) on tiny
-shapes of every operator; `sr-kernels bench --device cuda`: first ELAN-light x4, then --quick; the
-Triton kernels' tests. Each has a limit of its own, and all together have ten minutes: what no
-time is left for is named. One that fails does not stop those behind it, except for the build. What
-became of them goes to benchmarks/results/gpu_check.txt, with device, versions, date and commit;
-timings go to the table that is there. Needs no network: what is missing is named.
+shapes of every operator; the Triton kernels' tests; `sr-kernels bench --device cuda`: first
+ELAN-light x4, then --quick. Each has a limit of its own, and all together have ten minutes: what no
+time is left for is named, and so is what has less than its own limit. One that fails does not stop
+those behind it, except for the build. What became of them goes to benchmarks/results/gpu_check.txt,
+with device, versions, date and commit; timings go to the table that is there. Needs no network:
+what is missing is named.
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ def steps(built: bool) -> list[Step]:
         # torch's cache would hide what is freed, as NaN-poisoning what is not written.
         environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         found.append(Step(tool, command, 40, no_sanitizer, environment))
+    no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
+    found.append(Step("triton", (*tests, "tests/triton_operators"), 90, no_triton))
     bench = (python, "-m", "sr_kernels", "bench", "--device", "cuda", "--quick")
     network = ("--op", "elan_light_x4", "--size", "180x320", "--dtype", "float16")
     found.append(Step("network", (*bench, *network), 90))
     found.append(Step("benchmarks", (*bench, "--dtype", "float32", "float16", "bfloat16"), 100))
-    no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
-    found.append(Step("triton", (*tests, "tests/triton_operators"), 90, no_triton))
     return found
 
 
@@ -96,12 +97,15 @@ def run(step: Step, left: float) -> tuple[str, float]:
         return "not run: no time is left", 0.0
     print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
     began, limit = time.monotonic(), min(step.limit, left)
+    short = f"; its limit is {step.limit} s, but no more were left" if left < step.limit else ""
+    if short:
+        print(f"--- {left:.0f} s for {step.name}{short}", flush=True)
     environment = {**os.environ, **dict(step.environment)}
     try:
         status = subprocess.run(step.command, cwd=ROOT, env=environment, timeout=limit)
         outcome = "passed" if status.returncode == 0 else f"failed (status {status.returncode})"
     except subprocess.TimeoutExpired:
-        outcome = f"failed (not done after {limit:.0f} s)"
+        outcome = f"failed (not done after {limit:.0f} s{short})"
     except OSError as error:
         outcome = f"failed ({error})"
     return outcome, time.monotonic() - began

@@ -38,6 +38,11 @@ case, whichever is slowest, by ceilings measured in the same run, over the row's
 DEFAULT_OUT = Path("benchmarks") / "results"
 QUICK_SECONDS, FULL_SECONDS = 0.6, 3.0
 QUICK_ROUNDS = 1
+# The arguments that ask for a measurement.
+_MEASURING = (
+    *("op", "size", "channels", "mode", "dtype", "provider", "quick", "list"),
+    *("device", "threads", "seconds", "no_memory", "weights", "image"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +145,21 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from sr_kernels.benchmarks import agree, cases, plot
 
+    untouched = _defaults()
+
+    def given(names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if getattr(arguments, name) != getattr(untouched, name)]
+
     if arguments.agree:
+        if others := given((*_MEASURING, "out", "plot")):
+            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise UsageError(f"--agree measures nothing, and goes without {options}")
+        for folder in arguments.agree:
+            if not folder.is_dir():
+                what = "is not a folder" if folder.exists() else "does not exist"
+                raise Failure(f"--agree: {folder} {what}")
+        if arguments.agree[0].samefile(arguments.agree[1]):
+            raise UsageError(f"--agree: {arguments.agree[0]} twice; expected two folders")
         try:
             lines, share = agree.compare(*arguments.agree)
         except (OSError, ValueError) as error:
@@ -149,13 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if share < agree.ENOUGH:
             raise Failure(f"fewer than {agree.ENOUGH:.0%} of the rows agree")
         return 0
-    names = (
-        *("op", "size", "channels", "mode", "dtype", "provider", "quick", "list"),
-        *("device", "threads", "seconds", "no_memory", "weights", "image"),
-    )
-    untouched = _defaults()
-    asked = any(getattr(arguments, name) != getattr(untouched, name) for name in names)
-    if asked or not arguments.plot:
+    if given(_MEASURING) or not arguments.plot:
         for size in arguments.size:
             try:
                 cases.parse_size(size)
@@ -245,6 +258,12 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
             raise UsageError(
                 f"--provider: {name!r} is none of these cases'; they have {', '.join(offered)}"
             )
+    try:  # what could not be written is not measured
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"--out: cannot write to {arguments.out}: {error}") from error
+    if not os.access(arguments.out, os.W_OK):
+        raise Failure(f"--out: cannot write to {arguments.out}")
     rows, failed = runs.run(
         chosen,
         settings,
@@ -252,12 +271,23 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         say=console.say,
         progress=console.Progress,
     )
-    timed = sum(row.median_ms is not None for row in rows)
-    console.say(f"\n{timed} timed rows are in {arguments.out / 'results.csv'}")
-    if failed or not timed:
+    timed = {_case_of(row) for row in rows if row.median_ms is not None}
+    count = sum(row.median_ms is not None for row in rows)
+    console.say(f"\n{count} timed rows are in {arguments.out / 'results.csv'}")
+    # A provider may have nothing to do with a case; one that tried and failed is a reason.
+    tried = {_case_of(row) for row in rows if row.status in ("failed", "wrong")}
+    lost = [
+        case for case in chosen if case in failed or not timed or _case_of(case) in tried - timed
+    ]
+    if lost:
         raise Failure(
-            f"{len(failed)} of {len(chosen)} cases could not be measured; the reasons are above"
+            f"{len(lost)} of {len(chosen)} cases could not be measured; the reasons are above"
         )
+
+
+def _case_of(item: Any) -> tuple[str, str, str, str]:
+    """What a case and its rows have in common; a run has one device."""
+    return item.op, item.shape, item.dtype, item.mode
 
 
 def _offered(chosen: list[Any]) -> set[str]:
@@ -284,7 +314,8 @@ def _weights(texts: list[str], image: Path) -> dict[str, Path]:
                 f"--weights: {text!r} is not NETWORK=FILE with a network of {', '.join(NETWORKS)}"
             )
         if not Path(file).is_file():
-            raise Failure(f"--weights: {file} does not exist")
+            what = "is not a file" if Path(file).exists() else "does not exist"
+            raise Failure(f"--weights: {file} {what}")
         try:
             load(Case(name, 1, 0, 16, 16), Path(file), image)
         except (OSError, ValueError) as error:

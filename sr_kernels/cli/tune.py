@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ DESCRIPTION = """\
 Measure tile shapes, warps and pipeline stages of the Triton kernels on this machine's GPU, at the
 channel counts and windows of the networks, and write the fastest to a file that the kernels read
 from then on. Without such a file they use a default, or the file of a similar GPU. The file does
-not depend on the size of pictures. Run it on an idle GPU.
+not depend on the size of pictures. It is written after each operator: an interrupted run keeps
+what it has found. Run it on an idle GPU.
 """
 EPILOG = """\
 examples:
@@ -72,8 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise Failure(f"{error}. Move it away, or name another folder: --output") from error
     dtypes = [_DTYPES[name] for name in arguments.dtype]
-    tuned = tuning.tune_gpu(arguments.device, dtypes, say=console.say)
-    tuned.entries = {**before, **tuned.entries}
-    tuned.write(path)
-    console.say(f"wrote {path}")
+    written = False
+
+    def save(tuned: _configs.TunedFile) -> None:
+        nonlocal written
+        replace(tuned, entries={**before, **tuned.entries}).write(path)
+        written = True
+
+    try:
+        _, defects = tuning.tune_gpu(arguments.device, dtypes, say=console.say, save=save)
+    finally:  # Ctrl-C too
+        if written:
+            console.say(f"wrote {path}")
+    if defects:
+        raise Failure(f"{defects} configurations or operators had to be left out; see above")
+    if not written:
+        raise Failure("nothing could be tuned; the reasons are above")
     return 0

@@ -3,9 +3,10 @@
 A *problem* is an operator on tensors. Running it shows which configurations it asks for
 (`_configs.recorded`); for each key, one entry after another of the configuration is varied and the
 fastest kept, until a round changes nothing. A configuration that the device cannot start is
-skipped (where that is the default, the search begins at the smallest tiles); one whose result
-differs from the first one's is an error. The timer is an argument, so that the search itself is
-tested without a device.
+skipped (where that is the default, the search begins at the smallest tiles). One whose result
+differs from the first one's is a defect: it is named and not taken, and so is a problem that raises
+anything else; the others are tuned all the same. The timer is an argument, so that the search
+itself is tested without a device.
 """
 
 from __future__ import annotations
@@ -65,30 +66,61 @@ def tune(
     *,
     unfit: tuple[type[Exception], ...] = (),
     say: Say = lambda text: None,
-) -> TunedFile:
-    """The fastest configurations for the kernels of these problems.
+    save: Callable[[TunedFile], None] = lambda tuned: None,
+) -> tuple[TunedFile, int]:
+    """The fastest configurations for the kernels of these problems, and the number of defects.
 
     timer: time of one call of the function it is given, in any unit.
     unfit: what is raised for a configuration that the device cannot run.
+    save: is given what was found so far, after each problem that added to it.
 
-    Raises RuntimeError for a configuration that gives another result than the first.
+    Defects are configurations that give another result than the first, and problems that raise
+    what is not in `unfit`.
     """
-    tuned = TunedFile(device, triton=triton.__version__)
+    tuned, defects = TunedFile(device, triton=triton.__version__), 0
+
+    def defect(text: str) -> None:
+        nonlocal defects
+        defects += 1
+        say(text)
+
     for problem in problems:
-        found = _first_run(problem, tuned.entries, unfit)
-        if found is None:
-            say(f"{problem.name}: does not fit this device, even with the smallest tiles")
+        known = len(tuned.entries)
+        try:
+            _tune(problem, tuned.entries, timer, unfit, say, defect)
+        except Exception as error:  # no memory, a compiler's: the problems behind it may do
+            reason = (str(error).splitlines() or [""])[0]
+            defect(f"{problem.name}: failed: {type(error).__name__}: {reason}")
+        if len(tuned.entries) > known:
+            save(tuned)
+    return tuned, defects
+
+
+def _tune(
+    problem: Problem,
+    entries: dict[Key, Config],
+    timer: Callable[[Callable[[], Any]], float],
+    unfit: tuple[type[Exception], ...],
+    say: Say,
+    defect: Say,
+) -> None:
+    """Adds to `entries` what this problem asks for and is not there yet."""
+    found = _first_run(problem, entries, unfit)
+    if found is None:
+        say(f"{problem.name}: does not fit this device, even with the smallest tiles")
+        return
+    expected, keys, smallest = found
+    for key in keys:
+        if key in entries:
             continue
-        expected, keys, smallest = found
-        for key in keys:
-            if key in tuned.entries:
-                continue
-            start = smallest.get(key, DEFAULTS[key[0]])
-            others = {**smallest, **tuned.entries}
-            best, time = _search(problem, key, start, expected, others, timer, unfit)
-            tuned.entries[key] = best
-            say(f"{problem.name}: {key[0]} {key[1]} {dict(key[2])}: {time:.4g} with {best}")
-    return tuned
+        start = smallest.get(key, DEFAULTS[key[0]])
+        others = {**smallest, **entries}
+        best, time = _search(problem, key, start, expected, others, timer, unfit, defect)
+        if time == float("inf"):
+            say(f"{problem.name}: {key[0]} {key[1]} {dict(key[2])}: no configuration can be used")
+            continue
+        entries[key] = best
+        say(f"{problem.name}: {key[0]} {key[1]} {dict(key[2])}: {time:.4g} with {best}")
 
 
 def _first_run(
@@ -120,14 +152,26 @@ def _search(
     others: dict[Key, Config],
     timer: Callable[[Callable[[], Any]], float],
     unfit: tuple[type[Exception], ...],
+    defect: Say,
 ) -> tuple[Config, float]:
+    """The fastest configuration and its time, which is infinite where none can be used."""
+    unequal: list[Config] = []
+
     def measure(config: Config) -> float:
+        if config in unequal:
+            return float("inf")
         with forced({**others, key: config}):
             try:
                 result = problem.run()
             except unfit:
                 return float("inf")
-            _require_equal(problem, config, result, expected)
+            if not _equal(result, expected):
+                unequal.append(config)
+                defect(
+                    f"{problem.name} gives another result with {config} than with the first "
+                    "configuration: a defect of the kernel or of Triton; please report it"
+                )
+                return float("inf")
             return timer(problem.run)
 
     best = dict(start)
@@ -144,17 +188,13 @@ def _search(
     return best, time
 
 
-def _require_equal(
-    problem: Problem, config: Config, actual: Sequence[Tensor], expected: Sequence[Tensor]
-) -> None:
+def _equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     for ours, theirs in zip(actual, expected, strict=True):
         tolerance = 1e-4 if theirs.dtype == torch.float32 else 2e-2
         difference = torch.linalg.vector_norm(ours.float() - theirs.float())
         if not difference <= tolerance * torch.linalg.vector_norm(theirs.float()) + 1e-6:
-            raise RuntimeError(
-                f"{problem.name} gives another result with {config} than with the first "
-                "configuration: a defect of the kernel or of Triton; please report it"
-            )
+            return False
+    return True
 
 
 def network_problems(
@@ -233,8 +273,13 @@ def _both(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
-def tune_gpu(index: int, dtypes: Sequence[torch.dtype], say: Say = lambda text: None) -> TunedFile:
-    """Tunes on GPU ``index``: median times of repeated calls with a cold cache."""
+def tune_gpu(
+    index: int,
+    dtypes: Sequence[torch.dtype],
+    say: Say = lambda text: None,
+    save: Callable[[TunedFile], None] = lambda tuned: None,
+) -> tuple[TunedFile, int]:
+    """`tune` on GPU ``index``: median times of repeated calls with a cold cache."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -244,4 +289,4 @@ def tune_gpu(index: int, dtypes: Sequence[torch.dtype], say: Say = lambda text: 
     device = torch.device("cuda", index)
     unfit = (OutOfResources, CompilationError, PTXASError)
     problems = list(network_problems(device, dtypes))
-    return tune(problems, Device.of(index), timer, unfit=unfit, say=say)
+    return tune(problems, Device.of(index), timer, unfit=unfit, say=say, save=save)

@@ -54,4 +54,24 @@ def test_tables_with_nothing_in_common_are_refused(row, tmp_path, capsys):
     assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "of which only 1 are the same" in capsys.readouterr().err
     assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    assert f"--agree: {tmp_path / 'c'} does not exist" in capsys.readouterr().err
+    (tmp_path / "c").mkdir()
+    assert main(["bench", "--agree", str(tmp_path / "c"), str(tmp_path / "a")]) == 1
     assert "holds no timed row: measure first" in capsys.readouterr().err
+    file = str(tmp_path / "a" / "results.csv")
+    assert main(["bench", "--agree", file, str(tmp_path / "a")]) == 1
+    assert f"--agree: {file} is not a folder" in capsys.readouterr().err
+
+
+def test_a_run_is_not_held_against_itself(row, tmp_path, capsys):
+    table.add(tmp_path / "a", [row])
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert main(["bench", "--agree", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "a twice; expected two folders" in capsys.readouterr().err
+
+
+def test_what_asks_for_measuring_does_not_go_with_agree(row, tmp_path, capsys):
+    folders = _two(tmp_path, row, 0)
+    assert main(["bench", "--size", "8x8", "--no-memory", "--plot", "--agree", *folders]) == 2
+    message = "--agree measures nothing, and goes without --size, --no-memory, --plot"
+    assert message in capsys.readouterr().err

@@ -29,7 +29,9 @@ def test_sizes_are_read(text, expected):
     assert cases.parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "180", "180x", "0x5", "1x2x3x4", "axb", "-1x5"])
+@pytest.mark.parametrize(
+    "text", ["", "180", "180x", "0x5", "1x2x3x4", "axb", "-1x5", "\u00b2x5", "\u0665x5"]
+)
 def test_a_wrong_size_is_named(text):
     with pytest.raises(ValueError, match="size is"):
         cases.parse_size(text)
@@ -44,6 +46,7 @@ def test_filters():
     chosen = cases.select(ops=["pixel_attention"], sizes=["8x8", "2x4x6"], channels=[5, 7])
     assert [c.shape for c in chosen] == ["1x5x8x8", "1x7x8x8", "2x5x4x6", "2x7x4x6"]
     assert {c.mode for c in chosen} == {"forward"}
+    assert len(cases.select(ops=["elan_x4"], sizes=["8x8", "1x8x8"], modes=["both"] * 2)) == 1
     both = cases.select(ops=["elan_x4"], sizes=["8x8"], modes=["both"], dtypes=["bfloat16"])
     assert both == [Case("elan_x4", 1, 0, 8, 8, "both", "bfloat16")]
     assert both[0].shape == "1x3x8x8"

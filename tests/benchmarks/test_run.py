@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -472,6 +473,7 @@ def test_list_needs_nothing_but_the_names(capsys):
     [
         (["--op", "conv3d"], 2, "op is 'conv3d'; available are"),
         (["--size", "tall"], 2, "--size: size is 'tall'"),
+        (["--size", "\u00b2x5"], 2, "--size: size is '\u00b2x5'; expected HEIGHTxWIDTH"),
         (["--threads", "0"], 2, "--threads is 0"),
         (["--channels", "0"], 2, "--channels: 0 is not a number of channels"),
         (["--seconds", "nan"], 2, "--seconds is nan"),
@@ -481,6 +483,9 @@ def test_list_needs_nothing_but_the_names(capsys):
         (["--image", "missing.png"], 1, "--image: missing.png cannot be read as a picture"),
         (["--image", __file__], 1, "cannot be read as a picture"),
         (["--weights", f"elan_x4={__file__}"], 1, "--weights: "),
+        (["--weights", f"imdn_x4={__file__}"], 1, "test_run.py: is neither a PyTorch checkpoint"),
+        (["--weights", f"imdn_x4={os.path.dirname(__file__)}"], 1, "benchmarks is not a file"),
+        (["--out", "/proc/results", "--op", "elan_x4"], 1, "--out: cannot write to /proc/results"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, status, message, capsys):
@@ -498,6 +503,83 @@ def test_weights_of_another_network_are_refused(capsys):
     shipped = models.PRETRAINED["mafdn_x4"]
     assert main(["bench", "--op", "elan_x4", "--weights", f"elan_light_x4={shipped}"]) == 1
     assert "whose network is MAFDN; expected ELAN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (torch.ones(2), "does not hold names with tensors; expected a state_dict"),
+        ({"params": [1]}, "does not hold names with tensors; expected a state_dict"),
+        ({"a": 1}, "does not hold names with tensors; expected a state_dict"),
+        ({1: torch.ones(1)}, "does not hold names with tensors; expected a state_dict"),
+        ({"a": torch.ones(1)}, "which does not fit"),
+    ],
+)
+def test_files_without_weights_of_others_are_refused(content, message, tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.* {message}"):
+        networks.load(Case("imdn_x4", 1, 0, 16, 16), file, run.PHOTOGRAPH)
+
+
+@pytest.mark.parametrize("name", ["params", None])
+def test_weights_of_others_are_loaded(name, tmp_path):
+    state = networks.NETWORKS["imdn_x4"].make().state_dict()
+    state = {"module." + key: torch.full_like(value, 0.25) for key, value in state.items()}
+    torch.save({name: state} if name else state, tmp_path / "weights.pth")
+    model, what = networks.load(
+        Case("imdn_x4", 1, 0, 16, 16), tmp_path / "weights.pth", run.PHOTOGRAPH
+    )
+    assert what == "weights.pth"
+    assert all((value == 0.25).all() for value in model.parameters())
+
+
+def test_an_out_that_cannot_be_written_to_is_noticed_before_measuring(
+    capsys, tmp_path, monkeypatch
+):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("it measured"))
+    assert main(["bench", "--op", "channel_gate", "--quick", "--out", str(tmp_path)]) == 1
+    assert f"--out: cannot write to {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("statuses", "lost"),
+    [
+        (["ok", "ok"], 0),
+        (["ok", "wrong"], 1),
+        (["wrong", "failed"], 2),
+        (["ok", "unavailable"], 0),
+        (["unavailable", "unavailable"], 2),
+        (["ok", "raised"], 1),
+        (["raised", "wrong"], 2),
+        (["absent", "ok"], 0),
+        (["absent", "absent"], 2),
+    ],
+)
+def test_cases_that_could_not_be_measured_are_counted(
+    statuses, lost, row, capsys, tmp_path, monkeypatch
+):
+    """What became of the one provider of each of two cases, or of the case itself."""
+
+    def measured(chosen, *_, **__):
+        rows, failed = [], []
+        for case, status in zip(chosen, statuses, strict=True):
+            if status == "raised":
+                failed.append(case)
+            elif status != "absent":
+                time = 1.0 if status == "ok" else None
+                mine = replace(row, op=case.op, shape=case.shape, status=status, median_ms=time)
+                rows.append(mine)
+        return rows, failed
+
+    monkeypatch.setattr(run, "run", measured)
+    arguments = ["bench", "--op", "channel_gate", "--channels", "8", "--size", "8x8", "8x9"]
+    assert main([*arguments, "--out", str(tmp_path)]) == int(lost > 0)
+    err = capsys.readouterr().err
+    assert (f"{lost} of 2 cases could not be measured" in err) == (lost > 0)
 
 
 @pytest.mark.unpoisoned

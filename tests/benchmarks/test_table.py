@@ -79,6 +79,16 @@ def test_a_table_of_another_version_is_refused(tmp_path):
         (lambda line: line.replace(",2,", ",,"), "threads is ''; expected an integer"),
         (lambda line: line[:60], "columns where there are"),
         (lambda line: line + ",1", "more columns where there are"),
+        (lambda line: line.replace(",1x60x180x320,", ",60x180x320,"), "shape is '60x180x320'"),
+        (lambda line: line.replace(",1x60x180x320,", ",1x60x180x\u00b2,"), "expected NxCxHxW"),
+        (lambda line: line.replace(",10,", ",nan,"), "median_ms is nan; expected a positive"),
+        (lambda line: line.replace(",10,", ",inf,"), "median_ms is inf; expected a positive"),
+        (lambda line: line.replace(",10,", ",0,"), "median_ms is 0.0; expected a positive"),
+        (lambda line: line.replace(",9.5,", ",,"), "p20_ms is ''; a row with a time has one"),
+        (lambda line: line.replace(",11,", ",,"), "p80_ms is ''; a row with a time has one"),
+        (lambda line: line.replace(",flops,", ",,"), "bound is ''; a row with a time has one"),
+        (lambda line: line.replace(",0.8,", ",,"), "fraction is ''; a row with a time has one"),
+        (lambda line: line.replace(",ok,", "," + "x" * 200_000 + ","), "field larger than"),
     ],
 )
 def test_a_damaged_line_is_named(change, message, tmp_path, row):
@@ -87,6 +97,14 @@ def test_a_damaged_line_is_named(change, message, tmp_path, row):
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], change(lines[2])]) + "\n")
     with pytest.raises(ValueError, match=rf"results\.csv, line 3: .*{re.escape(message)}"):
+        table.read(tmp_path)
+
+
+def test_what_is_no_text_is_named(tmp_path, row):
+    table.add(tmp_path, [row, replace(row, provider="eager")])
+    file = tmp_path / "results.csv"
+    file.write_bytes(file.read_bytes().replace(b"eager", b"\xff\xfe"))
+    with pytest.raises(ValueError, match=r"results\.csv, line 3: is not text"):
         table.read(tmp_path)
 
 
@@ -165,6 +183,13 @@ def test_the_readme_says_what_was_not_measured(tmp_path, row):
     assert "| elan_x4 1x60x180x320 | 10 " in text
     assert "| - / 14 |" in text
     assert "2 threads, torch 0.0, openvino 3; measured 2000-01-01 at 0123456789:" in text
+
+
+def test_weights_other_than_the_shipped_ones_are_named(row):
+    network = replace(row, op="elan_light_x4", shape="1x3x8x8", weights="elan_light_x4")
+    assert plot._label(network) == "elan_light_x4 1x3x8x8"
+    assert plot._label(replace(network, weights="a.pth")) == "elan_light_x4 1x3x8x8 a.pth"
+    assert plot._label(row) == "shift_conv_block 1x60x180x320"
 
 
 def test_the_roofline_is_of_a_warm_cache(row):
