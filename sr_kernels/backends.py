@@ -51,6 +51,10 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
+# What only the CPU's layers call: on a GPU BatchNorm in training stays torch's.
+_CPU_ALONE = frozenset({"channel_moments"})
+
+
 class FallbackWarning(UserWarning):
     """``auto`` had to take the reference implementation; the message says why."""
 
@@ -118,6 +122,8 @@ def can_run(
     """
     if backend == "reference":
         return True, ""
+    if backend != "cpu" and op in _CPU_ALONE:
+        return False, f"{op} is the cpu backend's alone"
     device = tensors[0].device.type
     if backend == "triton":
         reason = _why_no_triton(device)

@@ -296,7 +296,7 @@ class GMSA(_Layer):
             and x.dtype in (torch.float32, torch.float64)
             and x.numel() > x.shape[1]  # stock's error message for a single pixel
             and not torch.is_autocast_enabled(x.device.type)
-            and choose("channel_moments", (x,), self.backend) == "cpu"
+            and choose("shift_conv2d", (x,), self.backend) == "cpu"
         )
 
     def forward(self, x: Tensor, scores: WindowScores | None = None) -> tuple[Tensor, WindowScores]:
