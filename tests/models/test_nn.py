@@ -177,6 +177,21 @@ def test_batch_norm_in_training_takes_the_stock_layers_where_it_must(
         module._project(x[:, :, :1, :1])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_other_layers_in_the_projection_are_run(training: bool) -> None:
+    """Someone's adapter, or SyncBatchNorm: nothing is known of it that could be folded."""
+
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    module = K.GMSA(12, 0, (4,)).train(training)
+    x = torch.randn(1, 12, 8, 8)
+    stock = module._project(x)
+    module.project_inp[1].__class__ = Doubled
+    torch.testing.assert_close(module._project(x), 2 * stock)
+
+
 def test_gmsa_residual() -> None:
     for backend in ("cpu", "reference"):
         gmsa = K.GMSA(12, 0, (2, 4, 8), backend=backend)
