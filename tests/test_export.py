@@ -187,6 +187,7 @@ def test_verification_may_be_left_out(tmp_path: Path, onnx: Any) -> None:
 
 KEPT = {
     ("elan", False): {
+        "shift_conv2d",
         "shift_conv_block",
         "grouped_window_attention",
         "apply_grouped_window_scores",
