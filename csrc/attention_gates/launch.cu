@@ -329,7 +329,8 @@ const char* run(const GatedConvBackwardParams& g, WorkspacePieces& pieces, void*
                          static_cast<int>(f.c_out), static_cast<int>(f.c_in), g.grad, FeatureMap{},
                          g.dx, f.gate, f.weight, nullptr, true, 1, f.c_in},
                         stream));
-  if (p.products == nullptr && p.bias_parts == nullptr) return nullptr;
+  // By what is wanted: without an image there is no workspace, and gradients of zero.
+  if (g.dweight == nullptr && g.dgate == nullptr && g.dbias == nullptr) return nullptr;
   const auto image = [](FeatureMap map, int64_t n) {
     map.data = static_cast<E*>(map.data) + n * map.stride_n;
     return map;

@@ -48,13 +48,15 @@ class Array {
   cuda_on_cpu::Memory memory_;
 };
 
-// What a launch function says that it needs, filled with NaN.
+// What a launch function says that it needs, filled with NaN; nullptr where that is nothing, as
+// CudaWorkspace's.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes)
-      : bytes_(static_cast<size_t>(bytes) + 255, static_cast<char>(0xff)),
+      : bytes_(bytes > 0 ? static_cast<size_t>(bytes) + 255 : 0, static_cast<char>(0xff)),
         memory_(data(), static_cast<size_t>(bytes)) {}
   void* data() {
+    if (bytes_.empty()) return nullptr;
     const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
     return reinterpret_cast<void*>((address + 255) / 256 * 256);
   }

@@ -28,7 +28,7 @@ def on_emulated_kernels(kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 0], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @ALL
 def test_sizes_and_dtypes(case, size, dtype):
     check(case, make_inputs(case, size, dtype))
