@@ -1,10 +1,11 @@
 // Every operator's schema, in one place, and the choice of the CPU instruction set.
 //
 // Conventions. x, q, k, v, ... are (N, C, H, W). A *_backward operator takes the gradient of the
-// output first, then what the forward took, then `need_*` flags; a gradient that was not asked for
-// comes back as an empty tensor of shape (0,). Enumerations travel as integers (shift_pattern.h,
-// activation.h): strings would be copied at every call. A *_out operator, for inference, writes
-// into a feature map that shares no memory with what it reads.
+// output first, then what the forward took and, where that saves work, what it returned, then
+// `need_*` flags; a gradient that was not asked for comes back as an empty tensor of shape (0,).
+// Enumerations travel as integers (shift_pattern.h, activation.h): strings would be copied at every
+// call. A *_out operator, for inference, writes into a feature map that shares no memory with what
+// it reads.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

@@ -31,7 +31,7 @@ struct alignas(16) RowStatistics {
 };
 
 struct WindowGradientGroup {
-  WindowAttentionParams forward;  // without out
+  WindowAttentionParams forward;  // out is not read
   FeatureMap grad, dq, dk, dv;    // data nullptr: not wanted
   RowStatistics* statistics;      // kRows for every unit and head: [unit][head][row]
   int64_t blocks_per_head;        // of the gradient kernel, each with consecutive units
