@@ -59,6 +59,12 @@ def test_kernel_sizes(case, kernel):
     check(case, make_inputs(case, (2, 6, 5, 8), kernel=kernel))
 
 
+@pytest.mark.parametrize("case", ["spatial", "pixel_spatial"])
+def test_gradients_from_several_slices(case):
+    """Of 2048 pixels the spatial gate's, of 256 a product's."""
+    check(case, make_inputs(case, (1, 5, 70, 70)))
+
+
 @pytest.mark.parametrize("case", ["gate_contrast", "channel_contrast"])
 def test_contrast_far_from_zero_and_constant_channels(case):
     inputs = make_inputs(case, (2, 9, 70, 90))  # several chunks of pixels

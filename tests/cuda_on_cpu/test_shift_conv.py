@@ -149,6 +149,12 @@ def test_which_backwards_need_the_hidden_map_in_memory(on_emulated_kernels, dtyp
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_block_gradients_from_several_slices(layout):
+    """Of eight tiles of 8 x 16 pixels: three for each of two chunks of hidden channels."""
+    block(1, 20, 70, 41, 50, dtype=torch.float16, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [(70, 40, 130), (130, 40, 20), (20, 70, 64)], ids=str)
 def test_block_with_other_channels_out_than_in(channels, layout):
     c_in, hidden, c_out = channels
