@@ -315,6 +315,9 @@ class GMSA(_Layer):
         else:
             y = F.apply_window_scores(scores, projected, backend=self.backend)
         out = self.project_out
+        if type(out) is not nn.Conv2d:  # an adapter
+            y = out(y)
+            return (y + x if self.residual else y), scores
         y = F.shift_conv2d(
             y,
             out.weight,

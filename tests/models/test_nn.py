@@ -192,6 +192,20 @@ def test_other_layers_in_the_projection_are_run(training: bool) -> None:
     torch.testing.assert_close(module._project(x), 2 * stock)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_another_output_projection_is_run(residual: bool) -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    module = K.GMSA(12, 0, (4,), residual=residual).eval()
+    x = torch.randn(1, 12, 8, 8)
+    left = x if residual else 0
+    stock = module(x)[0] - left
+    module.project_out.__class__ = Doubled
+    torch.testing.assert_close(module(x)[0] - left, 2 * stock, rtol=1e-4, atol=1e-5)
+
+
 def test_gmsa_residual() -> None:
     for backend in ("cpu", "reference"):
         gmsa = K.GMSA(12, 0, (2, 4, 8), backend=backend)
