@@ -26,7 +26,7 @@ from .providers import OURS, Provider, Subject, Unavailable, stem, subject
 from .table import BUSY, Row
 from .verify import Truth
 from .work import bound
-from .worker import Apart, Failed, Here
+from .worker import HEAPS, Apart, Failed, Here
 
 __all__ = ["PHOTOGRAPH", "Measurement", "Settings", "run"]
 
@@ -55,7 +55,7 @@ class Settings:
     least: rounds of each visit, at least.  compile_networks: torch.compile of whole
     networks, too, which takes minutes.  weights: by network.  image: the photograph.
     apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
-    only.
+    only.  heap: of these processes, one of `worker.HEAPS`.
     """
 
     threads: int
@@ -67,6 +67,7 @@ class Settings:
     apart: bool = True
     least: int = measure.MIN_ROUNDS
     compile_networks: bool = True
+    heap: str = "kept"
 
     def wants(self, provider: str, *, network: bool = False) -> bool:
         if network and provider == "compile" and not self.compile_networks:
@@ -232,7 +233,7 @@ class Measurement:
             shape=self.case.shape,
             dtype=self.case.dtype,
             provider="",
-            cache="hot" if self.case.device != "cpu" else "warm",
+            cache="hot" if self.case.device != "cpu" else HEAPS[self._settings.heap],
             threads=self._settings.threads,
             device=table.device_name(self.case.device),
             versions="",
@@ -301,6 +302,7 @@ class Measurement:
             best_format=self._subject.best_format,
             file=self._folder / f"{provider.name}.pt",
             memory=settings.memory,
+            heap=settings.heap,
         )
 
     def _verify(self, provider: Provider, station: Here | Apart) -> None:
@@ -330,7 +332,7 @@ class Measurement:
         for name, station in list(self._stations.items()):
             try:
                 samplers, _ = station.samplers()
-                sampler = samplers.get("hot") or samplers["warm"]
+                sampler = next(iter(samplers.values()))  # a GPU's is the hot cache's
                 times[name.removeprefix("eager")] = min(sampler(1, True), sampler(1, False))
             except Failed as problem:
                 self._bury(problem)
@@ -483,7 +485,7 @@ def report(rows: Sequence[Row]) -> list[str]:
                     f"  not to be trusted: other programs kept {floor.other_load:.1f} cores busy"
                 )
             lines.append(
-                f"  {cache + ' cache: ' if cache != 'warm' else ''}floor {floor.floor_ms:.4g} ms "
+                f"  {cache + ': ' if cache != 'warm' else ''}floor {floor.floor_ms:.4g} ms "
                 f"(bound by {floor.bound})"
             )
             lines.append(

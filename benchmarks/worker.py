@@ -4,7 +4,8 @@ On a CPU each has a fresh process (`Apart`). It meets there what it meets in a p
 nothing else, and no other runtime's threads; what it took at its peak can be read, and a provider
 that is killed takes only its own process with it. Timed, it keeps what it has freed
 (`measure.keep_freed_memory`): whether buffers cost page faults decides more than it seems, a factor
-of three for stock's shift convolution, and is chance in a heap that is left to itself.
+of three for stock's shift convolution, and is chance in a heap that is left to itself. That heap is
+what a program has that sets nothing, so that it can be asked for (`HEAPS`).
 
 On a GPU all share this process (`Here`): the contexts of several would take turns on the device.
 """
@@ -33,7 +34,11 @@ from .cases import Case
 from .measure import Sampler
 from .providers import Provider, Running, Subject, Unavailable
 
-__all__ = ["Apart", "Failed", "Here", "Ready"]
+__all__ = ["HEAPS", "Apart", "Failed", "Here", "Ready"]
+
+# What the C library does with what a timed process frees, and what the table calls it: keeps it, or
+# gives it back whenever its own rules say so.
+HEAPS = {"kept": "warm", "system": "system heap"}
 
 TOY_SIDE = 16  # divided by every window, so that any network and operator takes it
 PATIENCE = 900.0  # seconds for one answer
@@ -129,7 +134,7 @@ class Apart:
     """In a process of its own, which begins to build the provider at once. Linux only.
 
     build: makes the case's providers there.  file: a name for what is handed back.
-    memory: measure it, which takes a call more.
+    memory: measure it, which takes a call more.  heap: one of `HEAPS`.
     """
 
     def __init__(
@@ -142,9 +147,11 @@ class Apart:
         best_format: str,
         file: Path,
         memory: bool,
+        heap: str,
     ) -> None:
         self.cpu_seconds = 0.0
         self._name, self._file = provider, file
+        self._state = HEAPS[heap]
         # A server that has imported torch and its compiler (three seconds, which every compiled
         # provider would need) and never run anything forks in milliseconds.
         context = multiprocessing.get_context("forkserver")
@@ -152,7 +159,7 @@ class Apart:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, build, case, provider, threads, best_format, file, memory),
+            args=(theirs, build, case, provider, threads, best_format, file, memory, heap),
             daemon=True,
         )
         with _without_main():
@@ -167,7 +174,7 @@ class Apart:
         return Ready(results, memory, private, note)
 
     def samplers(self) -> tuple[dict[str, Sampler], dict[str, str]]:
-        return {"warm": self._sample}, {}
+        return {self._state: self._sample}, {}
 
     def _sample(self, repeats: int, warm: bool) -> float:
         with contextlib.suppress(BrokenPipeError):  # reading then says more
@@ -231,6 +238,7 @@ def _serve(
     best_format: str,
     file: Path,
     memory: bool,
+    heap: str,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     try:
@@ -238,7 +246,8 @@ def _serve(
             Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
         torch.set_num_threads(threads)
         running, grown, note = _started(build, case, name, best_format, memory)
-        measure.keep_freed_memory()
+        if heap == "kept":
+            measure.keep_freed_memory()
         torch.save({n: t.detach() for n, t in running.results(case.mode).items()}, file)
         sampler = measure.Clock("cpu").sampler(running.call(case.mode))
         gc.collect()

@@ -28,6 +28,7 @@ examples:
   sr-kernels bench --op shift_conv_block --channels 60 --mode both --size 4x64x64
   sr-kernels bench --op elan_light_x4 --weights elan_light_x4=ELAN_light_x4.pth
   sr-kernels bench --list                                  what there is to measure
+  sr-kernels bench --op imdn_x4 --heap system              as a program meets it that sets nothing
   sr-kernels bench --plot                                  charts of OUT/results.csv, no measuring
   sr-kernels bench --agree FOLDER FOLDER                   do two runs (--out FOLDER) say the same?
 
@@ -41,7 +42,7 @@ QUICK_ROUNDS = 1
 # The arguments that ask for a measurement.
 _MEASURING = (
     *("op", "size", "channels", "mode", "dtype", "provider", "quick", "list"),
-    *("device", "threads", "seconds", "no_memory", "weights", "image"),
+    *("device", "threads", "seconds", "no_memory", "heap", "weights", "image"),
 )
 
 
@@ -101,6 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "take seconds",
     )
     how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    how.add_argument(
+        "--heap",
+        choices=("kept", "system"),
+        default="kept",
+        help="what the C library does with memory that a process frees (CPU): keep it, so that two "
+        "runs meet the same, or what a program meets that sets nothing, which is often page faults "
+        "in every call (default: kept)",
+    )
     how.add_argument(
         "--weights",
         nargs="+",
@@ -216,6 +225,8 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     from sr_kernels.benchmarks import measure, table
     from sr_kernels.benchmarks import run as runs
 
+    if arguments.device == "cuda" and arguments.heap != "kept":
+        raise UsageError("--heap system is of a CPU's processes; --device is cuda")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise Failure("--device cuda: torch finds no CUDA GPU; `sr-kernels env` tells more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -251,6 +262,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         compile_networks=not arguments.quick
         or bool(arguments.op)
         or "compile" in arguments.provider,
+        heap=arguments.heap,
     )
     offered = sorted(_offered(chosen)) if arguments.provider else []
     for name in arguments.provider:

@@ -19,6 +19,7 @@ from sr_kernels.benchmarks import (
     measure,
     networks,
     operators,
+    plot,
     providers,
     run,
     table,
@@ -249,7 +250,9 @@ def test_a_crash_of_one_provider_is_not_the_runs(toy_settings, limits, tmp_path,
 def _apart(case, provider, folder, memory=False):
     build = functools.partial(providers.subject, weights=None, image=run.PHOTOGRAPH, folder=folder)
     file = folder / f"{provider}.pt"
-    return worker.Apart(build, case, provider, threads=1, best_format="", file=file, memory=memory)
+    return worker.Apart(
+        *(build, case, provider), threads=1, best_format="", file=file, memory=memory, heap="kept"
+    )
 
 
 @pytest.mark.unpoisoned
@@ -276,6 +279,36 @@ def test_a_provider_in_its_own_process_is_verified_and_sampled(tmp_path, limits)
     assert {row.status for row in rows.values()} == {"ok"}
     assert all(row.memory_mb > 0 and 0 <= row.error < 1e-2 for row in rows.values())
     assert not list(tmp_path.iterdir())  # what they handed over is gone
+
+
+@pytest.mark.unpoisoned
+def test_the_heap_is_the_one_asked_for(tmp_path, limits):
+    program = (
+        "import functools, pathlib, sys\n"
+        "from sr_kernels.benchmarks import measure, providers, run, worker\n"
+        "from sr_kernels.benchmarks.cases import Case\n"
+        "measure.keep_freed_memory = lambda: print('kept')\n"
+        "class Pipe:\n"
+        "    send = close = lambda self, *answer: print(*(a[0] for a in answer))\n"
+        "    def recv(self): raise EOFError\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "make = functools.partial(\n"
+        "    providers.subject, weights=None, image=run.PHOTOGRAPH, folder=folder)\n"
+        "case = Case('channel_gate', 1, 8, 8, 8)\n"
+        "rest = (make, case, 'cpu', 1, '', folder / 'cpu.pt', False)\n"
+        "worker._serve(Pipe(), *rest, sys.argv[2])\n"
+    )
+    said = [
+        subprocess.check_output([sys.executable, "-c", program, tmp_path, heap], text=True).split()
+        for heap in worker.HEAPS
+    ]
+    assert said == [["kept", "ready"], ["ready"]]
+    (tmp_path / "cpu.pt").unlink()
+    settings = run.Settings(threads=1, seconds=0.0, providers=("eager", "cpu"), heap="system")
+    rows = _measure(Case("channel_gate", 1, 8, 8, 8), settings, limits, tmp_path)
+    assert {(row.cache, row.status) for row in rows.values()} == {("system heap", "ok")}
+    table.add(tmp_path, rows.values())
+    assert "channel_gate 1x8x8x8 system heap" in plot.readme_section(tmp_path, tmp_path)
 
 
 @pytest.mark.unpoisoned
@@ -601,6 +634,8 @@ def test_listing_with_plot_lists(capsys):
 
 def test_cuda_without_a_gpu_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--device", "cuda", "--heap", "system", "--quick"]) == 2
+    assert "--heap system is of a CPU's processes" in capsys.readouterr().err
     assert main(["bench", "--device", "cuda", "--quick"]) == 1
     assert "--device cuda: torch finds no CUDA GPU" in capsys.readouterr().err
 
