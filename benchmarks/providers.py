@@ -108,8 +108,8 @@ class Subject:
 
     stock: builds the definition in a dtype, as the oracle; None: as the case has it.  best_format:
     "" or "_channels_last", the format that stock runs faster in; `torch.compile` gets it and reads
-    it when it is built.  export: writes the file that foreign runtimes read, unless it is there; they do it themselves if
-    nobody has.
+    it when it is built.  export: writes the file that foreign runtimes read, unless it is there;
+    they do it themselves if nobody has.
     """
 
     case: Case

@@ -75,7 +75,7 @@ class Here:
         self._running = self._provider.build()
         # Copied before another call, which may write where the first one did.
         results = {
-            name: value.detach().to("cpu")
+            name: value.detach().to("cpu", copy=True)
             for name, value in self._running.results(self._case.mode).items()
         }
         memory, note = None, ""
