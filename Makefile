@@ -54,7 +54,7 @@ test: setup-dev  ## all tests that this machine can run
 	$(PYTHON) -m pytest -q -n $(PYTEST_JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 # No set-up: a GPU machine may have no network. What is missing there is named.
-gpu-check:  ## what only a GPU can tell: tests, compute-sanitizer, benchmarks (GPU_CHECK_ARGS=--built)
+gpu-check:  ## what only a GPU can tell: tests, compute-sanitizer, benchmarks (GPU_CHECK_ARGS="--built --only STEP")
 	@$(or $(wildcard $(PYTHON)),$(PYTHON_FOR_VENV)) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: setup-dev  ## ruff, mypy, clang-format: changes nothing

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("forward", "backward", "both")
+AUTOCAST = "_autocast"  # behind a dtype
 _FILE = Path(__file__).with_name("cases.yaml")
 # Other people's networks: a checkout has them.
 THIRD_PARTY = Path(__file__).resolve().parents[1] / "tests" / "patch" / "third_party.py"
@@ -30,7 +31,8 @@ class Case:
     op: name of the operator or network.  channels: C of the feature maps (0: a network).
     batch, height, width: of the feature maps, or of the network's input, in pixels.
     mode: "forward" without gradients; "backward" alone; "both", as in a training step.
-    dtype: "float32", "float16", "bfloat16".  device: "cpu" or "cuda".
+    dtype: "float32", "float16", "bfloat16"; "float16_autocast" and "bfloat16_autocast", of
+    networks, are float32 weights and pictures under `torch.autocast`.  device: "cpu" or "cuda".
     """
 
     op: str
@@ -46,6 +48,20 @@ class Case:
     def shape(self) -> str:
         """ "1x60x180x320"; a network's input has 3 channels."""
         return f"{self.batch}x{self.channels or 3}x{self.height}x{self.width}"
+
+    @property
+    def autocast(self) -> bool:
+        return self.dtype.endswith(AUTOCAST)
+
+    @property
+    def storage(self) -> str:
+        """The dtype of weights and inputs."""
+        return "float32" if self.autocast else self.dtype
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype of products."""
+        return self.dtype.removesuffix(AUTOCAST)
 
     @property
     def pixels(self) -> int:
@@ -107,7 +123,8 @@ def select(
     for by name is measured also where the file does not list it, and sizes and channels asked for
     together in every combination. Networks have no channels to choose.
 
-    Networks of other people's code are in a checkout only: elsewhere they are left out.
+    Networks of other people's code are in a checkout only: elsewhere they are left out. Autocast
+    is measured with networks only.
 
     Raises:
         ValueError: no such operator or network; or one asked for by name has nothing of what is
@@ -122,6 +139,8 @@ def select(
         entry = {**content["operators"], **content["networks"]}[name]
         if entry.get("inference") and modes and "forward" not in modes:
             raise ValueError(f"op is {name!r}, whose only mode is forward")
+        if name in content["operators"] and all(dtype.endswith(AUTOCAST) for dtype in dtypes):
+            raise ValueError(f"op is {name!r}, but autocast is measured with networks only")
         if quick and not sizes and not entry.get("quick", entry)["sizes"]:
             raise ValueError(f"op is {name!r}, which has no case in the quick set")
         if entry.get("checkout") and not THIRD_PARTY.is_file():
@@ -144,6 +163,7 @@ def select(
             cases.extend(
                 Case(name, batch, count, height, width, mode, dtype, device)
                 for dtype in dtypes
+                if network or not dtype.endswith(AUTOCAST)
                 for mode in wanted
             )
     return list(dict.fromkeys(cases))

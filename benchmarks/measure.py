@@ -104,8 +104,14 @@ class Clock:
 GRAPH_CALLS = 20
 
 
-def graphed(call: Call) -> Call:
-    """GRAPH_CALLS calls as one replay of a CUDA graph, whose own launch is spread over them.
+def graph_calls(seconds: float) -> int:
+    """How many calls, of so many seconds each, a CUDA graph holds: what fills a sample, at most
+    GRAPH_CALLS."""
+    return max(1, min(GRAPH_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7))))
+
+
+def graphed(call: Call, calls: int) -> Call:
+    """`calls` calls as one replay of a CUDA graph, whose own launch is spread over them.
 
     Raises what the capture raises, and AssertionError where a replay gives another result.
     """
@@ -120,7 +126,7 @@ def graphed(call: Call) -> Call:
         torch.cuda.synchronize()
         graph.capture_begin()
         try:
-            for _ in range(GRAPH_CALLS):
+            for _ in range(calls):
                 captured = call()
         finally:
             graph.capture_end()

@@ -66,6 +66,7 @@ def _theirs(name: str, white: float, multiple: int) -> Network:
 
 NETWORKS: dict[str, Network] = {
     "elan_light_x4": Network(lambda: models.elan_light(4), pretrained="elan_light_x4"),
+    "elan_light_x2": Network(lambda: models.elan_light(2), scale=2),
     "elan_x4": Network(lambda: models.elan(4)),
     "mafdn_x4": Network(lambda: models.mafdn(4).fold(), pretrained="mafdn_x4"),
     "elan_light_foreign_x4": _theirs("ELAN", 255.0, 16),
@@ -163,7 +164,7 @@ def work(case: Case, model: Any) -> dict[str, Work]:
     through stock operators; exponentials by hand for our networks, where score reuse counts as
     reuse: what an ELAB's second attention could skip is not counted. Of others what they compute.
     """
-    size = getattr(torch, case.dtype).itemsize
+    size = getattr(torch, case.storage).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     network = NETWORKS[case.op]
     multiple = getattr(model, "tile_multiple", network.multiple)

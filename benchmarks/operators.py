@@ -224,6 +224,16 @@ def _shift_conv_block(case: Case) -> Problem:
 # ------------------------------------------------------------------------------ window attention
 
 
+def _flex_attention() -> Function:
+    """Compiled: otherwise it writes out the scores, and warns that it is not meant for that."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError as error:
+        raise Unavailable(f"this torch has no FlexAttention: {error}") from error
+    compiled: Function = torch.compile(flex_attention, dynamic=False)
+    return compiled
+
+
 def _attention_work(
     case: Case,
     inputs: Inputs,
@@ -268,7 +278,7 @@ def _grouped_window_attention(case: Case) -> Problem:
     # Logits q.q around 4: neither uniform nor one-hot.
     inputs = {"qv": make.map(2 * c, scale=2 * (c / len(WINDOWS)) ** -0.5)}
 
-    def sdpa(inputs: Inputs) -> Function:
+    def partitioned(attention: Function) -> Function:
         def run(qv: Tensor) -> Tensor:
             outputs = []
             for window, group in zip(WINDOWS, qv.chunk(len(WINDOWS), 1), strict=True):
@@ -276,11 +286,21 @@ def _grouped_window_attention(case: Case) -> Problem:
                 q, v = (_to_windows(half, size, shift, 1) for half in group.chunk(2, 1))
                 shape = q.shape
                 q, v = q.flatten(0, 2), v.flatten(0, 2)
-                y = tf.scaled_dot_product_attention(q, q, v, scale=1.0)
+                y = attention(q, q, v, scale=1.0)
                 outputs.append(_from_windows(y.reshape(shape), size, shift))
             return torch.cat(outputs, 1)
 
         return run
+
+    def flex(inputs: Inputs) -> Function:
+        compiled = _flex_attention()
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            q = q.contiguous()
+            result: Tensor = compiled(q, q, v.contiguous(), scale=scale)
+            return result
+
+        return partitioned(attention)
 
     options: dict[str, Any] = {"windows": WINDOWS, "shifted": True}
     return Problem(
@@ -289,7 +309,10 @@ def _grouped_window_attention(case: Case) -> Problem:
         public(sr_kernels.grouped_window_attention, **options),
         _attention_work(case, inputs, _groups(c), backward_products=4),
         maps=("qv",),
-        alternatives={"sdpa": sdpa},
+        alternatives={
+            "sdpa": lambda inputs: partitioned(tf.scaled_dot_product_attention),
+            "flex": flex,
+        },
     )
 
 
@@ -376,15 +399,10 @@ def _window_attention(case: Case) -> Problem:
         return run
 
     def flex(inputs: Inputs) -> Function:
-        try:
-            from torch.nn.attention.flex_attention import flex_attention
-        except ImportError as error:
-            raise Unavailable(f"this torch has no FlexAttention: {error}") from error
         device = inputs["q"].device
         index = relative_position_index(window, device)
         seen = masks(device)[:, 0]
-        # Uncompiled, it writes out the scores and warns that it is not meant to be used so.
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled = _flex_attention()
 
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             def score_mod(

@@ -26,6 +26,9 @@ __all__ = ["Provider", "Running", "Subject", "Unavailable"]
 BACKENDS = ("cuda", "triton", "cpu")
 PATCHED = "patched"
 OURS = (*BACKENDS, PATCHED)  # in the names of what is this package's
+# torch.compile, as it is and with everything that it can do: it then tries many kernels for each
+# product, and replays a CUDA graph.
+COMPILE, MAX_AUTOTUNE = "compile", "compile_max_autotune"
 CHANNELS_LAST = "_channels_last"
 PLAN = "_plan"
 
@@ -88,7 +91,7 @@ class Provider:
     """name: as in the table.  build: makes it ready; raises Unavailable where it cannot run.
 
     ours: of this package.  foreign: a runtime with threads of its own.
-    compiles: the first call compiles.
+    compiles: the first call compiles.  graphs: a call replays a CUDA graph of its own.
     """
 
     name: str
@@ -96,22 +99,23 @@ class Provider:
     ours: bool = False
     foreign: bool = False
     compiles: bool = False
+    graphs: bool = False
 
 
 @dataclass
 class Subject:
     """A case with its providers.
 
-    stock: builds the definition in another dtype, the oracle.  best_format: "" or "_channels_last",
-    the format that stock runs faster in; `torch.compile` gets it and reads it when it is built.
-    export: writes the file that foreign runtimes read, unless it is there; they do it themselves if
-    nobody has.
+    stock: builds the definition in a dtype, as the oracle; None: as the case has it.  best_format:
+    "" or "_channels_last", the format that stock runs faster in; `torch.compile` gets it and reads
+    it when it is built.  export: writes the file that foreign runtimes read, unless it is there;
+    they do it themselves if nobody has.
     """
 
     case: Case
     providers: list[Provider]
     work: dict[str, Work]
-    stock: Callable[[torch.dtype], Running]
+    stock: Callable[[torch.dtype | None], Running]
     weights: str = ""
     best_format: str = ""
     export: Callable[[], None] = lambda: None
@@ -145,12 +149,35 @@ def _memory_format(suffix: str) -> torch.memory_format:
     return torch.channels_last if suffix == CHANNELS_LAST else torch.contiguous_format
 
 
+def _compile_providers(
+    case: Case, build: Callable[[Callable[[Any], Any]], Running]
+) -> Iterator[Provider]:
+    """build: makes the definition ready with what is given, applied to it."""
+    yield Provider(COMPILE, partial(build, partial(torch.compile, dynamic=False)), compiles=True)
+    # On a CPU it has no graphs and hardly a kernel to choose. A graph's results are overwritten by
+    # the next forward: backward after backward is nothing that it could do.
+    if case.device != "cpu" and case.mode != "backward":
+        yield Provider(MAX_AUTOTUNE, partial(build, _max_autotune), compiles=True, graphs=True)
+
+
+def _max_autotune(function: Any) -> Callable[..., Any]:
+    compiled = torch.compile(function, dynamic=False, mode="max-autotune")
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # nobody needs the last call's results any more
+        return compiled(*arguments, **named)
+
+    return run
+
+
 # ------------------------------------------------------------------------------ operators
 
 
 def _operator_subject(case: Case) -> Subject:
     if case.op not in operators.OPERATORS:
         raise ValueError(f"op is {case.op!r}; it has no definition in operators.py")
+    if case.autocast:
+        raise ValueError(f"op is {case.op!r}, but autocast is measured with networks only")
     problem: Problem = operators.OPERATORS[case.op](case)
     differentiate = case.mode != "forward"
 
@@ -169,15 +196,12 @@ def _operator_subject(case: Case) -> Subject:
         case, [], problem.work, lambda dtype: run(problem.stock, "", dtype), weights=""
     )
 
-    def compiled() -> Running:
-        def builder(inputs: operators.Inputs) -> operators.Function:
-            return torch.compile(problem.stock(inputs), dynamic=False)
-
-        return run(builder, result.best_format)
+    def compiled(compiler: Callable[[Any], Any]) -> Running:
+        return run(lambda inputs: compiler(problem.stock(inputs)), result.best_format)
 
     for suffix in ("", CHANNELS_LAST):
         result.providers.append(Provider(f"eager{suffix}", partial(run, problem.stock, suffix)))
-    result.providers.append(Provider("compile", compiled, compiles=True))
+    result.providers.extend(_compile_providers(case, compiled))
     for name, builder in problem.alternatives.items():
         for suffix in ("", CHANNELS_LAST):
             if name == "flex" and suffix:
@@ -204,7 +228,7 @@ def _operator_subject(case: Case) -> Subject:
 
 def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path) -> Subject:
     network, description = networks.load(case, weights, image)
-    dtype: torch.dtype = getattr(torch, case.dtype)
+    dtype: torch.dtype = getattr(torch, case.storage)
     theirs = networks.NETWORKS[case.op].theirs
     white = networks.white(case.op, network)
     picture = networks.photograph(image, case.batch, case.height, case.width, white)
@@ -213,10 +237,12 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
     def prepare(
         suffix: str,
         backend: str = "reference",
-        to: torch.dtype = dtype,
+        to: torch.dtype | None = None,
         wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
     ) -> Running:
-        format_ = _memory_format(suffix)
+        """to: a dtype to compute in instead of the case's, without autocast."""
+        format_, autocast = _memory_format(suffix), case.autocast and to is None
+        to = dtype if to is None else to
         # By way of the dtype under test: the oracle gets the same rounded numbers.
         model: Any = copy.deepcopy(network).to(case.device, dtype).to(to)
         model = model.to(memory_format=format_).train(training)
@@ -226,17 +252,20 @@ def _network_subject(case: Case, weights: Path | None, image: Path, folder: Path
         leaves = {}
         if training:
             leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return Running(partial(model if wrap is None else wrap(model), x), leaves)
+        function = partial(model if wrap is None else wrap(model), x)
+        if autocast:
+            function = torch.autocast(case.device, getattr(torch, case.arithmetic))(function)
+        return Running(function, leaves)
 
     work = networks.work(case, network)
     result = Subject(case, [], work, lambda to: prepare("", to=to), weights=description)
 
-    def compiled() -> Running:
-        return prepare(result.best_format, wrap=lambda m: torch.compile(m, dynamic=False))
+    def compiled(compiler: Callable[[Any], Any]) -> Running:
+        return prepare(result.best_format, wrap=compiler)
 
     for suffix in ("", CHANNELS_LAST):
         result.providers.append(Provider(f"eager{suffix}", partial(prepare, suffix)))
-    result.providers.append(Provider("compile", compiled, compiles=True))
+    result.providers.extend(_compile_providers(case, compiled))
     if case.device == "cpu" and case.mode == "forward" and case.dtype == "float32":
         file = folder / f"{case.op}-{case.shape}.onnx"
 

@@ -22,7 +22,16 @@ from sr_kernels.cli.demo import PHOTOGRAPH
 
 from . import ceilings, measure, table
 from .cases import Case
-from .providers import OURS, Provider, Subject, Unavailable, stem, subject
+from .providers import (
+    COMPILE,
+    MAX_AUTOTUNE,
+    OURS,
+    Provider,
+    Subject,
+    Unavailable,
+    stem,
+    subject,
+)
 from .table import BUSY, Row
 from .verify import Truth
 from .work import bound
@@ -70,12 +79,13 @@ class Settings:
     heap: str = "kept"
 
     def wants(self, provider: str, *, network: bool = False) -> bool:
-        if network and provider == "compile" and not self.compile_networks:
+        compiles = provider in (COMPILE, MAX_AUTOTUNE)
+        if network and compiles and not self.compile_networks:
             return False
         if not self.providers or {provider, stem(provider)} & set(self.providers):
             return True
         # It gets the memory format that stock is faster in, and that has to be found out.
-        return stem(provider) == "eager" and "compile" in self.providers
+        return stem(provider) == "eager" and bool({COMPILE, MAX_AUTOTUNE} & set(self.providers))
 
 
 def run(
@@ -101,7 +111,7 @@ def run(
     devices = sorted({case.device for case in cases})
     limits = {}
     for device in devices:
-        dtypes = tuple(sorted({case.dtype for case in cases if case.device == device}))
+        dtypes = tuple(sorted({case.arithmetic for case in cases if case.device == device}))
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
     if not settings.compile_networks and any(case.is_network for case in cases):
@@ -135,14 +145,15 @@ def run(
         while rest:
             group: list[tuple[int, Measurement]] = []
             try:
-                while rest and len(group) < GROUP and _room(group):
+                while rest and len(group) < GROUP and _room(group, rest[0][1]):
                     index, case = rest.pop(0)
                     new = Measurement(case, settings, Path(folder), run=name)
                     group.append((index, new))
                     if not visit(1, new, index):
                         group.pop()[1].close()
                 for device in devices:
-                    again = ceilings.measure(device, (*limits[device].flops,), toy=toy)
+                    known = None if device == "cpu" else limits[device].exps  # compiles
+                    again = ceilings.measure(device, (*limits[device].flops,), toy=toy, exps=known)
                     limits[device] = limits[device].best(again)
                 for number in range(2, VISITS + 1):
                     for index, measurement in list(group):
@@ -161,12 +172,17 @@ def run(
     return [row for rows in everything.values() for row in rows], failed
 
 
-def _room(group: Sequence[tuple[int, Measurement]]) -> bool:
-    """Whether another case may join."""
-    if group and not group[0][1].apart:  # on a GPU: its memory is for one
+def _room(group: Sequence[tuple[int, Measurement]], case: Case) -> bool:
+    """Whether the case may join: a pixel of it will need what one of the largest there does."""
+    if not group:
+        return True
+    present = [measurement for _, measurement in group]
+    if not present[0].apart:  # on a GPU: its memory is for one
         return False
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sum(measurement.private for _, measurement in group) < GROUP_MEMORY * installed
+    largest = max(present, key=lambda measurement: measurement.case.pixels)
+    expected = largest.private * case.pixels / largest.case.pixels
+    return expected + sum(one.private for one in present) < GROUP_MEMORY * installed
 
 
 def _describe(device: str, limits: ceilings.Ceilings, threads: int) -> str:
@@ -245,7 +261,7 @@ class Measurement:
         self._rows = {p.name: replace(blank, provider=p.name) for p in chosen}
         eager = [p for p in chosen if stem(p.name) == "eager"]
         self._make_ready(eager)
-        if "compile" in self._rows:
+        if {COMPILE, MAX_AUTOTUNE} & set(self._rows):
             this.best_format = self._faster_format()
         self._make_ready([p for p in chosen if p not in eager])
         self.__dict__.pop("_truth", None)  # it may be large
@@ -320,8 +336,8 @@ class Measurement:
             station.close()
             self._rows[provider.name] = _without_time(row, problem)
             return
-        if provider.name == "compile" and self._subject.best_format:
-            row = replace(row, reason="in channels_last")
+        if provider.name in (COMPILE, MAX_AUTOTUNE) and self._subject.best_format:
+            row = replace(row, reason="; ".join(filter(None, (row.reason, "in channels_last"))))
         self._rows[provider.name] = row
         self._stations[provider.name] = station
         self.private += ready.private
@@ -352,7 +368,9 @@ class Measurement:
                 ours += sum(station.cpu_seconds for station in self._stations.values())
                 self._busy[cache] = max(self._busy.get(cache, 0.0), others.cores(ours) or 0.0)
                 for name, values in samples.items():
-                    self._samples.setdefault((cache, name), []).extend(values)
+                    calls = self._stations[name].calls.get(cache, 1)
+                    taken = self._samples.setdefault((cache, name), [])
+                    taken.extend(value / calls for value in values)
                 break
 
     def _bury(self, problem: Failed) -> None:
@@ -396,13 +414,14 @@ def _line(problem: BaseException) -> str:
 def truth_of(this: Subject) -> Truth:
     """What the results of every provider of a case are held against."""
     case = this.case
-    dtype = getattr(torch, case.dtype)
-    stock = _on_cpu(this.stock(dtype).results(case.mode))
+    stock = _on_cpu(this.stock(None).results(case.mode))
     oracle = None
     limit = NETWORK_ORACLE_PIXELS if case.is_network else ORACLE_PIXELS
     if case.pixels <= limit[case.mode]:
         oracle = _on_cpu(this.stock(torch.float64).results(case.mode))
-    return Truth(stock, oracle, case.dtype)
+    elif case.autocast:  # how far its gradients differ by rounding, no part of the range says
+        oracle = _on_cpu(this.stock(torch.float32).results(case.mode))
+    return Truth(stock, oracle, case.arithmetic)
 
 
 def _on_cpu(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -413,7 +432,7 @@ def _timed(row: Row, timing: measure.Timing, this: Subject, limits: ceilings.Cei
     case = this.case
     work = this.work[case.mode]
     rate = limits.copy[-1][1] if row.cache == "cold" else limits.bytes_per_s(work.bytes)
-    flops = limits.flops[case.dtype]
+    flops = limits.flops[case.arithmetic]
     least = bound(work, bytes_per_s=rate, flops_per_s=flops, exps_per_s=limits.exps)
     return replace(
         row,

@@ -44,9 +44,10 @@ class Row:
 
     status: "ok"; "wrong" (its result is, so it has no time); "failed"; "unavailable"; the last
     three with a reason. cache: "warm" on a CPU, or "system heap" (warm, and freed memory is not
-    kept); "hot", "cold" or "graph" (hot, launches taken away) on a GPU. error: largest absolute
-    error. other_load: cores that other programs used meanwhile. bound, floor_ms, fraction: see
-    `work.bound`; fraction = floor_ms / median_ms. weights: of a network. run: one per run,
+    kept); "hot", "cold" or "graph" (hot, launches taken away, or a graph of its own) on a GPU.
+    error: largest absolute error. other_load: cores that other programs used meanwhile. bound,
+    floor_ms, fraction: see `work.bound`; fraction = floor_ms / median_ms. weights: of a network.
+    run: one per run,
     "20261121T065000Z-12345", its time in UTC and its process; runs sort by it.
     """
 

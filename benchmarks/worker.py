@@ -72,14 +72,21 @@ class Here:
 
     def __init__(self, provider: Provider, case: Case, *, memory: bool) -> None:
         self._provider, self._case, self._memory = provider, case, memory
+        self.calls: dict[str, int] = {}
         self._running: Running | None = None
 
     def ready(self) -> Ready:
         """Builds the provider; raises Unavailable, and whatever it raises."""
         self._running = self._provider.build()
-        results = self._running.results(self._case.mode)
-        memory = None
-        if self._memory and self._case.device != "cpu":
+        # Copied before another call, which may write where the first one did.
+        results = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self._running.results(self._case.mode).items()
+        }
+        memory, note = None, ""
+        if self._provider.graphs:
+            note = "no memory: its graph's is allocated once"
+        elif self._memory and self._case.device != "cpu":
             call = self._running.call(self._case.mode)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -87,10 +94,11 @@ class Here:
             call()
             torch.cuda.synchronize()
             memory = torch.cuda.max_memory_allocated() - before
-        return Ready({name: value.detach().to("cpu") for name, value in results.items()}, memory)
+        return Ready(results, memory, note=note)
 
     def samplers(self) -> tuple[dict[str, Sampler], dict[str, str]]:
-        """By state of the cache, what takes a sample; and why there is none."""
+        """By state of the cache, what takes a sample; and why there is none. `calls` says how many
+        calls a sampler takes for one, where that is not one."""
         assert self._running is not None
         mode = self._case.mode
         with self._failing():
@@ -103,12 +111,15 @@ class Here:
         }
         if mode == "backward":  # it goes through a graph of autograd's that was made outside
             return result, {}
+        if self._provider.graphs:
+            return {**result, "graph": result["hot"]}, {}
+        calls = measure.graph_calls(result["hot"](1, True))
         try:
-            replay = measure.graphed(call)
+            replay = measure.graphed(call, calls)
         except Exception as problem:
             return result, {"graph": f"{type(problem).__name__}: {problem}"}
-        sampler = self._sampler(measure.Clock("cuda").sampler(replay))
-        result["graph"] = lambda repeats, warm: sampler(repeats, warm) / measure.GRAPH_CALLS
+        self.calls["graph"] = calls
+        result["graph"] = self._sampler(measure.Clock("cuda").sampler(replay))
         return result, {}
 
     def _sampler(self, sampler: Sampler) -> Sampler:
@@ -150,6 +161,7 @@ class Apart:
         heap: str,
     ) -> None:
         self.cpu_seconds = 0.0
+        self.calls: dict[str, int] = {}
         self._name, self._file = provider, file
         self._state = HEAPS[heap]
         # A server that has imported torch and its compiler (three seconds, which every compiled

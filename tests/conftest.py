@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
             )
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """dtypes by name, so that `-k torch.float16` selects them; the rest as pytest does."""
+    return str(val) if isinstance(val, torch.dtype) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     no_large = pytest.mark.skip(reason="needs much memory: set SR_KERNELS_TEST_LARGE=1")

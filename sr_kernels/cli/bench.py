@@ -70,17 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--dtype",
         nargs="+",
-        choices=("float32", "float16", "bfloat16"),
+        choices=("float32", "float16", "bfloat16", "float16_autocast", "bfloat16_autocast"),
         default=["float32"],
-        help="(default: float32)",
+        help="(default: float32); networks have float32 weights under torch.autocast, too",
     )
     what.add_argument(
         "--provider",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="only these: eager, compile, sdpa, flex, conv2d, conv2d_depthwise, onnxruntime, "
-        "openvino, cpu, cpu_plan, cuda, triton, patched; the form NAME_channels_last is meant too",
+        help="only these: eager, compile, compile_max_autotune, sdpa, flex, conv2d, "
+        "conv2d_depthwise, onnxruntime, openvino, cpu, cpu_plan, cuda, triton, patched; the form "
+        "NAME_channels_last is meant too",
     )
     what.add_argument(
         "--quick",
@@ -222,7 +223,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     import torch
     from PIL import Image
 
-    from sr_kernels.benchmarks import measure, table
+    from sr_kernels.benchmarks import measure, providers, table
     from sr_kernels.benchmarks import run as runs
 
     if arguments.device == "cuda" and arguments.heap != "kept":
@@ -261,7 +262,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         least=QUICK_ROUNDS if arguments.quick else measure.MIN_ROUNDS,
         compile_networks=not arguments.quick
         or bool(arguments.op)
-        or "compile" in arguments.provider,
+        or bool({providers.COMPILE, providers.MAX_AUTOTUNE} & set(arguments.provider)),
         heap=arguments.heap,
     )
     offered = sorted(_offered(chosen)) if arguments.provider else []

@@ -64,6 +64,20 @@ def test_what_would_select_nothing_is_named(arguments, message):
         cases.select(**arguments)
 
 
+def test_autocast_is_for_networks():
+    case = Case("elan_x4", 1, 0, 8, 8, "both", "bfloat16_autocast")
+    assert (case.autocast, case.storage, case.arithmetic) == (True, "float32", "bfloat16")
+    plain = Case("elan_x4", 1, 0, 8, 8, "both", "bfloat16")
+    assert (plain.autocast, plain.storage, plain.arithmetic) == (False, "bfloat16", "bfloat16")
+    chosen = cases.select(dtypes=["float16_autocast"])
+    assert chosen
+    assert all(case.is_network for case in chosen)
+    mixed = cases.select(ops=["channel_gate"], dtypes=["float32", "float16_autocast"])
+    assert {case.dtype for case in mixed} == {"float32"}
+    with pytest.raises(ValueError, match="'channel_gate', but autocast is measured with networks"):
+        cases.select(ops=["channel_gate"], dtypes=["float16_autocast"])
+
+
 def test_other_peoples_networks_need_a_checkout(monkeypatch, tmp_path):
     assert "imdn_x4" in {case.op for case in cases.select()}
     monkeypatch.setattr(cases, "THIRD_PARTY", tmp_path / "absent.py")

@@ -165,6 +165,18 @@ def test_exponentials_of_a_gpu_are_measured_by_a_chain():
     torch.testing.assert_close(ceilings.chain(x).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_exponentials_that_are_known_are_not_measured_again(monkeypatch):
+    monkeypatch.setattr(torch, "exp", None)
+    assert ceilings.measure("cpu", (), toy=True, exps=5.0).exps == 5.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"), [(1e-9, 20), (5e-4, 20), (3e-3, 7), (0.02, 1), (3.0, 1)]
+)
+def test_a_graph_holds_what_fills_a_sample(seconds, calls):
+    assert measure.graph_calls(seconds) == calls
+
+
 def test_exponentials_that_cannot_be_compiled_bound_nothing():
     def broken(x):
         raise RuntimeError("no Triton")

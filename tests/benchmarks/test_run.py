@@ -26,6 +26,7 @@ from sr_kernels.benchmarks import (
     worker,
 )
 from sr_kernels.benchmarks.cases import Case
+from torch.nn.attention.flex_attention import flex_attention
 
 from sr_kernels import models
 from sr_kernels.cli import main
@@ -112,7 +113,8 @@ def test_every_operator_in_16_bits(op, dtype, toy_settings, limits, tmp_path):
 @pytest.mark.parametrize("op", NETWORKS)
 def test_every_network_of_ours_at_toy_size(op, toy_settings, limits, tmp_path):
     # Exporting ELAN's 36 attentions takes a minute, and is what exporting ELAN-light's 24 is.
-    names = ("eager", "cpu") if op == "elan_x4" else ("eager", "cpu", *RUNTIMES)
+    alike = op in ("elan_x4", "elan_light_x2")
+    names = ("eager", "cpu") if alike else ("eager", "cpu", *RUNTIMES)
     settings = replace(toy_settings, providers=names)
     # A height that ELAN pads: an exported network must do so as well.
     rows = _measure(Case(op, 1, 0, 20, 16), settings, limits, tmp_path)
@@ -156,6 +158,158 @@ def test_a_training_step_at_toy_size(op, toy_settings, limits, tmp_path):
     settings = replace(toy_settings, providers=("eager", "cpu"))
     rows = _measure(Case(op, 2, 0, 16, 16, "both"), settings, limits, tmp_path)
     assert {row.status for row in rows.values()} == {"ok"}
+
+
+@pytest.mark.unpoisoned
+def test_a_training_step_under_autocast(toy_settings, limits, tmp_path, monkeypatch):
+    case = Case("mafdn_x4", 1, 0, 8, 8, "both", "bfloat16_autocast")
+    this = providers.subject(case, weights=None, image=run.PHOTOGRAPH, folder=tmp_path)
+    results = this.stock(None).results("both")
+    assert results.pop("output").dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in results.values()} == {torch.float32}
+    assert this.stock(torch.float32).results("both")["output"].dtype == torch.float32
+    assert run.truth_of(this).oracle["output"].dtype == torch.float64
+    # Where there is no float64: against float32, and by stock's own error all the same.
+    monkeypatch.setitem(run.NETWORK_ORACLE_PIXELS, "both", 0)
+    truth = run.truth_of(this)
+    assert truth.oracle["output"].dtype == torch.float32
+    assert not torch.equal(truth.oracle["output"], truth.stock["output"].float())
+    settings = replace(toy_settings, providers=("eager", "cpu"))
+    half = replace(limits, flops={**limits.flops, "bfloat16": 1e9})
+    rows = _measure(case, settings, half, tmp_path)
+    assert {(row.status, row.dtype) for row in rows.values()} == {("ok", "bfloat16_autocast")}
+    with pytest.raises(ValueError, match="autocast is measured with networks only"):
+        providers.subject(
+            replace(case, op="channel_gate", channels=8),
+            weights=None,
+            image=run.PHOTOGRAPH,
+            folder=tmp_path,
+        )
+
+
+def test_flex_attention_of_groups_computes_them(monkeypatch):
+    """Uncompiled, which takes no minute."""
+    monkeypatch.setattr(operators, "_flex_attention", lambda: flex_attention)
+    problem = operators.OPERATORS["grouped_window_attention"](
+        Case("grouped_window_attention", 2, 24, 16, 32)
+    )
+    expected = problem.stock(problem.inputs)(**problem.inputs)
+    for name in ("flex", "sdpa"):
+        found = problem.alternatives[name](problem.inputs)(**problem.inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_max_autotune_is_for_gpus_and_replays_its_own_graph(monkeypatch):
+    said = []
+
+    def fake_compile(function, **options):
+        said.append(options)
+        return lambda *a, **k: (said.append("called"), function(*a, **k))[1]
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: said.append("new step")
+    )
+    double = providers._max_autotune(lambda x, *, by: x * by)
+    assert [double(3, by=2), double(4, by=2)] == [6, 8]
+    options = {"dynamic": False, "mode": "max-autotune"}
+    assert said == [options, *["new step", "called"] * 2]
+
+    def names(device, mode):
+        case = Case("channel_gate", 1, 8, 8, 8, mode, device=device)
+        return {p.name: p.graphs for p in providers._compile_providers(case, lambda f: f)}
+
+    assert names("cpu", "forward") == {"compile": False}
+    assert names("cuda", "backward") == {"compile": False}
+    for mode in ("forward", "both"):
+        assert names("cuda", mode) == {"compile": False, "compile_max_autotune": True}
+
+
+class _FakeClock:
+    """A GPU's, on which a call takes what it returns in seconds."""
+
+    def __init__(self, device, *, cold=False):
+        self.cold = cold
+
+    def sampler(self, call):
+        return lambda repeats, warm: call() * (2 if self.cold else 1)
+
+
+def _here(monkeypatch, seconds, *, graphs=False, refused=False):
+    """A provider in this process, as on a GPU."""
+    graphed = []
+
+    def graph(call, calls):
+        if refused:
+            raise RuntimeError("not while capturing")
+        graphed.append(calls)
+        return lambda: calls * call() / 2  # launches are half of it
+
+    monkeypatch.setattr(measure, "Clock", _FakeClock)
+    monkeypatch.setattr(measure, "graphed", graph)
+    output = torch.zeros(1)
+
+    class Running:
+        def results(self, mode):
+            return {"output": output}
+
+        def call(self, mode):
+            return lambda: (output.add_(1), seconds)[1]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 250)
+    provider = providers.Provider("fake", Running, graphs=graphs)
+    case = Case("channel_gate", 1, 8, 8, 8, device="cuda")
+    return worker.Here(provider, case, memory=True), graphed
+
+
+def test_a_gpus_samples_of_a_graph_are_as_long_as_others(monkeypatch):
+    station, graphed = _here(monkeypatch, 0.0005)
+    ready = station.ready()
+    assert ready.memory == 150
+    assert ready.results["output"] == 0, "a later call wrote into what is verified"
+    samplers, missing = station.samplers()
+    assert not missing
+    assert graphed == [20]
+    assert station.calls == {"graph": 20}
+    rounds = measure.Rounds({cache: samplers[cache] for cache in samplers})
+    samples = rounds.sample(0.0)
+    per_call = {c: samples[c][0] / station.calls.get(c, 1) for c in samples}
+    assert per_call == pytest.approx({"hot": 0.0005, "cold": 0.001, "graph": 0.00025})
+    # Repeats of a graph are replays of 5 ms.
+    lengths = {c: samples[c][0] * rounds._repeats[c] for c in samples}
+    assert all(0.02 <= length < 0.03 for length in lengths.values())
+
+
+def test_a_gpus_rows_are_seconds_per_call(monkeypatch, limits, tmp_path, toy_settings):
+    station, _ = _here(monkeypatch, 0.0005)
+    case = Case("channel_gate", 1, 8, 8, 8)
+    measurement = run.Measurement(case, replace(toy_settings, providers=("cpu",)), tmp_path)
+    monkeypatch.setattr(run.Measurement, "_station", lambda self, provider: station)
+    monkeypatch.setattr(run.Truth, "check", lambda self, results: 0.0)
+    measurement.prepare().sample(0.0)
+    rows = {row.cache: row.median_ms for row in measurement.rows(limits)}
+    assert rows == pytest.approx({"hot": 0.5, "cold": 1.0, "graph": 0.25})
+
+
+def test_what_replays_a_graph_of_its_own_is_not_captured(monkeypatch):
+    station, graphed = _here(monkeypatch, 0.0005, graphs=True)
+    ready = station.ready()
+    assert (ready.memory, ready.note) == (None, "no memory: its graph's is allocated once")
+    samplers, _ = station.samplers()
+    assert not graphed
+    assert station.calls == {}
+    assert samplers["graph"](1, True) == samplers["hot"](1, True) == 0.0005
+
+
+def test_a_graph_that_cannot_be_captured_says_why(monkeypatch):
+    station, _ = _here(monkeypatch, 0.0005, refused=True)
+    station.ready()
+    samplers, missing = station.samplers()
+    assert set(samplers) == {"hot", "cold"}
+    assert missing == {"graph": "RuntimeError: not while capturing"}
 
 
 def test_a_broken_kernel_gets_no_time(toy_settings, limits, tmp_path, monkeypatch):
@@ -372,6 +526,9 @@ def test_compile_brings_the_formats_it_chooses_from(toy_settings):
     settings = replace(toy_settings, providers=("compile",))
     wanted = [n for n in ("eager", "eager_channels_last", "compile", "cpu") if settings.wants(n)]
     assert wanted == ["eager", "eager_channels_last", "compile"]
+    settings = replace(toy_settings, providers=("compile_max_autotune",))
+    names = ("eager", "compile", "compile_max_autotune", "cpu")
+    assert [n for n in names if settings.wants(n)] == ["eager", "compile_max_autotune"]
 
 
 def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
@@ -379,6 +536,7 @@ def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
     assert quick.wants("compile")
     assert quick.wants("eager", network=True)
     assert not quick.wants("compile", network=True)
+    assert not quick.wants("compile_max_autotune", network=True)
     said = []
     _run([Case("mafdn_x4", 1, 0, 8, 8)], replace(quick, providers=("cpu",)), tmp_path, said.append)
     assert "torch.compile of whole networks takes minutes, and is left out" in "\n".join(said)
@@ -464,10 +622,21 @@ def test_a_group_ends_where_memory_does(toy_settings, tmp_path, monkeypatch):
         run.Measurement(Case("channel_gate", 1, 8, 8, 8), replace(toy_settings, apart=a), tmp_path)
         for a in (True, False)
     )
-    assert run._room([(0, apart)])
-    assert not run._room([(0, here)])
-    apart.private = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert not run._room([(0, apart)])
+    same = apart.case
+    assert run._room([], same)
+    assert run._room([(0, apart)], same)
+    assert not run._room([(0, here)], same)
+    # What there is and what the next one will need, by its pixels, are to fit together.
+    room = run.GROUP_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    apart.private = int(0.3 * room)
+    assert run._room([(0, apart)], replace(same, height=16))
+    assert not run._room([(0, apart)], replace(same, height=24))
+    # A small one says little of it: most of what it holds is the same for any size.
+    small = run.Measurement(replace(same, height=1), replace(toy_settings, apart=True), tmp_path)
+    small.private = int(0.1 * room)
+    assert run._room([(0, small), (1, apart)], replace(same, height=15))
+    apart.private = int(room)
+    assert not run._room([(0, apart)], replace(same, height=1))
 
 
 @pytest.mark.slow

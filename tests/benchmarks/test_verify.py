@@ -75,3 +75,26 @@ def test_another_shape_or_dtype_is_refused(gradient):
     for wrong in (gradient.float()[:2], gradient):
         with pytest.raises(AssertionError, match="gradient x: "):
             Truth(stock, oracle, "float32").check({"gradient x": wrong})
+
+
+def test_a_gradient_of_which_stock_knows_nothing_is_noise(gradient):
+    """Zero, but for how roundings cancel; held to the largest error that stock makes elsewhere."""
+    oracle = {"gradient bias": torch.zeros(60, dtype=torch.float64), "gradient x": gradient}
+    known = {"gradient bias": torch.full((60,), 1e-4), "gradient x": gradient.float()}
+    known["gradient x"][0, 0, 0, 0] += 0.05
+
+    def check(bias, stock=known):
+        return Truth(stock, oracle, "float32").check({**known, "gradient bias": bias})
+
+    assert check(torch.full((60,), -0.04)) == pytest.approx(0.05, rel=1e-3)
+    wrong = {
+        "more than stock ever is": torch.full((60,), 0.06),
+        "not finite": torch.full((60,), torch.nan),
+    }
+    for bias in wrong.values():
+        with pytest.raises(AssertionError, match="gradient bias"):
+            check(bias)
+    # Where stock is right, nothing is noise.
+    oracle["gradient bias"] = torch.full((60,), 0.1, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="gradient bias"):
+        check(torch.full((60,), 0.12), {**known, "gradient bias": torch.full((60,), 0.1001)})

@@ -127,5 +127,5 @@ def test_what_is_beyond_the_grid_is_refused(on_emulated_kernels, shape):
 
 
 def test_under_the_sanitizers(build):
-    select = "(channels_and_layouts and float16) or (edges and float32) or several or activations"
-    run_sanitized(build, "conv3x3", __file__, select)
+    selected = ("channels_and_layouts torch.float16", "edges torch.float32", "several")
+    run_sanitized(build, "conv3x3", __file__, *selected, "activations")

@@ -81,7 +81,10 @@ def test_every_subset_of_gradients():
 
 # One kernel with y's sums in 64 channels; in 16 bits, in 192; and those too wide, which run as two
 # products with the hidden activations in a workspace.
-WIDE = [(1, 64, 100, 9, 17), (1, 180, 90, 3, 20), (1, 200, 70, 3, 5), (1, 70, 300, 3, 5)]
+WIDE = [
+    pytest.param(size, id=f"wide {size}")
+    for size in [(1, 64, 100, 9, 17), (1, 180, 90, 3, 20), (1, 200, 70, 3, 5), (1, 70, 300, 3, 5)]
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,5 +244,16 @@ def test_an_image_beyond_the_grid_is_refused(on_emulated_kernels):
 
 def test_under_the_sanitizers(build):
     """Some of the tests above with the kernels under AddressSanitizer and UBSan."""
-    select = "(float16 and (misaligned or edges)) or (wide and float32) or subset or nan or groups"
-    run_sanitized(build, "shift_conv", __file__, select)
+    run_sanitized(
+        build,
+        "shift_conv",
+        __file__,
+        "misaligned torch.float16",
+        "edges torch.float16",
+        "block_layouts torch.float16 contiguous",
+        "block_layouts torch.float16 channels_last",
+        "wide torch.float32",
+        "subset",
+        "nan",
+        "groups",
+    )

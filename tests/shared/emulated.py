@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -125,14 +126,16 @@ def implementation(kernels: ModuleType, name: str, started: list[str]) -> Callab
     return run
 
 
-def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
-    """Runs tests of `file`, those that `select` names, with the kernels under the sanitizers."""
+def run_sanitized(build: ModuleType, name: str, file: str, *select: str) -> None:
+    """Runs tests of `file` with the kernels under the sanitizers: those that have all the words of
+    one of `select` in their names. None of these may be without a test that passes."""
     if "SR_KERNELS_CUDA_ON_CPU_SANITIZE" in os.environ:
         pytest.skip("is what it runs")
     build.build(name, sanitize=True)  # a compiler under the sanitizer would take minutes
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rp", "-p", "no:cacheprovider"]
+    expression = " or ".join(f"({' and '.join(words.split())})" for words in select)
     result = subprocess.run(
-        [*command, file, "-k", select],
+        [*command, file, "-k", expression],
         capture_output=True,
         text=True,
         cwd=TESTS.parent,
@@ -145,7 +148,9 @@ def run_sanitized(build: ModuleType, name: str, file: str, select: str) -> None:
         },
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
+    passed = re.findall(r"^PASSED .*?::(.+)$", result.stdout, re.M)
+    for words in select:
+        assert any(all(w in test for w in words.split()) for test in passed), f"no test: {words}"
 
 
 @contextmanager
