@@ -1,7 +1,8 @@
 // Attention gates on CUDA, forward.
 //
 //   pixel_attention    y = x sigmoid(W x + b)                                  pixel_gate_kernel
-//   spatial_attention  y = u sigmoid(conv_k([max_c u, mean_c u]) + b), u = x   spatial_*_kernel
+//   spatial_attention  y = u sigmoid(conv_k([max_c u, mean_c u]) + b), u = x
+//                                              spatial_statistics_kernel, then spatial_scale_kernel
 //   pixel_spatial      the same with u = x sigmoid(W x + b); pixel_gate_kernel leaves u in y and
 //                      both statistics, so that x is read once
 //   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel, then
@@ -27,11 +28,20 @@
 // channel_scale_kernel merges them and finds its image's gates for itself, and it multiplies all
 // channels of its share of the pixels by runs of 16 or 8 bytes.
 //
-// Floor, per pixel, C channels, e bytes an element: 2 e C bytes and 2 C C FLOP (pixel: also C
-// exponentials and divisions); spatial 2 e C bytes, of which y is written and read once more here;
-// channel attention 2 e C bytes: as many as it takes in one launch; in two 3 e C, of which the
-// second-level cache may serve the second reading. Gated convolution e (C_in + C_out) bytes
-// (+ e C_out), 2 C_in C_out FLOP. Measured fraction: unmeasured, never run on a GPU.
+// Floor, per pixel, C channels, e bytes an element, k x k taps:
+//   pixel          2 e C bytes, 2 C C + C FLOP, C exponentials. Here x is read twice, for the
+//                  product (again for every 64 output channels) and for the gate
+//   spatial        2 e C bytes, 3 C + 4 k k FLOP, one exponential. Here x is read twice; 16 bytes
+//                  more for the statistics, written and read; their k k neighbours from the caches
+//   pixel_spatial  2 e C bytes, 2 C C + 4 C + 4 k k FLOP, C + 1 exponentials. Here 5 e C bytes: x
+//                  twice, u written and read, y; the statistics as above
+//   channel        2 e C bytes (gate alone: e C), 2 C FLOP (contrast: 5 C), C exponentials an
+//                  image. One launch takes as many bytes, two 3 e C, of which the second-level
+//                  cache may serve the second reading
+//   gated          e (C_in + C_out) bytes (+ e C_out with a residual), 2 C_in C_out FLOP, no
+//                  exponentials. Here x is read again for every 64 output channels
+// Products are padded to 64 output channels and, in 16 bits, to a multiple of 16 input channels.
+// Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "attention_gates/params.h"

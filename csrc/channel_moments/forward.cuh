@@ -142,14 +142,22 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     store_global<float>(p.origins + part + c, load_shared<float>(origin + c));
 }
 
-// Pixels of a slice, of which the last of all tiles may not have all.
-SR_DEVICE double slice_pixels(const ChannelProductParams& p, int64_t slice) {
-  constexpr int64_t kPixels = ChannelProductTile::kPixels;
-  const int64_t pixels = p.size.pixels(), tiles = (pixels + kPixels - 1) / kPixels;
-  const int64_t full = (tiles - slice + p.slices - 1) / p.slices * kPixels;
-  return static_cast<double>((tiles - 1) % p.slices == slice ? full - (tiles * kPixels - pixels)
-                                                             : full);
-}
+// How many pixels each slice has; the last of all tiles may lack some.
+struct SlicePixels {
+  int64_t tiles, longer, last, lacking;  // of every slice; slices with one more; of the last tile
+  SR_DEVICE explicit SlicePixels(const ChannelProductParams& p) {
+    const int64_t all =
+        (p.size.pixels() + ChannelProductTile::kPixels - 1) / ChannelProductTile::kPixels;
+    tiles = all / p.slices;
+    longer = all % p.slices;
+    last = (longer == 0 ? p.slices : longer) - 1;
+    lacking = all * ChannelProductTile::kPixels - p.size.pixels();
+  }
+  SR_DEVICE double operator[](int slice) const {
+    const int64_t full = (tiles + (slice < longer ? 1 : 0)) * ChannelProductTile::kPixels;
+    return static_cast<double>(slice == last ? full - lacking : full);
+  }
+};
 
 // A thread for each element of the covariance; those of its diagonal write the mean, too.
 __global__ inline void __launch_bounds__(kBlockThreads)
@@ -157,32 +165,31 @@ __global__ inline void __launch_bounds__(kBlockThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   const int64_t channels = p.channels, a = i / channels, b = i % channels;
   if (a >= channels) return;
-  const int64_t m = a > b ? a : b,
-                k = a > b ? b : a;  // below the diagonal: both have the same bits
+  const int64_t m = a > b ? a : b, k = a > b ? b : a;  // (a, b) and (b, a) have the same bits
   const double pixels = static_cast<double>(p.size.pixels());
-  // Of a slice's values less its origin, and of the origin.
-  const auto sum = [&](int64_t slice, int64_t channel) {
-    return static_cast<double>(load_global<float>(p.sums + slice * channels + channel));
-  };
-  const auto origin = [&](int64_t slice, int64_t channel) {
-    return static_cast<double>(load_global<float>(p.origins + slice * channels + channel));
+  const SlicePixels counts(p);
+  const auto part = [](const float* parts, int64_t at) {
+    return static_cast<double>(load_global<float>(parts + at));
   };
   double mean_m = 0.0, mean_k = 0.0, total = 0.0;
-  for (int64_t slice = 0; slice < p.slices; ++slice) {
-    const double count = slice_pixels(p, slice);
-    mean_m += sum(slice, m) + count * origin(slice, m);
-    mean_k += sum(slice, k) + count * origin(slice, k);
+#pragma unroll 2
+  for (int slice = 0; slice < p.slices; ++slice) {
+    const double count = counts[slice];
+    const int64_t first = slice * channels;
+    mean_m += part(p.sums, first + m) + count * part(p.origins, first + m);
+    mean_k += part(p.sums, first + k) + count * part(p.origins, first + k);
   }
   mean_m /= pixels;
   mean_k /= pixels;
-  for (int64_t slice = 0; slice < p.slices; ++slice) {
-    const double count = slice_pixels(p, slice);
-    const double of_m = sum(slice, m), of_k = sum(slice, k);
-    const double between_m = origin(slice, m) + of_m / count - mean_m;
-    const double between_k = origin(slice, k) + of_k / count - mean_k;
-    total += static_cast<double>(
-                 load_global<float>(p.products + (slice * channels + m) * channels + k)) -
-             of_m * of_k / count + count * between_m * between_k;
+#pragma unroll 2
+  for (int slice = 0; slice < p.slices; ++slice) {
+    const double count = counts[slice], share = 1.0 / count;
+    const int64_t first = slice * channels;
+    const double of_m = part(p.sums, first + m), of_k = part(p.sums, first + k);
+    const double between_m = part(p.origins, first + m) + of_m * share - mean_m;
+    const double between_k = part(p.origins, first + k) + of_k * share - mean_k;
+    total += part(p.products, (first + m) * channels + k) - of_m * of_k * share +
+             count * between_m * between_k;
   }
   store_global<double>(p.covariance + i, total / pixels);
   if (a == b) store_global<double>(p.mean + a, mean_m);
