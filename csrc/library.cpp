@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
       "float negative_slope) -> Tensor");
 
   // ------------------------------------------------------------ channel moments
-  // On the CPU alone. mean (C) and covariance (C, C) of the batch's pixels, float64.
+  // mean (C) and covariance (C, C) of the batch's pixels, float64.
   m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
   m.def(
       "channel_moments_backward(Tensor mean_grad, Tensor covariance_grad, Tensor x, Tensor mean) "

@@ -51,8 +51,9 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
-# What only the CPU's layers call: on a GPU BatchNorm in training stays torch's.
-_CPU_ALONE = frozenset({"channel_moments"})
+# What the compiled libraries alone have. No layer calls it on a GPU: BatchNorm in training is torch's
+# there.
+_NOT_IN_TRITON = frozenset({"channel_moments"})
 
 
 class FallbackWarning(UserWarning):
@@ -122,8 +123,8 @@ def can_run(
     """
     if backend == "reference":
         return True, ""
-    if backend != "cpu" and op in _CPU_ALONE:
-        return False, f"{op} is the cpu backend's alone"
+    if backend == "triton" and op in _NOT_IN_TRITON:
+        return False, f"{op} has no Triton kernel"
     device = tensors[0].device.type
     if backend == "triton":
         reason = _why_no_triton(device)

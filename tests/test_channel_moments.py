@@ -1,28 +1,14 @@
 """channel_moments against numpy's definition, and as a citizen of torch."""
 
+import channel_moments_cases as cases
 import pytest
 import torch
+from channel_moments_cases import FORWARD, LAYOUTS, check, check_gradient, check_large_means
 
 from sr_kernels.testing import bitwise_equal, make_tensor
 
-FORWARD = torch.ops.sr_kernels.channel_moments
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-# One pixel, one row, one column, less than a vector, more than a tile, the network's.
-SHAPES = [
-    (1, 1, 1, 1),
-    (1, 3, 1, 5),
-    (2, 31, 7, 1),
-    (1, 60, 1, 700),
-    (4, 60, 64, 64),
-    (3, 13, 17, 19),
-]
-
-
-def definition(x):
-    rows = x.double().transpose(0, 1).flatten(1)
-    mean = rows.mean(1)
-    centred = rows - mean[:, None]
-    return mean, centred @ centred.T / rows.shape[1]
+# The network's as well, and a row of several tiles.
+SHAPES = [*cases.SHAPES, (1, 60, 1, 700), (4, 60, 64, 64)]
 
 
 @pytest.mark.asan
@@ -30,42 +16,22 @@ def definition(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_the_formula(shape, dtype, layout):
-    x = make_tensor(shape, dtype=dtype, layout=layout)
-    # What is summed in the compute type, and what the sums are.
-    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
-    for actual, expected in zip(FORWARD(x), definition(x), strict=True):
-        assert actual.dtype == torch.float64
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    check(make_tensor(shape, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_costs_no_digits(layout):
-    """Variances of 1 under means of 1000: E[x x] - E[x] E[x] in float32 would leave one digit."""
-    x = make_tensor((2, 20, 40, 40), layout=layout)
-    x += torch.linspace(-1000, 1000, 20)[:, None, None]
-    mean, covariance = FORWARD(x)
-    expected_mean, expected = definition(x)
-    torch.testing.assert_close(mean, expected_mean, rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(covariance, expected, rtol=0, atol=2e-6)
+    check_large_means(layout)
 
 
 @pytest.mark.asan
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradient(shape, dtype, layout):
-    x = make_tensor(shape, dtype=dtype, layout=layout).requires_grad_()
-    c = shape[1]
-    weights = (make_tensor((c,), torch.float64, seed=1), make_tensor((c, c), torch.float64, seed=2))
-    gradients = []
-    for function in (FORWARD, definition):
-        outputs = function(x)
-        loss = sum((w * y).sum() for w, y in zip(weights, outputs, strict=True))
-        gradients.append(torch.autograd.grad(loss, x)[0] * x.numel())
-    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
-    scale = max(1.0, gradients[1].abs().max().item())
-    torch.testing.assert_close(*gradients, rtol=0, atol=tolerance * scale)
-    assert gradients[0].stride() == torch.empty_like(x).stride() or layout == "sliced"
+    x = make_tensor(shape, dtype=dtype, layout=layout)
+    gradient = check_gradient(x)
+    assert gradient.stride() == torch.empty_like(x).stride() or layout == "sliced"
 
 
 def test_each_output_has_a_gradient_of_its_own():

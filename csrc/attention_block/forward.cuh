@@ -1,5 +1,6 @@
-// The attention block on CUDA, inference only: y = W_out a + b_out + x, where a is, per channel
-// group g and window, softmax(q_g q_g^T) v_g, and q and v are projections of x.
+// The attention block on CUDA, inference only. Per channel group g and window:
+//
+//   y = W_out a + b_out + x,  a_g = softmax(q_g q_g^T) v_g,  q and v from W_in x + b_in
 //
 // Two launches in 16 bits with groups of up to 32 channels. attention_block_kernel makes a: a block
 // takes 128 tokens of a group's windows, as window attention does, projects q and v from their

@@ -1,12 +1,22 @@
 // Attention gates on CUDA, backward. s, t and gate are the sigmoids; g the gradient of y.
 //
 //   pixel    dz = g x s (1 - s), dx = g s + W^T dz, dW = dz x^T, db = sum dz
-//   spatial  d = (sum_c g u) t (1 - t), du = g t + conv^T(d) of the mean / C + of the maximum,
-//            divided between the channels that share it; dW = sum_p d [max, mean] shifted
-//   channel  dgate = sum_p g x, then back through both layers to dz, and
+//   spatial  d = (sum_c g u) t (1 - t)                              spatial_gate_gradient_kernel
+//            du = g t + conv^T(d) of the mean / C + of the maximum, divided between the channels
+//            that share it                                         spatial_input_gradient_kernel
+//            dW = sum_p d [max, mean] shifted, db = sum d         spatial_weight_gradient_kernel,
+//                                                                          spatial_reduce_kernel
+//   channel  dgate = sum_p g x, then back through both layers to dz (moments_kernel, then
+//            channel_gate_gradient_kernel; channel_weight_gradient_kernel), and
 //            dx = g gate + dz / HW (+ dz (x - mean) / (HW deviation))
+//                                                                  channel_input_gradient_kernel
 //   gated    dx = gate (W^T g); with G = sum_p g x^T of each image,
-//            dW = sum_n gate G, dgate = sum_m W G, db = sum g
+//            dW = sum_n gate G, dgate = sum_m W G, db = sum g                gated_reduce_kernel
+//
+// Tile: products' as in forward.cuh and shift_conv/backward.cuh. Spatial: a thread for each pixel,
+// which goes over its channels; of the weights, a block for each tap and slice of the pixels, 256
+// at a time. Channel: blocks of 8 channels and 256 pixels; between the sums and dx one block an
+// image. Reductions of parts: a thread for each result.
 //
 // s, t, u and the statistics are computed again, except that u and dz, where both are needed, lie
 // in the workspace between two kernels. Products with W^T are shift_conv's convolution without a
@@ -14,9 +24,20 @@
 // All sums over pixels are made in two stages whose number of parts depends on the sizes alone: no
 // atomics, the same bits every time.
 //
-// Floor: the maps that go in and out, once. Here pixel attention reads x three times, g twice, and
-// writes and reads dz and g s; spatial attention reads u three times and g twice. Measured
-// fraction: unmeasured, never run on a GPU.
+// Floor, per pixel, C channels, e bytes an element, k x k taps. Each is a sequence of kernels; what
+// it takes here is their sum, for up to 64 channels:
+//   pixel    3 e C bytes, 6 C C FLOP, C exponentials. Here 10 e C bytes: x three times, g, dz
+//            written and read twice, g s written and read, dx
+//   spatial  3 e C bytes, 8 C + 12 k k FLOP, one exponential. Here 7 e C bytes: u four times, g
+//            twice, du; of the float planes 32 bytes, their neighbours from the caches
+//   both     3 e C bytes, 6 C C + 8 C + 12 k k FLOP, C + 1 exponentials. Here 19 e C bytes, 8 C C
+//            FLOP and 2 C + 1 exponentials: u and its statistics made, spatial, pixel
+//   channel  3 e C bytes, 5 C FLOP (contrast: 11 C), C exponentials an image. Here 4 e C bytes
+//            (contrast: 5 e C): x and g for the sums, then g (and x), dx. Of the gate alone, e C
+//            less in floor, and here 2 e C less
+//   gated    e (2 C_in + C_out) bytes, 4 C_in C_out FLOP, no exponentials. Here g twice
+// With more channels a product reads its operands again for every 64 of the others.
+// Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "attention_gates/forward.cuh"

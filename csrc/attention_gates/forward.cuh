@@ -1,7 +1,8 @@
 // Attention gates on CUDA, forward.
 //
 //   pixel_attention    y = x sigmoid(W x + b)                                  pixel_gate_kernel
-//   spatial_attention  y = u sigmoid(conv_k([max_c u, mean_c u]) + b), u = x   spatial_*_kernel
+//   spatial_attention  y = u sigmoid(conv_k([max_c u, mean_c u]) + b), u = x
+//                                              spatial_statistics_kernel, then spatial_scale_kernel
 //   pixel_spatial      the same with u = x sigmoid(W x + b); pixel_gate_kernel leaves u in y and
 //                      both statistics, so that x is read once
 //   channel_gate       gate = sigmoid(W_up relu(W_down z + b_down) + b_up)     moments_kernel, then
@@ -22,16 +23,25 @@
 // that the GPU holds at once (on_chip_shares, below; 99 KiB a block at most): a block of
 // channel_attention_kernel keeps its share, and once it has left its moments and waited for all
 // others a warp merges those of a channel, then, past a second barrier, every block finds its
-// image's gates and multiplies what it kept. Otherwise it is two: blocks of 8 channels and a chunk
-// of the pixels leave moments, every block of channel_scale_kernel merges them and finds its
-// image's gates for itself, and it multiplies all channels of its share of the pixels by runs of 16
-// or 8 bytes.
+// image's gates and multiplies what it kept. Otherwise, or where the driver refuses that, it is
+// two: blocks of 8 channels and a chunk of the pixels leave moments, every block of
+// channel_scale_kernel merges them and finds its image's gates for itself, and it multiplies all
+// channels of its share of the pixels by runs of 16 or 8 bytes.
 //
-// Floor, per pixel, C channels, e bytes an element: 2 e C bytes and 2 C C FLOP (pixel: also C
-// exponentials and divisions); spatial 2 e C bytes, of which y is written and read once more here;
-// channel attention 2 e C bytes: as many as it takes in one launch; in two 3 e C, of which the
-// second-level cache may serve the second reading. Gated convolution e (C_in + C_out) bytes
-// (+ e C_out), 2 C_in C_out FLOP. Measured fraction: unmeasured, never run on a GPU.
+// Floor, per pixel, C channels, e bytes an element, k x k taps:
+//   pixel          2 e C bytes, 2 C C + C FLOP, C exponentials. Here x is read twice, for the
+//                  product (again for every 64 output channels) and for the gate
+//   spatial        2 e C bytes, 3 C + 4 k k FLOP, one exponential. Here x is read twice; 16 bytes
+//                  more for the statistics, written and read; their k k neighbours from the caches
+//   pixel_spatial  2 e C bytes, 2 C C + 4 C + 4 k k FLOP, C + 1 exponentials. Here 5 e C bytes: x
+//                  twice, u written and read, y; the statistics as above
+//   channel        2 e C bytes (gate alone: e C), 2 C FLOP (contrast: 5 C), C exponentials an
+//                  image. One launch takes as many bytes, two 3 e C, of which the second-level
+//                  cache may serve the second reading
+//   gated          e (C_in + C_out) bytes (+ e C_out with a residual), 2 C_in C_out FLOP, no
+//                  exponentials. Here x is read again for every 64 output channels
+// Products are padded to 64 output channels and, in 16 bits, to a multiple of 16 input channels.
+// Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 
 #include "attention_gates/params.h"
@@ -230,12 +240,11 @@ struct ChannelParams {
   bool contrast;
   FeatureMap x, grad, out;
   const void *w_down, *b_down, *w_up, *b_up;
-  void* gate_out;    // (N, C)
-  int chunks;        // of an image's pixels
-  Moments* parts;    // (N, C, chunks)
-  int share;         // of an image's pixels, which a block takes that writes y
-  int shared_bytes;  // of a block of channel_attention_kernel; 0: two launches
-  float* z;          // (N, C), the statistic
+  void* gate_out;  // (N, C)
+  int chunks;      // of an image's pixels
+  Moments* parts;  // (N, C, chunks)
+  int share;       // of an image's pixels, which a block takes that writes y
+  float* z;        // (N, C), the statistic
   // Backward. gate, (N, C), as below. gate_grad: (N, C) of the gate itself, else it comes from
   // `parts`. What follows from it, for every image: the hidden values, and the gradients of what
   // enters sigmoid and relu; dx = grad gate + offset + slope (x - mean).
@@ -430,12 +439,6 @@ SR_HOST_DEVICE int channel_sums_floats(int channels) {
 SR_HOST_DEVICE int channel_tile_offset(int channels, int hidden) {
   return 4 * (channel_sums_floats(channels) + round_up(channels + hidden, 4));
 }
-
-// What a block keeps: `share` pixels of an image, which has `chunks` of them. 0 chunks: all blocks
-// that a GPU holds at once cannot keep all images.
-struct OnChipShares {
-  int chunks, share, shared_bytes;
-};
 
 // Takes the fewest blocks a multiprocessor that can keep all of x: they leave the fewest moments to
 // merge. resident(shared_bytes): blocks that a multiprocessor holds at once. multiprocessors: 0

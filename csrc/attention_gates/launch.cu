@@ -186,21 +186,6 @@ const char* run(const SpatialAttentionBackwardParams& g, WorkspacePieces& pieces
 
 // ------------------------------------------------------------------ channel attention
 
-// How the current device keeps all of x on chip; 0 chunks where it does not, or y is not wanted.
-OnChipShares shares_on_chip(const ChannelAttentionParams& f) {
-  OnChipShares shares{};
-  if (f.gate != nullptr) return shares;
-  for_kind(f.kind, [&](auto element) -> const char* {
-    using E = decltype(element);
-    shares = on_chip_shares(
-        f.batch, f.height * f.width, static_cast<int>(f.channels), static_cast<int>(f.hidden),
-        static_cast<int>(sizeof(E)), cooperative_multiprocessors(), [](int shared_bytes) {
-          return resident_blocks(channel_attention_kernel<E>, kBlockThreads, shared_bytes);
-        });
-    return nullptr;
-  });
-  return shares;
-}
 // What forward and backward have in common.
 ChannelParams channel_params(const ChannelAttentionParams& f) {
   ChannelParams p{};
@@ -220,17 +205,14 @@ ChannelParams channel_params(const ChannelAttentionParams& f) {
   p.chunks = static_cast<int>(std::clamp<int64_t>(f.height * f.width / 2048, 1, 64));
   return p;
 }
-ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f) {
+// Of two launches, with room for the parts of one.
+ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionParams& f,
+                   const OnChipShares& shares) {
   ChannelParams p = channel_params(f);
   // What a block scales is more than what it reads to find the gates.
   p.share = std::max(256, 16 * p.chunks);
-  if (const OnChipShares shares = shares_on_chip(f); shares.chunks > 0) {
-    p.chunks = shares.chunks;
-    p.share = shares.share;
-    p.shared_bytes = shares.shared_bytes;
-    p.z = pieces.take<float>(f.batch * f.channels);
-  }
-  p.parts = pieces.take<Moments>(f.batch * f.channels * p.chunks);
+  p.parts = pieces.take<Moments>(f.batch * f.channels * std::max(p.chunks, shares.chunks));
+  if (shares.chunks > 0) p.z = pieces.take<float>(f.batch * f.channels);
   return p;
 }
 ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams& g) {
@@ -253,12 +235,17 @@ ChannelParams take(WorkspacePieces& pieces, const ChannelAttentionBackwardParams
   for (float** array : {&p.hidden_values, &p.down}) *array = pieces.take<float>(p.batch * p.hidden);
   return p;
 }
+// One launch; kGridRefused where the driver will not have it.
+template <typename E>
+const char* run_on_chip(ChannelParams p, const OnChipShares& shares, void* stream) {
+  p.chunks = shares.chunks;
+  p.share = shares.share;
+  return launch_cooperative(channel_attention_kernel<E>,
+                            dim3(static_cast<unsigned>(p.chunks * p.batch)), kBlockThreads,
+                            shares.shared_bytes, stream, p);
+}
 template <typename E>
 const char* run_channels(const ChannelParams& p, bool backward, void* stream) {
-  if (p.shared_bytes > 0)
-    return launch_cooperative(channel_attention_kernel<E>,
-                              dim3(static_cast<unsigned>(p.chunks * p.batch)), kBlockThreads,
-                              p.shared_bytes, stream, p);
   const int shared_bytes = (backward ? 2 : 1) * (p.channels + p.hidden) * 4;
   if (shared_bytes > kMaxSharedBytes)
     return "C + R channels of a gate must be fewer than 25344, backward 12672";
@@ -366,9 +353,29 @@ int64_t gate_workspace(const SpatialAttentionBackwardParams& p) {
   if (b.pixel) take(pieces, b.next);
   return pieces.bytes();
 }
-int64_t gate_workspace(const ChannelAttentionParams& p) { return measure(p); }
 int64_t gate_workspace(const ChannelAttentionBackwardParams& p) { return measure(p); }
 int64_t gate_workspace(const GatedConvBackwardParams& p) { return measure(p); }
+
+// 0 chunks also where y is not wanted.
+OnChipShares shares_on_chip(const ChannelAttentionParams& f) {
+  OnChipShares shares{};
+  if (f.gate != nullptr) return shares;
+  for_kind(f.kind, [&](auto element) -> const char* {
+    using E = decltype(element);
+    shares = on_chip_shares(
+        f.batch, f.height * f.width, static_cast<int>(f.channels), static_cast<int>(f.hidden),
+        static_cast<int>(sizeof(E)), cooperative_multiprocessors(), [](int shared_bytes) {
+          return resident_blocks(channel_attention_kernel<E>, kBlockThreads, shared_bytes);
+        });
+    return nullptr;
+  });
+  return shares;
+}
+int64_t gate_workspace(const ChannelAttentionParams& p, const OnChipShares& shares) {
+  WorkspacePieces pieces(nullptr);
+  take(pieces, p, shares);
+  return pieces.bytes();
+}
 
 const char* launch_gate(const PixelAttentionParams& p, void* stream) {
   if (!fits(p, p.channels)) return kTooLarge;
@@ -393,12 +400,19 @@ const char* launch_gate(const SpatialAttentionBackwardParams& p, void* workspace
   return for_kind(p.forward.kind,
                   [&](auto element) { return run<decltype(element)>(p, pieces, stream); });
 }
-const char* launch_gate(const ChannelAttentionParams& p, void* workspace, void* stream) {
+const char* launch_gate(const ChannelAttentionParams& p, const OnChipShares& shares,
+                        void* workspace, void* stream) {
   if (!fits(p, p.channels + p.hidden)) return kTooLarge;
   WorkspacePieces pieces(workspace);
-  const ChannelParams c = take(pieces, p);
-  return for_kind(p.kind,
-                  [&](auto element) { return run_channels<decltype(element)>(c, false, stream); });
+  const ChannelParams c = take(pieces, p, shares);
+  return for_kind(p.kind, [&](auto element) -> const char* {
+    using E = decltype(element);
+    if (shares.chunks > 0) {
+      const char* error = run_on_chip<E>(c, shares, stream);
+      if (error != kGridRefused) return error;
+    }
+    return run_channels<E>(c, false, stream);
+  });
 }
 const char* launch_gate(const ChannelAttentionBackwardParams& p, void* workspace, void* stream) {
   if (!fits(p.forward, p.forward.channels + p.forward.hidden)) return kTooLarge;

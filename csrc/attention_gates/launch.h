@@ -12,7 +12,6 @@ namespace sr_kernels {
 int64_t gate_workspace(const PixelAttentionBackwardParams& params);
 int64_t gate_workspace(const SpatialAttentionParams& params);
 int64_t gate_workspace(const SpatialAttentionBackwardParams& params);
-int64_t gate_workspace(const ChannelAttentionParams& params);
 int64_t gate_workspace(const ChannelAttentionBackwardParams& params);
 int64_t gate_workspace(const GatedConvBackwardParams& params);
 
@@ -21,10 +20,15 @@ const char* launch_gate(const PixelAttentionBackwardParams& params, void* worksp
 const char* launch_gate(const SpatialAttentionParams& params, void* workspace, void* stream);
 const char* launch_gate(const SpatialAttentionBackwardParams& params, void* workspace,
                         void* stream);
-const char* launch_gate(const ChannelAttentionParams& params, void* workspace, void* stream);
 const char* launch_gate(const ChannelAttentionBackwardParams& params, void* workspace,
                         void* stream);
 const char* launch_gate(const GatedConvParams& params, void* stream);
 const char* launch_gate(const GatedConvBackwardParams& params, void* workspace, void* stream);
+
+// Channel attention: shares_on_chip asks the current device, which takes a while: once a call.
+OnChipShares shares_on_chip(const ChannelAttentionParams& params);
+int64_t gate_workspace(const ChannelAttentionParams& params, const OnChipShares& shares);
+const char* launch_gate(const ChannelAttentionParams& params, const OnChipShares& shares,
+                        void* workspace, void* stream);
 
 }  // namespace sr_kernels

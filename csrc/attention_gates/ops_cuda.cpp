@@ -20,7 +20,10 @@ struct Cuda {
     run("spatial_attention_backward", p, x);
   }
   static void run(const ChannelAttentionParams& p, const Tensor& x) {
-    run("channel_attention", p, x);
+    const OnChipShares shares = shares_on_chip(p);
+    const CudaWorkspace workspace(x, gate_workspace(p, shares));
+    require_launched("channel_attention",
+                     launch_gate(p, shares, workspace.data(), current_cuda_stream(x)));
   }
   static void run(const ChannelAttentionBackwardParams& p, const Tensor& x) {
     run("channel_attention_backward", p, x);

@@ -57,6 +57,12 @@ struct ChannelAttentionParams {
   void* gate;  // (N, C) dense, or nullptr
 };
 
+// How the blocks of one launch keep all of x on chip: `share` pixels of an image each, which has
+// `chunks` of them. 0 chunks: all blocks that a GPU holds at once cannot keep all images.
+struct OnChipShares {
+  int chunks, share, shared_bytes;
+};
+
 struct ChannelAttentionBackwardParams {
   ChannelAttentionParams forward;  // y and gate unused
   FeatureMap grad;                 // of y, (N, C, H, W), or of the gate, (N, C, 1, 1)

@@ -1,5 +1,5 @@
-// The channel moments' operators: checks, outputs, params. They are the CPU's alone: on a GPU
-// BatchNorm stays torch's.
+// The channel moments' operators, for any device: checks, outputs, params. Backend says what a
+// device adds to that: a Guard, made from x before anything else, and run(params, x).
 #pragma once
 
 #include "channel_moments/params.h"
@@ -25,18 +25,20 @@ struct ChannelMomentsOperators {
   }
 
   static std::tuple<Tensor, Tensor> channel_moments(const Tensor& x) {
+    [[maybe_unused]] const typename Backend::Guard guard(x);
     ChannelMomentsParams p = params("channel_moments", x);
     Tensor mean = new_tensor(x, {p.channels}, ScalarType::Double);
     Tensor covariance = new_tensor(x, {p.channels, p.channels}, ScalarType::Double);
     p.mean = static_cast<double*>(mean.data_ptr());
     p.covariance = static_cast<double*>(covariance.data_ptr());
-    Backend::run(p);
+    Backend::run(p, x);
     return {mean, covariance};
   }
 
   static Tensor channel_moments_backward(const Tensor& mean_grad_in,
                                          const Tensor& covariance_grad_in, const Tensor& x,
                                          const Tensor& mean_in) {
+    [[maybe_unused]] const typename Backend::Guard guard(x);
     ChannelMomentsBackwardParams p{};
     p.forward = params("channel_moments_backward", x);
     const int64_t c = p.forward.channels;
@@ -54,7 +56,7 @@ struct ChannelMomentsOperators {
     p.mean_gradient = static_cast<const double*>(mean_grad.data_ptr());
     p.covariance_gradient = static_cast<const double*>(covariance_grad.data_ptr());
     p.dx = feature_map(dx);
-    Backend::run(p);
+    Backend::run(p, x);
     return dx;
   }
 

@@ -6,10 +6,13 @@ namespace sr_kernels {
 namespace {
 
 struct Cpu {
-  static void run(const ChannelMomentsParams& p) {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+  static void run(const ChannelMomentsParams& p, const Tensor&) {
     SR_KERNELS_CALL_CPU(channel_moments, p, torch_parallel);
   }
-  static void run(const ChannelMomentsBackwardParams& p) {
+  static void run(const ChannelMomentsBackwardParams& p, const Tensor&) {
     SR_KERNELS_CALL_CPU(channel_moments_backward, p, torch_parallel);
   }
 };

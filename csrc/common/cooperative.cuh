@@ -34,6 +34,7 @@ inline int cooperative_multiprocessors() {
   }
   return able == 0 ? 0 : count;
 #else
+  ++cuda_on_cpu::device.questions;
   return cuda_on_cpu::device.multiprocessors;
 #endif
 }
@@ -57,9 +58,20 @@ int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes) {
 #endif
 }
 
+// What launch_cooperative returns, this very pointer, where the driver refuses a launch that should
+// have fitted: of a GPU that is shared (MPS, green contexts) a process may have fewer
+// multiprocessors than it is told. Nothing has run then, and no error is left behind: the caller
+// takes kernels whose blocks do not wait for each other.
+inline constexpr char kGridRefused[] = "the GPU refuses to start all blocks of a kernel at once";
+
+// Every other error is one.
+inline bool refuses_grid(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+}
+
 // Starts kernel(params) on `stream`, all of its blocks at once: no more than resident_blocks of
 // every multiprocessor, or the driver refuses. A stream's capture takes it as any other kernel.
-// Returns an error text, nullptr for success.
+// Returns an error text, kGridRefused or another, nullptr for success.
 template <typename Params>
 const char* launch_cooperative(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
                                void* stream, const Params& params) {
@@ -71,11 +83,13 @@ const char* launch_cooperative(void (*kernel)(Params), dim3 grid, int threads, i
       static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here, not left for the next caller
-  return cudaGetErrorString(error);
+  return refuses_grid(error) ? kGridRefused : cudaGetErrorString(error);
 #else
   (void)stream;
-  cuda_on_cpu::launch_cooperative(kernel, grid, threads, shared_bytes, params);
-  return nullptr;
+  const cudaError_t error =
+      cuda_on_cpu::launch_cooperative(kernel, grid, threads, shared_bytes, params);
+  if (error == cudaSuccess) return nullptr;
+  return refuses_grid(error) ? kGridRefused : "an error of the emulated driver";
 #endif
 }
 

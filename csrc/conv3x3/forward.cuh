@@ -1,6 +1,6 @@
 // A 3x3 convolution on CUDA, inference only.
 //
-//   y = act(conv2d(x, w, padding=1) + bias + skip)
+//   y = act(conv2d(x, w, padding=1) + bias + skip)      pack_weight_kernel, then conv3x3_kernel
 //
 // An implicit matrix product, tap by tap: y[m][p] += sum over k of w[m][k][r][s] x[k][p + (r, s)],
 // nine of them with the input shifted, which never leaves shared memory.
@@ -17,8 +17,9 @@
 // silu).
 //
 // Floor, per pixel, e bytes an element: e (C_in + C_out) bytes (+ e C_out for skip), 18 C_in C_out
-// FLOP. Here the input is read 1.27 times (the halo) for every 64 output channels, all weights once
-// a block; channels are padded to 64 out, in 16 bits to multiples of 16 in.
+// FLOP, no exponentials but silu's, C_out. Here the input is read 1.27 times (the halo) for every
+// 64 output channels, all weights once a block; channels are padded to 64 out, in 16 bits to
+// multiples of 16 in.
 // Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 

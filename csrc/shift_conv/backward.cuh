@@ -1,6 +1,7 @@
 // Weight gradients of the shift convolution on CUDA; its other gradients are conv_kernel's.
 //
 //   dW[m, k] = sum_p dz[m, p] act(S(x))[k, p]      db[m] = sum_p dz[m, p]
+//                                                      weight_gradient_kernel, then reduce_kernel
 //
 // Tile: 64 x 64 of dW a block, 64 pixels at a time, over every `slices`-th tile of pixels; in 16
 // bits dz and S(x) lie in shared memory in the order of their maps, in float32 as [m][pixel] and
@@ -8,8 +9,8 @@
 // workspace, and reduce_kernel adds the parts in order: no atomics, the same bits every time.
 // `slices` depends on the sizes alone, not on the GPU.
 //
-// Floor: dz and x once, e (C_out + C_in) bytes and 2 C_in C_out FLOP a pixel; dz is read
-// C_in / 64 times here (rounded up), x C_out / 64 times.
+// Floor: dz and x once, e (C_out + C_in) bytes and 2 C_in C_out FLOP a pixel, no exponentials but
+// silu's, C_in a pixel; dz is read C_in / 64 times here (rounded up), x C_out / 64 times.
 //
 // The block's backward, in float32 and above 192 channels (block_backward.cuh has the others), is a
 // sequence, with z = W0 S(x) + b0, made again, and dz in memory for as long as the call lasts. Its

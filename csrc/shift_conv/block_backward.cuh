@@ -30,6 +30,7 @@
 // sums there are no registers. One kernel for all gradients would take 12 C H FLOP and 3 e C bytes,
 // but hold 96 sums of dx and the weights in each thread at C 60 and H 120, beside the 48 of u, and
 // has no form for 180 channels.
+// No exponentials but silu's: one for each hidden value, here up to four.
 // Measured fraction: unmeasured, never run on a GPU.
 #pragma once
 

@@ -3,12 +3,15 @@
 //   dP = dO v^T,  dS = P (dP - delta),  delta = rowsum(P dP),
 //   dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO,  dbias[index(i, j)] = sum dS[i, j]
 //
+// window_statistics_kernel, window_gradient_kernel and, for dbias, window_bias_kernel.
+//
 // Tile: as the forward's. A block owns rows (tokens) and streams its windows past them, once with
 // the rows as queries, which makes dq, and once as keys, which makes dk and dv: each gradient is
 // summed in the registers of one warp, nothing is added up between blocks. Where the keys are the
 // queries, both roles add to the same sums, and whole windows are loaded once for both. P is
-// recomputed in either role, 32 columns at a time (16 for wide heads), from what statistics_kernel
-// left for every row: its maximum, 1 / its sum and delta (in 16 bits log-sum-exp, 1 and delta).
+// recomputed in either role, 32 columns at a time (16 for wide heads), from what
+// window_statistics_kernel left for every row: its maximum, 1 / its sum and delta (in 16 bits
+// log-sum-exp, 1 and delta).
 //
 // dbias: a row of dS meets every element of the table at most once, so a warp adds its rows one
 // after the other, lanes side by side, to a table of its own, in shared memory where it fits. Then

@@ -1,6 +1,7 @@
 // Window attention on CUDA, forward and reuse.
 //
 //   out = softmax(scale q k^T + bias) v      inside each (shifted) window, per head
+//                                                                       window_attention_kernel
 //
 // Tile: 128 or 64 queries a block (32 in float32 for more than 64 channels a head), a warp for each
 // 16; several whole windows of up to 64 (128) tokens, or a piece of a larger one. Keys and values

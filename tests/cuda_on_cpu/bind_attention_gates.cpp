@@ -73,6 +73,12 @@ void run(const Params& p) {
   require_success(launch_gate(p, workspace.data(), nullptr));
 }
 
+void run(const ChannelAttentionParams& p) {
+  const OnChipShares shares = shares_on_chip(p);
+  Workspace workspace(gate_workspace(p, shares));
+  require_success(launch_gate(p, shares, workspace.data(), nullptr));
+}
+
 void run_spatial_backward(SpatialAttentionBackwardParams p, const Array& grad, const Array& dx,
                           const Array* dpixel_weight, const Array* dpixel_bias,
                           const Array& dweight, const Array& dbias) {
@@ -107,9 +113,11 @@ void channel_backward(int kind, Object grad_, Object x_, Object w_down_, Object 
 
 PYBIND11_MODULE(attention_gates, m) {
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
-  m.def("set_device", &cuda_on_cpu::set_device);
+  m.def("set_device", &cuda_on_cpu::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("cooperative_error") = 0);
   m.def("launches",
         [] { return py::make_tuple(cuda_on_cpu::launches, cuda_on_cpu::cooperative_launches); });
+  m.def("questions", [] { return cuda_on_cpu::device.questions; });
   // (chunks, share, shared_bytes)
   m.def("on_chip_shares", [](int64_t batch, int64_t pixels, int channels, int hidden,
                              int element_bytes, int multiprocessors, int shared_bytes) {

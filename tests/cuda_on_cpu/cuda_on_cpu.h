@@ -72,6 +72,7 @@
 #define __global__
 #define __constant__
 #define __shared__ shared_memory_comes_from_shared_array_only
+#include <driver_types.h>
 #include <vector_types.h>
 
 #undef __launch_bounds__
@@ -92,13 +93,18 @@ namespace cuda_on_cpu {
 constexpr int kMaxSharedBytes = 99 * 1024;
 constexpr int kMaxThreads = 1024;
 
-// The GPU: its multiprocessors (0: none that launches cooperatively) and the shared memory of each.
+// The GPU: its multiprocessors (0: none that launches cooperatively) and the shared memory of each;
+// the error that its driver has for every cooperative launch; how often it was asked for its
+// multiprocessors.
 struct Device {
   int multiprocessors = 4, shared_bytes = 228 * 1024;
+  cudaError_t cooperative_error = cudaSuccess;
+  int64_t questions = 0;
 };
 inline Device device;
-inline void set_device(int multiprocessors, int shared_bytes) {
-  device = {multiprocessors, shared_bytes};
+inline void set_device(int multiprocessors, int shared_bytes, int cooperative_error) {
+  device = {multiprocessors, shared_bytes, static_cast<cudaError_t>(cooperative_error),
+            device.questions};
 }
 // Blocks that a multiprocessor holds at once. The driver keeps 1 KiB of each for itself.
 inline int resident_blocks(int threads, int64_t shared_bytes) {
@@ -773,9 +779,11 @@ void launch(void (*kernel)(Formal...), dim3 grid, int threads, int64_t shared_by
 }
 
 // The same with all blocks at once: from barrier of the grid to barrier of the grid in turn.
+// Returns the device's error, if it has one for such launches, and has run nothing then.
 template <typename... Formal, typename... Params>
-void launch_cooperative(void (*kernel)(Formal...), dim3 grid, int threads, int64_t shared_bytes,
-                        const Params&... params) {
+cudaError_t launch_cooperative(void (*kernel)(Formal...), dim3 grid, int threads,
+                               int64_t shared_bytes, const Params&... params) {
+  if (device.cooperative_error != cudaSuccess) return device.cooperative_error;
   Launch launched(grid, threads, shared_bytes);
   const int64_t count = static_cast<int64_t>(launched.order.size());
   const int64_t most = int64_t{device.multiprocessors} * resident_blocks(threads, shared_bytes);
@@ -803,6 +811,7 @@ void launch_cooperative(void (*kernel)(Formal...), dim3 grid, int threads, int64
   }
   launched.done = true;
   ++cooperative_launches;
+  return cudaSuccess;
 }
 
 // ------------------------------------------------------------------ instructions

@@ -226,7 +226,8 @@ PYBIND11_MODULE(planted, m) {
                     reinterpret_cast<const __half*>(a.data()),
                     reinterpret_cast<const __half*>(b.data()), c.mutable_data(), form, wrong);
   });
-  m.def("set_device", &cuda_on_cpu::set_device);
+  m.def("set_device", &cuda_on_cpu::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("cooperative_error") = 0);
   m.def("grid_sum", [](Floats in, Floats parts, Floats out, int fault) {
     const cuda_on_cpu::Memory a(in.data(), in.nbytes()), b(parts.data(), parts.nbytes()),
         c(out.data(), out.nbytes());

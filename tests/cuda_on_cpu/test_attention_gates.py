@@ -119,7 +119,10 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(on_emulated_ke
 
 CHANNEL = pytest.mark.parametrize("case", ["channel_mean", "channel_contrast"])
 KIB = 1024
-A_GPU = (4, 228 * KIB)  # what the emulator has at first: multiprocessors, shared memory of each
+# What the emulator has at first: multiprocessors, shared memory of each, no error.
+A_GPU = (4, 228 * KIB, 0)
+# Error codes of the CUDA runtime.
+COOPERATIVE_LAUNCH_TOO_LARGE, NOT_SUPPORTED, ILLEGAL_ADDRESS = 720, 801, 700
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ ON_CHIP = [
 @pytest.mark.parametrize(("size", "multiprocessors"), ON_CHIP, ids=str)
 @CHANNEL
 def test_one_launch(on_emulated_kernels, devices, case, size, multiprocessors, dtype, layout):
-    devices(multiprocessors, A_GPU[1])
+    devices(multiprocessors, *A_GPU[1:])
     inputs = make_inputs(case, size, dtype, layout)
     with launches(on_emulated_kernels, single=0, cooperative=1):
         check(case, inputs, gradients=None)
@@ -160,21 +163,47 @@ def test_one_launch(on_emulated_kernels, devices, case, size, multiprocessors, d
 
 @CHANNEL
 def test_more_blocks_than_a_warp_has_lanes(on_emulated_kernels, devices, case):
-    devices(34, A_GPU[1])
+    devices(34, *A_GPU[1:])
     with launches(on_emulated_kernels, single=0, cooperative=1):
         check(case, make_inputs(case, (1, 64, 32, 34)), gradients=None)
 
 
-@pytest.mark.parametrize("device", [(0, 228 * KIB), (2, 30 * KIB)], ids=["none", "too small"])
+TWO_LAUNCHES = {
+    "none": (0, 228 * KIB, 0),
+    "too small": (2, 30 * KIB, 0),
+    "refused": (*A_GPU[:2], COOPERATIVE_LAUNCH_TOO_LARGE),
+    "not supported": (*A_GPU[:2], NOT_SUPPORTED),
+}
+
+
+@pytest.mark.parametrize("device", TWO_LAUNCHES.values(), ids=TWO_LAUNCHES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @CHANNEL
 def test_two_launches(on_emulated_kernels, devices, case, dtype, layout, device):
-    """Without cooperative launches, and where the map is larger than all shared memory."""
+    """Without cooperative launches, where the map is larger than all shared memory, and where the
+    driver refuses the launch."""
     devices(*device)
     inputs = make_inputs(case, (2, 20, 24, 40), dtype, layout)
     with launches(on_emulated_kernels, single=2, cooperative=0):
         check(case, inputs, gradients=None)
+
+
+def test_an_error_that_is_no_refusal_is_raised(on_emulated_kernels, devices):
+    devices(*A_GPU[:2], ILLEGAL_ADDRESS)
+    inputs = make_inputs("channel_mean", (2, 20, 24, 40))
+    with (
+        launches(on_emulated_kernels, single=0, cooperative=0),
+        pytest.raises(RuntimeError, match="an error of the emulated driver"),
+    ):
+        functions("channel_mean")[0](**inputs, backend="cpu")
+
+
+def test_a_call_asks_the_device_once(on_emulated_kernels):
+    inputs = make_inputs("channel_mean", (2, 20, 24, 40))
+    before = on_emulated_kernels.questions()
+    functions("channel_mean")[0](**inputs, backend="cpu")
+    assert on_emulated_kernels.questions() == before + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -40,6 +40,7 @@ FAMILIES = {
     ),
     "attention_block": ("grouped_attention_block", "apply_grouped_attention_block"),
     "conv3x3": ("conv3x3",),
+    "channel_moments": ("channel_moments",),
     "attention_gates": (
         "pixel_attention",
         "spatial_attention",
@@ -117,10 +118,11 @@ def implementation(kernels: ModuleType, name: str, started: list[str]) -> Callab
             torch.empty_strided(s.shape, s.stride(), dtype=s.dtype)
             for s in ([shapes] if single else shapes)
         ]
-        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        dtypes = [a.dtype for a in arguments if isinstance(a, torch.Tensor)]
+        kind = next(KINDS[dtype] for dtype in dtypes if dtype in KINDS)  # float64: statistics
         passed = [as_array(a) for a, n in zip(arguments, names, strict=True) if n[:5] != "need_"]
         results = [as_array(out) if out.numel() > 0 else None for out in outputs]
-        getattr(kernels, name)(KINDS[first.dtype], *passed, *results)
+        getattr(kernels, name)(kind, *passed, *results)
         return outputs[0] if single else tuple(outputs)
 
     return run

@@ -1,0 +1,98 @@
+"""The channel moments' CUDA kernels on a GPU. No layer calls them there, hence tests of their own."""
+
+import channel_moments_cases as cases
+import pytest
+import torch
+
+from sr_kernels.testing import bitwise_equal, make_tensor
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [*cases.SHAPES, (4, 60, 64, 64), (1, 180, 43, 61)]
+
+
+@pytest.mark.unpoisoned  # initcheck is to see what is not written
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiny(device, dtype):
+    """What compute-sanitizer runs."""
+    x = make_tensor((2, 5, 4, 6), dtype, device=device).requires_grad_()
+    mean, covariance = cases.FORWARD(x)
+    (dx,) = torch.autograd.grad(mean.sum() + covariance.sum(), x)
+    assert all(tensor.isfinite().all() for tensor in (mean, covariance, dx))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(device, shape, dtype, layout):
+    x = make_tensor(shape, dtype, layout=layout, device=device)
+    cases.check(x)
+    cases.check_gradient(x)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_a_large_mean_costs_no_digits(device, layout):
+    cases.check_large_means(layout, device)
+
+
+def results(x):
+    """With gradients of a size that float16 has."""
+    mean, covariance = cases.FORWARD(x)
+    pixels = x.numel() // x.shape[1]
+    backward = torch.ops.sr_kernels.channel_moments_backward
+    return [mean, covariance, backward(mean * pixels, covariance * pixels, x, mean)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_repeats_are_bit_equal(device, dtype):
+    x = make_tensor((4, 60, 64, 64), dtype, device=device)
+    first = results(x)
+    for _ in range(99):
+        assert all(map(bitwise_equal, first, results(x)))
+
+
+@pytest.mark.unpoisoned  # poisoning fills memory in the middle of a capture
+def test_graph_capture_and_replay(device):
+    x = make_tensor((2, 20, 43, 61), device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(x)
+    for scale in (1.0, -0.5):
+        x.mul_(scale)
+        graph.replay()
+        assert all(map(bitwise_equal, captured, results(x)))
+
+
+@pytest.mark.unpoisoned
+def test_kernels_run_in_the_current_stream(device):
+    x = make_tensor((2, 20, 43, 61), device=device)
+    expected, late = results(x), torch.zeros_like(x)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        found = results(late)
+    side.synchronize()
+    assert all(map(bitwise_equal, expected, found))
+
+
+@pytest.mark.large
+@pytest.mark.unpoisoned
+def test_more_than_two_to_the_31_elements(device):
+    """Of a map that repeats itself."""
+    shape = (1, 32, 8400, 8200)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 4 * 2 * 32 * 8400 * 8200:
+        pytest.skip("needs 17 GiB of free GPU memory")
+    rows = make_tensor((1, 32, 84, 8200), torch.float16, layout="channels_last", device=device)
+    x = rows.new_empty((1, 8400, 8200, 32)).permute(0, 3, 1, 2).copy_(rows.repeat(1, 1, 100, 1))
+    assert x.shape == shape
+    near, far = results(rows), results(x)
+    for actual, expected in zip(far[:2], near[:2], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(far[2][:, :, -1:], near[2][:, :, -1:], rtol=0.01, atol=0.01)
