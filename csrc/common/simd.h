@@ -912,7 +912,10 @@ void reduce_chunks(const T* partial, int64_t chunk_count, int64_t stride, int64_
   for (; i + Simd<T>::width <= size; i += Simd<T>::width) {
     Vec<T> sum{};
     for (int64_t chunk = 0; chunk < chunk_count; ++chunk) sum += load(partial + chunk * stride + i);
-    store_vector_of(destination + i, sum);
+    if constexpr (std::is_same_v<T, typename Compute<S>::type>)
+      store_vector_of(destination + i, sum);
+    else
+      for (int l = 0; l < Simd<T>::width; ++l) from_compute(sum[l], destination + i + l);
   }
   for (; i < size; ++i) {
     T sum = T(0);
