@@ -908,7 +908,16 @@ struct Chunks {
 template <typename S, typename T>
 void reduce_chunks(const T* partial, int64_t chunk_count, int64_t stride, int64_t size,
                    S* destination) {
-  for (int64_t i = 0; i < size; ++i) {
+  int64_t i = 0;
+  for (; i + Simd<T>::width <= size; i += Simd<T>::width) {
+    Vec<T> sum{};
+    for (int64_t chunk = 0; chunk < chunk_count; ++chunk) sum += load(partial + chunk * stride + i);
+    if constexpr (std::is_same_v<T, typename Compute<S>::type>)
+      store_vector_of(destination + i, sum);
+    else
+      for (int l = 0; l < Simd<T>::width; ++l) from_compute(sum[l], destination + i + l);
+  }
+  for (; i < size; ++i) {
     T sum = T(0);
     for (int64_t chunk = 0; chunk < chunk_count; ++chunk) sum += partial[chunk * stride + i];
     from_compute(sum, destination + i);

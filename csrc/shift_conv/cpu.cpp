@@ -259,9 +259,11 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
     const PixelRows rows(p.height, p.width, {&p.x, &params.grad, &params.dx});
     p.height = rows.height, p.width = rows.width;
   }
+  // Whole register tiles and lines of the cache wherever a tile does not end the row.
   const int64_t max_columns = p.height == 1 ? 4 * kMaxColumns : kMaxColumns;
-  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns);
-  const int64_t stride = padded<T>(tiling.columns), pixels = tiling.rows * stride;
+  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns, StripRows<T>::kTileColumns);
+  const int64_t stride = padded<T>(tiling.columns);
+  const int64_t pixels = spread_stride<T>(tiling.rows * stride);  // a channel's row of a tile
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
   const bool want_dx = params.dx.data != nullptr, want_dw = params.dweight != nullptr;
   const bool want_db = params.dbias != nullptr;
@@ -275,8 +277,12 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
   const S* w = static_cast<const S*>(p.weight);
   const LeftOperand<T> weight =
       pack(w, p.c_in, 1, p.c_out, p.c_in, shared.take<T>(packed_size(p.c_out, p.c_in)));
-  const LeftOperand<T> weight_transposed =
-      pack(w, 1, p.c_in, p.c_in, p.c_out, shared.take<T>(packed_size(p.c_in, p.c_out)));
+  const T* weight_transposed =
+      pack_tiles(w, 1, p.c_in, p.c_in, p.c_out, shared.take<T>(packed_size(p.c_in, p.c_out)));
+  const auto zero = [](int64_t, int64_t, int, int) { return Vec<T>{}; };
+  // Whether accumulators become dx's rows directly.
+  const bool direct =
+      p.pattern == ShiftPattern::kNone && tiling.rows == 1 && params.dx.stride_w == 1;
   const T* bias = load_vector<S>(p.bias, p.c_out, shared.take<T>(p.c_out));
   T* partial = shared.take<T>(chunks.count * chunk_size);
 
@@ -315,9 +321,21 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
                                     StridedRows<T>{x, pixels}, dw_sum, p.c_in);
         if (want_db) accumulate_row_sums(p.c_out, used, StridedRows<T>{dz, pixels}, db_sum);
         if (want_dx) {
-          product<T>(Start::kZero, p.c_in, p.c_out, used, weight_transposed,
-                     StridedRows<T>{dz, pixels}, nullptr, dx, pixels);
-          store_shifted<S>(runs, dx, pixels, stride, params.dx, t, p.height, p.width);
+          const StridedRows<T> b{dz, pixels};
+          const int64_t whole = direct ? t.columns / Simd<T>::width * Simd<T>::width : 0;
+          S* dx_row = at<S>(params.dx, t.n, 0, t.h, t.w);
+          tiled_product<T>(p.c_in, p.c_out, 0, whole, weight_transposed, b, zero,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store_vector_of(dx_row + (m + i) * params.dx.stride_c + column + j, v);
+                           });
+          if (whole == t.columns) continue;
+          tiled_product<T>(p.c_in, p.c_out, whole, used, weight_transposed, b, zero,
+                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                             store<T>(dx + (m + i) * pixels + column + j, v);
+                           });
+          Tile rest = t;
+          rest.w += whole, rest.columns -= whole;
+          store_shifted<S>(runs, dx + whole, pixels, stride, params.dx, rest, p.height, p.width);
         }
       }
     }
@@ -479,7 +497,7 @@ template <typename S>
 void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
   const ShiftConvBlockParams& p = params.forward;
-  const Tiling tiling(p.batch, p.height, p.width, 4, kMaxColumns - 2);
+  const Tiling tiling(p.batch, p.height, p.width, 8, kMaxColumns - 2);
   // All tiles share one row stride, that of the haloed gradient, so that a shift is one offset in
   // a flat run of rows. Where a tile is as wide as the image, the zero to the right of a row is
   // also the one to the left of the next. Pixels beyond a row's end, and beyond the last row, are
@@ -503,7 +521,7 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
   Scratch shared(Scratch::bytes_for<T>(packed_size(p.c_hidden, p.c_in)) +
                  Scratch::bytes_for<T>(packed_size(p.c_in, p.c_hidden)) +
                  Scratch::bytes_for<T>(w1_panels) + Scratch::bytes_for<T>(p.c_hidden) +
-                 Scratch::bytes_for<T>(chunks.count * chunk_size));
+                 Scratch::bytes_for<T>(p.c_out) + Scratch::bytes_for<T>(chunks.count * chunk_size));
   const S* w0_source = static_cast<const S*>(p.w0);
   const T* w0 = pack_tiles(w0_source, p.c_in, 1, p.c_hidden, p.c_in,
                            shared.take<T>(packed_size(p.c_hidden, p.c_in)));
@@ -622,10 +640,11 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
   if (want_dw1) {
     // (c_hidden, c_out) sums -> (c_out, c_hidden) weights
     S* dw1 = static_cast<S*>(params.dw1);
-    for (int64_t c = 0; c < p.c_hidden; ++c)
-      for (int64_t o = 0; o < p.c_out; ++o)
-        reduce_chunks(partial + dw0_size + c * p.c_out + o, chunks.count, chunk_size, 1,
-                      dw1 + o * p.c_hidden + c);
+    T* row = shared.take<T>(p.c_out);
+    for (int64_t c = 0; c < p.c_hidden; ++c) {
+      reduce_chunks(partial + dw0_size + c * p.c_out, chunks.count, chunk_size, p.c_out, row);
+      for (int64_t o = 0; o < p.c_out; ++o) from_compute(row[o], dw1 + o * p.c_hidden + c);
+    }
   }
   if (want_db0)
     reduce_chunks(partial + dw0_size + dw1_size, chunks.count, chunk_size, p.c_hidden,

@@ -113,21 +113,26 @@ void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
   const int64_t ld = spread_stride<T>(stride);
   parallel_for(parallel, p.num_heads * windows, [&](int64_t begin, int64_t end) {
     const int64_t elements = SymmetricSoftmax<T>::elements(stride);
-    Scratch scratch(Scratch::bytes_for<T>(p.d_qk * ld) + 2 * Scratch::bytes_for<T>(p.d_v * ld) +
-                    Scratch::bytes_for<T>(stride) + Scratch::bytes_for<T>(elements));
-    T* q = scratch.take<T>(p.d_qk * ld);
-    T* v = scratch.take<T>(p.d_v * ld);
-    T* out = scratch.take<T>(p.d_v * ld);
-    T* lse = p.lse.data != nullptr ? scratch.take<T>(stride) : nullptr;
+    const int64_t most = WindowRun::most<S>(geometry), q_size = p.d_qk * ld, v_size = p.d_v * ld;
+    Scratch scratch(Scratch::bytes_for<T>(most * q_size) +
+                    2 * Scratch::bytes_for<T>(most * v_size) +
+                    Scratch::bytes_for<T>(most * stride) + Scratch::bytes_for<T>(elements));
+    T* q = scratch.take<T>(most * q_size);
+    T* v = scratch.take<T>(most * v_size);
+    T* out = scratch.take<T>(most * v_size);
+    T* lse = p.lse.data != nullptr ? scratch.take<T>(most * stride) : nullptr;
     const SymmetricSoftmax<T> softmax(scratch.take<T>(elements), stride);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t head = index / windows;
-      const WindowPosition window(geometry, index % windows);
-      gather<S>(p.q, head * p.d_qk, p.d_qk, geometry, window, q, ld, 1);
-      gather<S>(p.v, head * p.d_v, p.d_v, geometry, window, v, ld, 1);
-      attend(softmax, q, p.d_qk, v, p.d_v, tokens, ld, out, lse);
-      scatter<S>(out, ld, p.out, head * p.d_v, p.d_v, geometry, window);
-      if (lse != nullptr) scatter<T>(lse, ld, p.lse, head, 1, geometry, window);
+    for (int64_t index = begin, count; index < end; index += count) {
+      const int64_t head = index / windows, first = index % windows;
+      const WindowRun run(geometry, first, min64(windows, first + end - index), most);
+      count = run.count;
+      gather<S>(p.q, head * p.d_qk, p.d_qk, geometry, run, q, ld, q_size);
+      gather<S>(p.v, head * p.d_v, p.d_v, geometry, run, v, ld, v_size);
+      for (int64_t i = 0; i < count; ++i)
+        attend(softmax, q + i * q_size, p.d_qk, v + i * v_size, p.d_v, tokens, ld, out + i * v_size,
+               lse == nullptr ? nullptr : lse + i * stride);
+      scatter<S>(out, ld, v_size, p.out, head * p.d_v, p.d_v, geometry, run);
+      if (lse != nullptr) scatter<T>(lse, ld, stride, p.lse, head, 1, geometry, run);
     }
   });
 }
@@ -436,14 +441,18 @@ class SymmetricBackwardWorker {
         blocks(ceil_div(stride, kBlock)),
         want_q(params.dq.data != nullptr),
         want_v(params.dv.data != nullptr),
-        scratch(2 * Scratch::bytes_for<T>(p.d_qk * ld) + 3 * Scratch::bytes_for<T>(p.d_v * ld) +
-                3 * Scratch::bytes_for<T>(stride) + Scratch::bytes_for<RowShift<T>>(stride) +
+        most(WindowRun::most<S>(p.geometry)),
+        q_size(p.d_qk * ld),
+        v_size(p.d_v * ld),
+        scratch(2 * Scratch::bytes_for<T>(most * q_size) +
+                3 * Scratch::bytes_for<T>(most * v_size) + 3 * Scratch::bytes_for<T>(stride) +
+                Scratch::bytes_for<RowShift<T>>(stride) +
                 Scratch::bytes_for<T>((blocks * blocks + 2) * kBlockSize)) {
-    q = scratch.template take<T>(p.d_qk * ld);
-    dq = scratch.template take<T>(p.d_qk * ld);
-    v = scratch.template take<T>(p.d_v * ld);
-    grad = scratch.template take<T>(p.d_v * ld);
-    out = scratch.template take<T>(p.d_v * ld);
+    q = scratch.template take<T>(most * q_size);
+    dq = scratch.template take<T>(most * q_size);
+    v = scratch.template take<T>(most * v_size);
+    grad = scratch.template take<T>(most * v_size);
+    out = scratch.template take<T>(most * v_size);
     sum = scratch.template take<T>(stride);
     factor = scratch.template take<T>(stride);
     shares = scratch.template take<T>(stride);
@@ -453,8 +462,28 @@ class SymmetricBackwardWorker {
   }
 
   void run(int64_t head, int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index)
-      one_window(head, index, WindowPosition(p.geometry, min64(index + 1, end - 1)));
+    for (int64_t index = begin, count; index < end; index += count) {
+      const WindowRun run(p.geometry, index, end, most);
+      count = run.count;
+      gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, run, q, ld, q_size);
+      gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, run, grad, ld, v_size);
+      if (want_q) {
+        gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, run, v, ld, v_size);
+        gather<S>(p.out, head * p.d_v, p.d_v, p.geometry, run, out, ld, v_size);
+      }
+      const WindowPosition next(p.geometry, min64(index + count, end - 1));
+      uint64_t too_large = 0;  // which windows' logits are
+      for (int64_t i = 0; i < count; ++i)
+        if (!one_window(head, next, q + i * q_size, v + i * v_size, grad + i * v_size,
+                        out + i * v_size, dq + i * q_size))
+          too_large |= uint64_t{1} << i;
+      if (want_q) scatter<S>(dq, ld, q_size, g.dq, head * p.d_qk, p.d_qk, p.geometry, run);
+      if (want_v) scatter<S>(out, ld, v_size, g.dv, head * p.d_v, p.d_v, p.geometry, run);
+      if (too_large == 0) continue;
+      if (!row_by_row) row_by_row = std::make_unique<BackwardWorker<S>>(g, shared);
+      for (int64_t i = 0; i < count; ++i)
+        if (too_large >> i & 1) row_by_row->run(head, index + i, index + i + 1, nullptr);
+    }
   }
 
  private:
@@ -479,20 +508,13 @@ class SymmetricBackwardWorker {
     return numerator + (j0 / kBlock * blocks + i0 / kBlock) * kBlockSize;
   }
 
-  void one_window(int64_t head, int64_t index, const WindowPosition& next) {
-    const WindowPosition window(p.geometry, index);
+  // dq and dv, which takes the place of out, from the gathered rest; whether its logits are small
+  // enough for that. next: the window gathered next.
+  bool one_window(int64_t head, const WindowPosition& next, const T* q, const T* v, T* grad, T* out,
+                  T* dq) {
     const int64_t n = shared.tokens;
-    gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, ld, 1);
     squared_norms(q, ld, p.d_qk, n, factor);
-    if (!row_shifts(factor, n, shift)) {
-      if (!row_by_row) row_by_row = std::make_unique<BackwardWorker<S>>(g, shared);
-      return row_by_row->run(head, index, index + 1, nullptr);
-    }
-    gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, window, grad, ld, 1);
-    if (want_q) {
-      gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, ld, 1);
-      gather<S>(p.out, head * p.d_v, p.d_v, p.geometry, window, out, ld, 1);
-    }
+    if (!row_shifts(factor, n, shift)) return false;
     for (int64_t i = 0; i < stride; ++i) sum[i] = T(0);
     for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
       T *e = numerators_at(j0, i0), *mirror = numerators_at(i0, j0);
@@ -528,8 +550,7 @@ class SymmetricBackwardWorker {
       }
       if (want_v) multiply_blocks(p.d_v, grad, e, e_mirror, j0, i0, rows, columns, dv);
     });
-    if (want_q) scatter<S>(dq, ld, g.dq, head * p.d_qk, p.d_qk, p.geometry, window);
-    if (want_v) scatter<S>(dv, ld, g.dv, head * p.d_v, p.d_v, p.geometry, window);
+    return true;
   }
 
   // result[:, i] += left[:, j] block[j][i] for a block and its mirror image; the first block of a
@@ -559,8 +580,10 @@ class SymmetricBackwardWorker {
   const Shared<S>& shared;
   const int64_t stride, ld, blocks;
   const bool want_q, want_v;
+  const int64_t most, q_size, v_size;  // windows taken together, and the room of one
   Scratch scratch;
-  T *q, *dq, *v, *grad, *out, *sum, *factor, *shares;
+  T *q, *dq, *v, *grad, *out;  // of all of them
+  T *sum, *factor, *shares;
   RowShift<T>* shift;
   T* numerator;  // of the whole window, block by block
   T* gradient;   // a block of t, and its mirror image

@@ -229,6 +229,85 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
   });
 }
 
+// Windows beside each other, gathered and scattered together: a cache line, of which a small window
+// takes a part, is then fetched once for all of them. Where the channels of a map lie a power of two
+// apart, few of their lines stay in a cache, and none until the next window.
+struct WindowRun {
+  WindowPosition first;
+  int64_t count;
+
+  // Windows [index, end), as many of them as share a line and are not wrapped around, at least one.
+  WindowRun(const WindowGeometry& geometry, int64_t index, int64_t end, int64_t most)
+      : first(geometry, index), count(1) {
+    if (first.segment_count > 1) return;
+    const int64_t fit = (geometry.width - first.segment[0].w) / geometry.window_w;
+    count = min64(min64(most, fit), min64(end - index, geometry.windows_w() - first.b));
+  }
+  // The most windows of a run: elements of S in a line, by windows.
+  template <typename S>
+  static int64_t most(const WindowGeometry& geometry) {
+    return max64(1, 64 / static_cast<int64_t>(sizeof(S)) / geometry.window_w);
+  }
+  WindowPosition position(const WindowGeometry& geometry, int64_t i) const {
+    return WindowPosition(geometry, first.n, first.a, first.b + i);
+  }
+};
+
+// As gather() and scatter() of one window with consecutive tokens; window i of the run lies at
+// i * window_stride.
+template <typename S, typename T>
+void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeometry& geometry,
+            const WindowRun& windows, T* destination, int64_t channel_stride,
+            int64_t window_stride) {
+  if (windows.count == 1 || map.stride_w != 1) {
+    for (int64_t i = 0; i < windows.count; ++i)
+      gather<S>(map, c0, channels, geometry, windows.position(geometry, i),
+                destination + i * window_stride, channel_stride, 1);
+    return;
+  }
+  const S* plane = at<S>(map, windows.first.n, c0, 0, windows.first.segment[0].w);
+  with_count(geometry.window_w, [&](auto run) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int r = 0; r < geometry.window_h; ++r) {
+        const S* source =
+            plane + c * map.stride_c + geometry.source_row(windows.first.a, r) * map.stride_h;
+        T* target = destination + c * channel_stride + r * int64_t{run};
+        for (int64_t i = 0; i < windows.count; ++i, source += run, target += window_stride) {
+          if constexpr (std::is_same_v<S, T>)
+            std::memcpy(target, source, sizeof(T) * static_cast<size_t>(run));
+          else
+            for (int64_t k = 0; k < run; ++k) target[k] = to_compute(source[k]);
+        }
+      }
+  });
+}
+template <typename S, typename T>
+void scatter(const T* source, int64_t channel_stride, int64_t window_stride, const FeatureMap& map,
+             int64_t c0, int64_t channels, const WindowGeometry& geometry,
+             const WindowRun& windows) {
+  if (windows.count == 1 || map.stride_w != 1) {
+    for (int64_t i = 0; i < windows.count; ++i)
+      scatter<S>(source + i * window_stride, channel_stride, map, c0, channels, geometry,
+                 windows.position(geometry, i));
+    return;
+  }
+  S* plane = at<S>(map, windows.first.n, c0, 0, windows.first.segment[0].w);
+  with_count(geometry.window_w, [&](auto run) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int r = 0; r < geometry.window_h; ++r) {
+        S* target =
+            plane + c * map.stride_c + geometry.source_row(windows.first.a, r) * map.stride_h;
+        const T* values = source + c * channel_stride + r * int64_t{run};
+        for (int64_t i = 0; i < windows.count; ++i, target += run, values += window_stride) {
+          if constexpr (std::is_same_v<S, T>)
+            std::memcpy(target, values, sizeof(T) * static_cast<size_t>(run));
+          else
+            for (int64_t k = 0; k < run; ++k) from_compute(values[k], target + k);
+        }
+      }
+  });
+}
+
 // destination[j * destination_ld + i] = source[i * source_ld + j]
 template <typename T>
 void transpose(const T* source, int64_t source_ld, int64_t rows, int64_t columns, T* destination,
