@@ -27,6 +27,7 @@
 #include "shift_conv/params.h"
 
 #include "common/activate_vectors.h"
+#include "common/pixel_product.h"
 #include "common/tiling.h"
 
 namespace sr_kernels {
@@ -479,6 +480,148 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   });
 }
 
+// Whether block_forward_pixels() can run, and its vectors along channels compute little that is
+// thrown away.
+template <typename T>
+bool fits_pixels(const ShiftConvBlockParams& p) {
+  const auto pixels = [](const FeatureMap& map) { return map.stride_c == 1 && map.stride_w != 1; };
+  constexpr int W = Simd<T>::width;
+  if (!pixels(p.x) || !pixels(p.y) || !fits_in_epilogue(p.activation) || p.c_out < W) return false;
+  int64_t computed = Panels<T>(p.c_out).computed() * p.c_hidden;
+  for (const ShiftedRun& run : ShiftedRuns(p.pattern, p.c_hidden, p.groups)) {
+    if (run.end - run.begin < W) return false;
+    computed += Panels<T>(run.end - run.begin).computed() * p.c_in;
+  }
+  return 20 * computed <= 21 * p.c_hidden * (p.c_in + p.c_out);
+}
+
+// shift(x) at columns [w0, w0 + columns) of row h0: destination[i * channels + c].
+template <typename T>
+void load_shifted_pixels(const ShiftedRuns& runs, const FeatureMap& x, int64_t n, int64_t channels,
+                         int64_t h0, int64_t w0, int64_t columns, int64_t height, int64_t width,
+                         T* destination) {
+  constexpr int W = Simd<T>::width;
+  for (const ShiftedRun& run : runs) {
+    const int64_t h = h0 + run.offset.dy, w = w0 + run.offset.dx, count = run.end - run.begin;
+    const bool inside = h >= 0 && h < height;
+    const int64_t first = inside ? min64(max64(0, -w), columns) : columns;
+    const int64_t last = max64(first, min64(columns, width - w));
+    T* target = destination + run.begin;
+    const auto clear = [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t c = 0; c < count; ++c) target[i * channels + c] = T(0);
+    };
+    clear(0, first);
+    clear(last, columns);
+    if (first == last) continue;
+    const int64_t step = x.stride_w;
+    const T* source = at<T>(x, n, run.begin, h, w);
+    if (count >= W && count <= 2 * W) {  // two vectors that overlap
+      for (int64_t i = first; i < last; ++i) {
+        const Vec<T> head = load(source + i * step), tail = load(source + i * step + count - W);
+        store<T>(target + i * channels, head);
+        store<T>(target + i * channels + count - W, tail);
+      }
+    } else {
+      for (int64_t i = first; i < last; ++i)
+        std::memcpy(target + i * channels, source + i * step,
+                    static_cast<size_t>(count) * sizeof(T));
+    }
+  }
+}
+
+// block_forward() for channels_last maps without a transposition: in the ring, in the hidden values
+// and in y the channels of a pixel lie side by side, and the residual is read from x.
+template <typename T>
+void block_forward_pixels(const ShiftConvBlockParams& p, ParallelFor parallel) {
+  constexpr int64_t kHalo = 1, kRing = 3, kStrip = kStripColumns;
+  const int64_t fit = (int64_t{128} << 10) / (kRing * p.c_in * static_cast<int64_t>(sizeof(T)));
+  const int64_t bands = max64(1, ceil_div(p.height, 32));
+  const Tiling tiling(p.batch, p.height, p.width, ceil_div(p.height, bands),
+                      max64(1, min64(4, fit / kStrip)) * kStrip, kStrip);
+  const int64_t slot = p.c_in * (tiling.columns + 2 * kHalo);
+  const ShiftedRuns runs_in(p.pattern, p.c_in, p.groups);
+  const ShiftedRuns runs_hidden(p.pattern, p.c_hidden, p.groups);
+
+  int64_t w0_size = 0;
+  for (const ShiftedRun& run : runs_hidden)
+    w0_size += Panels<T>(run.end - run.begin).computed() * p.c_in;
+  const int64_t w1_size = Panels<T>(p.c_out).computed() * p.c_hidden;
+  Scratch shared(Scratch::bytes_for<T>(w0_size) + Scratch::bytes_for<T>(w1_size) +
+                 Scratch::bytes_for<T>(p.c_hidden) + Scratch::bytes_for<T>(p.c_out));
+  const T* w0[5];
+  {
+    T* panels = shared.take<T>(w0_size);
+    for (int i = 0; i < runs_hidden.count; ++i) {
+      const ShiftedRun& run = runs_hidden.run[i];
+      w0[i] = pack_panels(static_cast<const T*>(p.w0) + run.begin * p.c_in, 1, p.c_in, p.c_in,
+                          run.end - run.begin, panels);
+      panels += Panels<T>(run.end - run.begin).computed() * p.c_in;
+    }
+  }
+  const T* w1 = pack_panels(static_cast<const T*>(p.w1), 1, p.c_hidden, p.c_hidden, p.c_out,
+                            shared.take<T>(w1_size));
+  const T* b0 = load_bias<T>(p.b0, p.c_hidden, shared.take<T>(p.c_hidden));
+  const T* b1 = load_bias<T>(p.b1, p.c_out, shared.take<T>(p.c_out));
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual;
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(kRing * slot) +
+                    Scratch::bytes_for<T>(p.c_hidden * kStrip));
+    T* ring = scratch.take<T>(kRing * slot);
+    T* hidden = scratch.take<T>(p.c_hidden * kStrip);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      const auto ring_row = [&](int64_t r) {
+        return ring + (r + kHalo) % kRing * slot + kHalo * p.c_in;
+      };
+      for (int64_t r = -kHalo; r < t.rows + kHalo; ++r) {
+        load_shifted_pixels(runs_in, p.x, t.n, p.c_in, t.h + r, t.w - kHalo, t.columns + 2 * kHalo,
+                            p.height, p.width, ring_row(r) - kHalo * p.c_in);
+        const int64_t out = r - kHalo, h = t.h + out;  // the row of y that is now possible
+        if (out < 0) continue;
+        for (int64_t w = 0; w < t.columns; w += kStrip) {
+          const int64_t columns = min64(kStrip, t.columns - w);
+          for (int i = 0; i < runs_hidden.count; ++i) {
+            const ShiftedRun& run = runs_hidden.run[i];
+            const int64_t row = h + run.offset.dy, column0 = t.w + w + run.offset.dx;
+            const auto clear = [&](int64_t first, int64_t last) {  // the second zero fill
+              for (int64_t m = first; m < last; ++m)
+                for (int64_t c = run.begin; c < run.end; ++c) hidden[m * p.c_hidden + c] = T(0);
+            };
+            if (row < 0 || row >= p.height) {
+              clear(0, columns);
+              continue;
+            }
+            const T* source = ring_row(out + run.offset.dy) + (w + run.offset.dx) * p.c_in;
+            T* target = hidden + run.begin;
+            pixel_product<T>(
+                columns, p.c_in, run.end - run.begin, source, p.c_in, w0[i],
+                [&](int64_t column) { return load(b0 + run.begin + column); },
+                [&](int64_t m, int64_t column, Vec<T> v) {
+                  store<T>(target + m * p.c_hidden + column,
+                           activate_in_epilogue(activation, slope, v));
+                });
+            if (column0 < 0) clear(0, 1);
+            if (column0 + columns > p.width) clear(columns - 1, columns);
+          }
+          const T* x = at<T>(p.x, t.n, 0, h, t.w + w);
+          T* y = at<T>(p.y, t.n, 0, h, t.w + w);
+          pixel_product<T>(
+              columns, p.c_hidden, p.c_out, hidden, p.c_hidden, w1,
+              [&](int64_t column) { return load(b1 + column); },
+              [&](int64_t m, int64_t column, Vec<T> v) {
+                store<T>(y + m * p.y.stride_w + column,
+                         residual ? v + load(x + m * p.x.stride_w + column) : v);
+              });
+        }
+      }
+    }
+  });
+}
+
 template <typename T>
 T sum_of(const T* values, int64_t count) {
   Vec<T> sum{};
@@ -664,8 +807,13 @@ void shift_conv2d_backward(const ShiftConvBackwardParams& params, ParallelFor pa
                   [&](auto element) { backward<decltype(element)>(params, parallel); });
 }
 void shift_conv_block(const ShiftConvBlockParams& params, ParallelFor parallel) {
-  dispatch_scalar(params.kind,
-                  [&](auto element) { block_forward<decltype(element)>(params, parallel); });
+  dispatch_scalar(params.kind, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
+      if (fits_pixels<S>(params)) return block_forward_pixels<S>(params, parallel);
+    }
+    block_forward<S>(params, parallel);
+  });
 }
 void shift_conv_block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor parallel) {
   dispatch_scalar(params.forward.kind,
