@@ -22,6 +22,7 @@ from .recogniser import (
     Recogniser,
     calls,
     child_names,
+    in_format_of,
     is_conv,
     is_less,
     maps,
@@ -275,7 +276,7 @@ class PixelAttentionConv(Recogniser):
         x = only_map(self.operators, args, part.k2.weight.shape[1], part.k2.weight)
         if x is None:
             return NotImplemented
-        return _pa_conv(part, x)
+        return _pa_conv(part, in_format_of(part.k3.weight, x))
 
 
 def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
@@ -325,7 +326,7 @@ class SelfCalibratedPixelAttention(Recogniser):
         x = only_map(self.operators, args, part.conv1_a.weight.shape[1], part.conv1_a.weight)
         if x is None:
             return NotImplemented
-        return _scpa(part, options, x)
+        return _scpa(part, options, in_format_of(part.k1[0].weight, x))
 
 
 def _scpa(part: Any, slope: float, x: Tensor) -> Tensor:
@@ -387,6 +388,7 @@ class PixelAttentionNetwork(Recogniser):
         x = only_map(self.operators, args, part.conv_first.weight.shape[1], part.conv_first.weight)
         if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
+        x = in_format_of(part.conv_first.weight, x)
         y = convolve(part.conv_first, x.contiguous(memory_format=torch.channels_last))
         trunk = y
         for block, slope in zip(part.SCPA_trunk, options.slopes, strict=True):
@@ -445,7 +447,7 @@ class InformationDistillation(Recogniser):
         x = only_map(self.operators, args, part.c1.weight.shape[1], part.c5.weight)
         if x is None:
             return NotImplemented
-        return _distil(part, options, x)
+        return _distil(part, options, in_format_of(part.c1.weight, x))
 
 
 def _distil(part: Any, options: _Distillation, x: Tensor) -> Tensor:
@@ -515,6 +517,7 @@ class InformationDistillationNetwork(Recogniser):
         x = only_map(self.operators, args, part.fea_conv.weight.shape[1], part.fea_conv.weight)
         if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
+        x = in_format_of(part.fea_conv.weight, x)
         first = convolve(part.fea_conv, x.contiguous(memory_format=torch.channels_last))
         outputs, y = [], first
         for name, each in zip(options.blocks, options.each, strict=True):

@@ -922,7 +922,7 @@ def test_blocks_in_the_memory_of_one(body: nn.Sequential, memory_format: Any) ->
     assert made.count == 3
     close(y, expected)
     assert torch.equal(z, kept)
-    assert y.is_contiguous(memory_format=memory_format)
+    assert y.stride() == expected.stride()
     one_by_one = z
     for block in body:
         one_by_one = output(block, one_by_one)
