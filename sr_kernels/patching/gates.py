@@ -256,6 +256,7 @@ class PixelAttentionConv(Recogniser):
     name = "pixel_attention_conv"
     replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
+    least = (60000, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         if state_names(module) - {"sigmoid"} != {"k2", "k3", "k4"}:
@@ -285,8 +286,10 @@ def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
 
 
 def _as(like: Tensor, y: Tensor) -> Tensor:
-    """y, contiguous if ``like`` is: code behind a module may call view on what it returns."""
-    return y.contiguous() if like.is_contiguous() else y
+    """y, contiguous unless ``like`` is channels_last: code behind a module may call view on what it
+    returns."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return y if last else y.contiguous()
 
 
 class SelfCalibratedPixelAttention(Recogniser):
@@ -298,6 +301,7 @@ class SelfCalibratedPixelAttention(Recogniser):
     name = "self_calibrated_pixel_attention"
     replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
+    least = (120000, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[float]:
         if state_names(module) != {"conv1_a", "conv1_b", "k1", "PAConv", "conv3", "lrelu"}:
@@ -352,6 +356,7 @@ class PixelAttentionNetwork(Recogniser):
     name = "pixel_attention_network"
     replacement = "shift_conv2d + pixel_attention + conv3x3, channels_last"
     operators = ("shift_conv2d", "pixel_attention")
+    least = (1500, 5000)
 
     def options(self, module: nn.Module) -> Iterable[_Pan]:
         part: Any = module
@@ -419,6 +424,7 @@ class InformationDistillation(Recogniser):
     name = "information_distillation"
     replacement = "channel_gate + gated_conv1x1 + conv3x3"
     operators = ("channel_gate", "gated_conv1x1")
+    least = (36000, 140000)
 
     def options(self, module: nn.Module) -> Iterable[_Distillation]:
         if state_names(module) != {"c1", "c2", "c3", "c4", "act", "c5", "cca"}:
@@ -477,6 +483,7 @@ class InformationDistillationNetwork(Recogniser):
     name = "information_distillation_network"
     replacement = "channel_gate + gated_conv1x1 + shift_conv2d + conv3x3, channels_last"
     operators = ("channel_gate", "gated_conv1x1", "shift_conv2d")
+    least = (1100, 5000)
 
     def options(self, module: nn.Module) -> Iterable[_Imdn]:
         part: Any = module
