@@ -490,6 +490,7 @@ class _Elab(NamedTuple):
     gmsas: tuple[_Gmsa, ...]
 
 
+_LISTS = {"modules_lfe", "modules_gmsa"}
 # Of a block: LFE, its weights, GMSA, its module.
 _Pairs = list[tuple[_Lfe, Any, _Gmsa, Any]]
 
@@ -509,7 +510,7 @@ class ElanBlock(Recogniser):
 
     def options(self, module: nn.Module) -> Iterable[_Elab]:
         part: Any = module
-        if state_names(module) != {"modules_lfe", "modules_gmsa"}:
+        if state_names(module) != _LISTS:
             return []
         lists = (part.modules_lfe, part.modules_gmsa)
         if not all(isinstance(held, (nn.ModuleDict, nn.ModuleList)) for held in lists):
@@ -570,11 +571,19 @@ class ElanBody(Recogniser):
         if not calls(module, nn.Sequential) or len(found) < 2 or len(found) != len(module._modules):
             return []
         elabs = [f.options for f in found if f is not None and isinstance(f.recogniser, ElanBlock)]
-        return [tuple(elabs)] if len(elabs) == len(found) else []
+        if len(elabs) == len(found):
+            return [tuple(elabs)]
+        if all(state_names(block) == _LISTS for block in module.children()):
+            raise NotRecognised("its blocks run as one only if each of them is replaced")
+        return []
 
     def constants(self, module: nn.Module, options: tuple[_Elab, ...]) -> tuple[Tensor, ...]:
         blocks = zip(module.children(), options, strict=True)
         return tuple(t for block, elab in blocks for t in ElanBlock().constants(block, elab))
+
+    def declines(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> bool:
+        # Asked before all blocks are compared with what they were, as each of them does again.
+        return len(args) != 1 or needs_gradient(module, *args)
 
     def forward(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> Any:
         if len(args) != 1:
