@@ -764,7 +764,7 @@ class StripedAttention(Recogniser):
             qv.chunk(len(options.windows), 1), options.windows, options.shifts, strict=True
         ):
             pad = (0, -width % ww, 0, -height % wh)
-            if pad != (0, 0, 0, 0):
+            if pad != (0, 0, 0, 0) or torch.jit.is_tracing():  # a trace is for other sizes too
                 group = nn.functional.pad(group, pad, "reflect")
             q, v = group.chunk(2, 1)
             y = F.window_attention(

@@ -861,6 +861,17 @@ def test_jit_trace(net: nn.Module, x: Tensor) -> None:
     close(output(traced, x), output(net, x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_whole_windows_runs_on_ragged_ones() -> None:
+    attention = tp.SABase4D(12, 2, ((4, 8), (8, 4)), ((2, 4), (4, 2))).eval()
+    whole, ragged = torch.rand(1, 12, 16, 24), torch.rand(2, 12, 13, 21)
+    y = output(attention, ragged)
+    assert patch(attention).replaced
+    with torch.no_grad():
+        traced = torch.jit.trace(attention, (whole,), check_trace=False)
+    close(output(traced, ragged), y)
+
+
 def test_ddp_with_two_processes(tmp_path: Path) -> None:
     code = """
         import os, sys, torch, copy
