@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from sr_kernels import functional as F
 
 from . import recogniser as recogniser_module
-from .recogniser import NotRecognised, Recogniser, is_conv, maps, needs_gradient, register, runs
+from .recogniser import (
+    NotRecognised,
+    Recogniser,
+    in_format_of,
+    is_conv,
+    maps,
+    needs_gradient,
+    register,
+    runs,
+)
 
 # Where torch's own convolution is faster (one AVX2 core, 12 to 512 channels, maps of 20x20 to
 # 96x96): with few products this package's calls cost more than they save, narrow maps fill half of
@@ -115,10 +124,7 @@ class Convolution(Recogniser):
         part: Any = module
         if len(args) != 1 or not takes(part, args[0]):
             return NotImplemented
-        x, last = args[0], torch.channels_last
-        if part.weight.is_contiguous(memory_format=last) and not part.weight.is_contiguous():
-            x = x.contiguous(memory_format=last)  # torch returns the weight's format then
-        return F.conv3x3(x, part.weight, part.bias)
+        return F.conv3x3(in_format_of(part.weight, args[0]), part.weight, part.bias)
 
 
 register(Convolution())

@@ -501,22 +501,32 @@ def _verify(model: nn.Module, arguments: tuple[Any, ...], before: Any, report: P
     difference = _difference(before, _outputs(model, arguments))
     if difference <= VERIFY_TOLERANCE:
         return
-    names = {id(m): path for path, m in model.named_modules()}
-    culprits: list[tuple[float, str]] = []
-    for module, own, ours in report._swapped:
-        swap.swap(module, own)
-        without = _difference(before, _outputs(model, arguments))
-        swap.swap(module, ours)
-        culprits.append((without, names[id(module)]))
-        if len(culprits) == 32:
-            break
-    worst = min(culprits)[1] if culprits else ""
     raise PatchError(
         f"verify: the output changes by {difference:.1e} of its largest value, more than "
-        f"{VERIFY_TOLERANCE:.0e} is refused"
-        + (f"; most of it comes from {worst or 'the network itself'}" if culprits else "")
-        + ". The network is as it was; leave modules out with exclude="
+        f"{VERIFY_TOLERANCE:.0e} is refused; {_culprit(model, arguments, before, report)}. "
+        "The network is as it was; leave modules out with exclude="
     )
+
+
+def _culprit(model: nn.Module, arguments: tuple[Any, ...], before: Any, report: PatchReport) -> str:
+    """Which module the difference begins with, found by halving: those that were replaced before it
+    alone do not make it too large. What is replaced by its parts was replaced after them."""
+    swapped = list(report._swapped)
+
+    def differs(number: int) -> bool:
+        for position, (module, own, ours) in enumerate(swapped):
+            swap.swap(module, ours if position < number else own)
+        return not _difference(before, _outputs(model, arguments)) <= VERIFY_TOLERANCE
+
+    if differs(0):
+        return "it does so with nothing replaced too, from one call to the next"
+    few, enough = 0, len(swapped)
+    while enough - few > 1:
+        half = (few + enough) // 2
+        few, enough = (few, half) if differs(half) else (half, enough)
+    names = {id(module): path for path, module in model.named_modules()}
+    path = names[id(swapped[enough - 1][0])]
+    return f"it begins with {path or 'the network itself'}"
 
 
 def _be_strict(report: PatchReport) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from sr_kernels import functional as F
-from sr_kernels._checks import memory_format_of, writes_in_place
+from sr_kernels._checks import writes_in_place
 from sr_kernels.nn import shift_weight
 from sr_kernels.scores import WindowScores
 
@@ -24,8 +24,10 @@ from .recogniser import (
     Recogniser,
     calls,
     child_names,
+    in_format_of,
     is_conv,
     is_map,
+    lies_last,
     maps,
     needs_gradient,
     only_map,
@@ -122,14 +124,21 @@ def _shifts(module: nn.Module, inner: tuple[str, ...] = ()) -> list[_Shift]:
     return []
 
 
+def _stored_weight(module: nn.Module, shift: _Shift) -> Tensor:
+    """The weight as the module has it, of any form."""
+    part = part_at(module, shift.inner)
+    if shift.form == "depthwise":
+        part = part.conv1x1
+    return cast(Tensor, part.w if shift.form == "dense" else part.weight)
+
+
 def _shift_weights(module: nn.Module, shift: _Shift) -> tuple[Tensor, Tensor | None]:
     """The 1x1 convolution's weight and bias."""
     part = part_at(module, shift.inner)
-    if shift.form == "depthwise":
-        return part.conv1x1.weight, part.conv1x1.bias
+    weight = _stored_weight(module, shift)
     if shift.form == "dense":
-        return (part.w * part.m).sum((2, 3), keepdim=True), getattr(part, "b", None)
-    return part.weight, part.bias
+        return (weight * part.m).sum((2, 3), keepdim=True), getattr(part, "b", None)
+    return weight, (part.conv1x1 if shift.form == "depthwise" else part).bias
 
 
 def _shift_constants(module: nn.Module, shift: _Shift) -> tuple[Tensor, ...]:
@@ -173,6 +182,7 @@ class ShiftConvolution(Recogniser):
         x = only_map(self.operators, args, weight.shape[1], weight, bias)
         if x is None:
             return NotImplemented
+        x = in_format_of(_stored_weight(module, options), x)
         return F.shift_conv2d(x, weight, bias, pattern=options.pattern, groups=options.groups)
 
 
@@ -313,6 +323,7 @@ class LocalFeatureExtraction(Recogniser):
         x = only_map(self.operators, args, weights[0].shape[1], *weights)
         if x is None:
             return NotImplemented
+        x = in_format_of(_stored_weight(module, options.first), x)
         return _lfe_run(x, options, weights, residual=False)
 
 
@@ -379,6 +390,12 @@ def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor
 def fixed_norm(norm: nn.BatchNorm2d) -> bool:
     """Whether a BatchNorm normalises with its running statistics in this call."""
     return not norm.training and norm.running_var is not None
+
+
+def _project(convolution: Any, y: Tensor) -> Tensor:
+    """``convolution(y)`` in the memory format that it has where windows were put together by stock
+    operators, which are contiguous: code behind it may call view."""
+    return cast(Tensor, convolution(y if lies_last(convolution.weight) else y.contiguous()))
 
 
 def divides(x: Tensor, windows: Sequence[int]) -> bool:
@@ -461,8 +478,8 @@ class GroupedAttention(Recogniser):
             y, found = F.grouped_window_attention(
                 x, windows=options.windows, shifted=options.shifted, return_scores=True
             )
-            return part.project_out(y), AttentionMaps(found)
-        return part.project_out(F.apply_window_scores(scores.scores, x)), scores
+            return _project(part.project_out, y), AttentionMaps(found)
+        return _project(part.project_out, F.apply_window_scores(scores.scores, x)), scores
 
 
 # ------------------------------------------------------------------------------------------ ELAB
@@ -473,6 +490,7 @@ class _Elab(NamedTuple):
     gmsas: tuple[_Gmsa, ...]
 
 
+_LISTS = {"modules_lfe", "modules_gmsa"}
 # Of a block: LFE, its weights, GMSA, its module.
 _Pairs = list[tuple[_Lfe, Any, _Gmsa, Any]]
 
@@ -492,7 +510,7 @@ class ElanBlock(Recogniser):
 
     def options(self, module: nn.Module) -> Iterable[_Elab]:
         part: Any = module
-        if state_names(module) != {"modules_lfe", "modules_gmsa"}:
+        if state_names(module) != _LISTS:
             return []
         lists = (part.modules_lfe, part.modules_gmsa)
         if not all(isinstance(held, (nn.ModuleDict, nn.ModuleList)) for held in lists):
@@ -553,11 +571,19 @@ class ElanBody(Recogniser):
         if not calls(module, nn.Sequential) or len(found) < 2 or len(found) != len(module._modules):
             return []
         elabs = [f.options for f in found if f is not None and isinstance(f.recogniser, ElanBlock)]
-        return [tuple(elabs)] if len(elabs) == len(found) else []
+        if len(elabs) == len(found):
+            return [tuple(elabs)]
+        if all(state_names(block) == _LISTS for block in module.children()):
+            raise NotRecognised("its blocks run as one only if each of them is replaced")
+        return []
 
     def constants(self, module: nn.Module, options: tuple[_Elab, ...]) -> tuple[Tensor, ...]:
         blocks = zip(module.children(), options, strict=True)
         return tuple(t for block, elab in blocks for t in ElanBlock().constants(block, elab))
+
+    def declines(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> bool:
+        # Asked before all blocks are compared with what they were, as each of them does again.
+        return len(args) != 1 or needs_gradient(module, *args)
 
     def forward(self, module: nn.Module, options: tuple[_Elab, ...], *args: Any) -> Any:
         if len(args) != 1:
@@ -608,14 +634,19 @@ def _infer(x: Tensor, blocks: Sequence[_Pairs]) -> Tensor:
     into the projection.
 
     Between the first and the last operator maps are channels_last, which the attention is faster
-    in; those two read and write the memory format of x, so that nothing is converted. There are
-    three maps for all blocks: what an LFE writes, what an attention writes, and the queries that an
-    ELAB shares. The result lies where the attentions wrote, which the last of them no longer reads.
+    in; those two read the memory format of x and write that of the module itself, which its last
+    convolution decides, so that nothing is converted. There are three maps for all blocks: what an
+    LFE writes, what an attention writes, and the queries that an ELAB shares. The result lies where
+    the attentions wrote, which the last of them no longer reads.
     """
     inside = attended = queries = last = None
+    *_, (*_, attention) = blocks[-1]
+    form = (
+        torch.channels_last if lies_last(attention.project_out.weight) else torch.contiguous_format
+    )
     if writes_in_place(x):
         inside = torch.empty_like(x, memory_format=torch.channels_last)
-        last = attended = torch.empty_like(x, memory_format=memory_format_of(x))
+        last = attended = torch.empty_like(x, memory_format=form)
         if last.is_contiguous():
             n, c, h, w = x.shape
             attended = last.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -641,7 +672,7 @@ def _infer(x: Tensor, blocks: Sequence[_Pairs]) -> Tensor:
                 )
             else:
                 x = F.grouped_attention_block(x, *weights, **settings, out=out)
-    return x
+    return x.contiguous(memory_format=form)
 
 
 def _attend_and_learn(
@@ -655,7 +686,7 @@ def _attend_and_learn(
         )
     else:
         y = F.apply_window_scores(scores, projected)
-    return attention.project_out(y) + x, scores
+    return _project(attention.project_out, y) + x, scores
 
 
 # ------------------------------------------------------------------------------- striped windows
@@ -733,7 +764,7 @@ class StripedAttention(Recogniser):
             qv.chunk(len(options.windows), 1), options.windows, options.shifts, strict=True
         ):
             pad = (0, -width % ww, 0, -height % wh)
-            if pad != (0, 0, 0, 0):
+            if pad != (0, 0, 0, 0) or torch.jit.is_tracing():  # a trace is for other sizes too
                 group = nn.functional.pad(group, pad, "reflect")
             q, v = group.chunk(2, 1)
             y = F.window_attention(
@@ -746,7 +777,7 @@ class StripedAttention(Recogniser):
                 scale=1.0,
             )
             outputs.append(y[:, :, :height, :width])
-        return part.proj(torch.cat(outputs, 1))
+        return _project(part.proj[0], torch.cat(outputs, 1))
 
 
 for _recogniser in (

@@ -22,6 +22,7 @@ from .recogniser import (
     Recogniser,
     calls,
     child_names,
+    in_format_of,
     is_conv,
     is_less,
     maps,
@@ -255,6 +256,7 @@ class PixelAttentionConv(Recogniser):
     name = "pixel_attention_conv"
     replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
+    least = (60000, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[Any]:
         if state_names(module) - {"sigmoid"} != {"k2", "k3", "k4"}:
@@ -275,7 +277,7 @@ class PixelAttentionConv(Recogniser):
         x = only_map(self.operators, args, part.k2.weight.shape[1], part.k2.weight)
         if x is None:
             return NotImplemented
-        return _pa_conv(part, x)
+        return _pa_conv(part, in_format_of(part.k3.weight, x))
 
 
 def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
@@ -284,8 +286,10 @@ def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
 
 
 def _as(like: Tensor, y: Tensor) -> Tensor:
-    """y, contiguous if ``like`` is: code behind a module may call view on what it returns."""
-    return y.contiguous() if like.is_contiguous() else y
+    """y, contiguous unless ``like`` is channels_last: code behind a module may call view on what it
+    returns."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return y if last else y.contiguous()
 
 
 class SelfCalibratedPixelAttention(Recogniser):
@@ -297,6 +301,7 @@ class SelfCalibratedPixelAttention(Recogniser):
     name = "self_calibrated_pixel_attention"
     replacement = "shift_conv2d + conv3x3"
     operators = ("shift_conv2d",)
+    least = (120000, math.inf)
 
     def options(self, module: nn.Module) -> Iterable[float]:
         if state_names(module) != {"conv1_a", "conv1_b", "k1", "PAConv", "conv3", "lrelu"}:
@@ -325,7 +330,7 @@ class SelfCalibratedPixelAttention(Recogniser):
         x = only_map(self.operators, args, part.conv1_a.weight.shape[1], part.conv1_a.weight)
         if x is None:
             return NotImplemented
-        return _scpa(part, options, x)
+        return _scpa(part, options, in_format_of(part.k1[0].weight, x))
 
 
 def _scpa(part: Any, slope: float, x: Tensor) -> Tensor:
@@ -351,6 +356,7 @@ class PixelAttentionNetwork(Recogniser):
     name = "pixel_attention_network"
     replacement = "shift_conv2d + pixel_attention + conv3x3, channels_last"
     operators = ("shift_conv2d", "pixel_attention")
+    least = (1500, 5000)
 
     def options(self, module: nn.Module) -> Iterable[_Pan]:
         part: Any = module
@@ -387,6 +393,7 @@ class PixelAttentionNetwork(Recogniser):
         x = only_map(self.operators, args, part.conv_first.weight.shape[1], part.conv_first.weight)
         if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
+        x = in_format_of(part.conv_first.weight, x)
         y = convolve(part.conv_first, x.contiguous(memory_format=torch.channels_last))
         trunk = y
         for block, slope in zip(part.SCPA_trunk, options.slopes, strict=True):
@@ -417,6 +424,7 @@ class InformationDistillation(Recogniser):
     name = "information_distillation"
     replacement = "channel_gate + gated_conv1x1 + conv3x3"
     operators = ("channel_gate", "gated_conv1x1")
+    least = (36000, 140000)
 
     def options(self, module: nn.Module) -> Iterable[_Distillation]:
         if state_names(module) != {"c1", "c2", "c3", "c4", "act", "c5", "cca"}:
@@ -445,7 +453,7 @@ class InformationDistillation(Recogniser):
         x = only_map(self.operators, args, part.c1.weight.shape[1], part.c5.weight)
         if x is None:
             return NotImplemented
-        return _distil(part, options, x)
+        return _distil(part, options, in_format_of(part.c1.weight, x))
 
 
 def _distil(part: Any, options: _Distillation, x: Tensor) -> Tensor:
@@ -475,6 +483,7 @@ class InformationDistillationNetwork(Recogniser):
     name = "information_distillation_network"
     replacement = "channel_gate + gated_conv1x1 + shift_conv2d + conv3x3, channels_last"
     operators = ("channel_gate", "gated_conv1x1", "shift_conv2d")
+    least = (1100, 5000)
 
     def options(self, module: nn.Module) -> Iterable[_Imdn]:
         part: Any = module
@@ -515,6 +524,7 @@ class InformationDistillationNetwork(Recogniser):
         x = only_map(self.operators, args, part.fea_conv.weight.shape[1], part.fea_conv.weight)
         if x is None or torch.is_autocast_enabled(x.device.type):
             return NotImplemented
+        x = in_format_of(part.fea_conv.weight, x)
         first = convolve(part.fea_conv, x.contiguous(memory_format=torch.channels_last))
         outputs, y = [], first
         for name, each in zip(options.blocks, options.each, strict=True):

@@ -197,7 +197,11 @@ def _compare_gradients(
         outputs = [t for t in _tensors(out) if t.requires_grad]
         try:
             gradients = torch.autograd.grad(
-                outputs, leaves, [torch.randn_like(t) for t in outputs], allow_unused=True
+                outputs,
+                leaves,
+                # Not randn_like, whose numbers go by the memory format, which may differ.
+                [torch.randn(t.shape, dtype=t.dtype) for t in outputs],
+                allow_unused=True,
             )
         except (RuntimeError, AttributeError) as error:
             if who is None:

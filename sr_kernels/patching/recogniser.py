@@ -177,6 +177,17 @@ def is_conv(child: Any, kernel: int, *, padding: int | None = None, groups: int 
     )
 
 
+def lies_last(weight: Tensor) -> bool:
+    """Whether a convolution's weight is channels_last: torch then returns that format, whatever the
+    map has. ``is_contiguous`` does not tell, since a 1x1 kernel is contiguous in both."""
+    return weight.stride(1) == 1 < weight.stride(3)
+
+
+def in_format_of(weight: Tensor, x: Tensor) -> Tensor:
+    """x in the memory format that torch's convolution of it with ``weight`` would return."""
+    return x.contiguous(memory_format=torch.channels_last) if lies_last(weight) else x
+
+
 # -------------------------------------------------------------------------------- examples
 
 

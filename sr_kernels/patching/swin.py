@@ -303,7 +303,7 @@ class WindowAttention(Recogniser):
         height, width = options.window
         if x.dim() != 3 or x.shape[1:] != (height * width, part.qkv.weight.shape[1]):
             return NotImplemented
-        return _tokens(_attend(_image(x, height, width), part, options, 0, None))
+        return _tokens(_attend(_image(x, height, width), part, options, 0, None)).contiguous()
 
 
 # ----------------------------------------------------------------------------------------- block

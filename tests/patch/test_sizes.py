@@ -66,17 +66,22 @@ def test_few_output_channels_want_a_contiguous_map(asked: list[nn.Module]) -> No
 
 
 # A module, an input that is large enough without gradients and one with (None: none is).
-GATES: dict[str, tuple[nn.Module, int | None, int | None]] = {
+GATED: dict[str, tuple[nn.Module, int | None, int | None]] = {
     "mean": (tp.CALayer(32, 4), None, 64),
     "contrast": (tp.CCALayer(32, 4), 4, 4),
     "pixel": (tp.PA(32), 64, None),
     "esa": (tp.ESA(32), 91, None),
+    "pixel, convolutions": (tp.PAConv(32), 64, None),
+    "pixel, self-calibrated": (tp.SCPA(32), 64, None),
+    "distillation": (tp.IMDModule(32), 64, 91),
+    "PAN": (tp.PAN(8, 4, 1), 33, 64),
+    "IMDN": (tp.IMDN(16, 2, 2), 33, 64),
 }
 
 
-@pytest.mark.parametrize("name", GATES)
-def test_gates_run_where_they_gain(name: str, asked: list[nn.Module]) -> None:
-    module, inference, training = GATES[name]
+@pytest.mark.parametrize("name", GATED)
+def test_gates_and_their_blocks_run_where_they_gain(name: str, asked: list[nn.Module]) -> None:
+    module, inference, training = GATED[name]
     module = copy.deepcopy(module).eval()
     assert patch(module).replaced
     for side in (4, 33, 64, 91, 96):
@@ -84,7 +89,7 @@ def test_gates_run_where_they_gain(name: str, asked: list[nn.Module]) -> None:
             asked.clear()
             with torch.set_grad_enabled(gradients):
                 if side >= 33 or name != "esa":
-                    module(torch.rand(1, 32, side, side))
+                    module(torch.rand(1, 3 if name in ("PAN", "IMDN") else 32, side, side))
                     assert bool(asked) == (least is not None and side >= least)
 
 
