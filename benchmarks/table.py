@@ -44,8 +44,8 @@ class Row:
 
     status: "ok"; "wrong" (its result is, so it has no time); "failed"; "unavailable"; the last
     three with a reason.  cache: "warm" on a CPU; "hot", "cold" or "graph" (hot, launches taken
-    away, or each a graph's) on a GPU.  error: largest absolute error.  other_load: cores that other programs used
-    meanwhile.  bound, floor_ms, fraction: see `work.bound`;
+    away, or each a graph's) on a GPU.  error: largest absolute error.  other_load: cores that
+    other programs used meanwhile.  bound, floor_ms, fraction: see `work.bound`;
     fraction = floor_ms / median_ms.  weights: of a network.  run: one per run,
     "20261121T065000Z-12345", its time in UTC and its process; runs sort by it.
     """
