@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
             )
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """float16, where pytest would say dtype1: `-k float16` then finds what it names."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     no_large = pytest.mark.skip(reason="needs much memory: set SR_KERNELS_TEST_LARGE=1")

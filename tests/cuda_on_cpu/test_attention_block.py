@@ -45,4 +45,4 @@ def test_shared_memory_is_within_the_table(on_emulated_kernels):
 
 
 def test_under_the_sanitizers(build):
-    run_sanitized(build, "attention_block", __file__, "layouts and dtype1")
+    run_sanitized(build, "attention_block", __file__, "layouts and float16")
