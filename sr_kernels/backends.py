@@ -51,8 +51,8 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
-# What the compiled libraries alone have. No layer calls it on a GPU: BatchNorm in training is torch's
-# there.
+# What the compiled libraries alone have. No layer calls it on a GPU, where BatchNorm in training is
+# torch's.
 _NOT_IN_TRITON = frozenset({"channel_moments"})
 
 

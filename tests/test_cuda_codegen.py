@@ -50,6 +50,8 @@ BLOCKS = {
     "weight_gradient_kernel<__half>": 2,
     "weight_gradient_kernel<float>": 2,
     "gated_conv_kernel<__half>": 2,
+    "channel_products_kernel<float>": 2,
+    "channel_moments_gradient_kernel<float>": 2,
     "channel_attention_kernel<__half>": 4,  # of a batch, as many images fit on chip
     "channel_attention_kernel<float>": 4,
 }

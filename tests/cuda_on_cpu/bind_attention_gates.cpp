@@ -117,6 +117,8 @@ PYBIND11_MODULE(attention_gates, m) {
         py::arg("cooperative_error") = 0);
   m.def("launches",
         [] { return py::make_tuple(cuda_on_cpu::launches, cuda_on_cpu::cooperative_launches); });
+  // The most of a block since it was last asked.
+  m.def("shared_bytes", [] { return std::exchange(cuda_on_cpu::most_shared_bytes, 0); });
   m.def("questions", [] { return cuda_on_cpu::device.questions; });
   // (chunks, share, shared_bytes)
   m.def("on_chip_shares", [](int64_t batch, int64_t pixels, int channels, int hidden,

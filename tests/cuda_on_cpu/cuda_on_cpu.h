@@ -719,6 +719,8 @@ inline void Block::entry() {
   std::abort();  // a fiber that is done is not resumed
 }
 
+inline int64_t most_shared_bytes = 0;  // of a block, of all launches since it was set to 0
+
 // A launch, of which a GPU would refuse the wrong ones.
 class Launch {
  public:
@@ -733,6 +735,7 @@ class Launch {
     if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes)
       throw std::runtime_error(
           text(shared_bytes, " bytes of shared memory: a block has at most ", kMaxSharedBytes));
+    most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
     gridDim = grid;
     blockDim = dim3(threads, 1, 1);
     order.resize(static_cast<size_t>(grid.x) * grid.y * grid.z);

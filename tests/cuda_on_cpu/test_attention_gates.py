@@ -251,6 +251,35 @@ def test_how_images_are_dealt_to_blocks(on_emulated_kernels, device, sizes, expe
     assert found == expected
 
 
+# Bytes of the largest block, forward and with the backward, in float32 and in 16 bits: more is a
+# decision. Two blocks of each fit a multiprocessor of sm_80, four in 16 bits.
+SHARED_BYTES = {
+    "pixel": ((53248, 53248), (34816, 34816)),
+    "spatial": ((0, 32), (0, 32)),
+    "pixel_spatial": ((53248, 53248), (34816, 34816)),
+    "gate_mean": ((4096, 4096), (4096, 4096)),
+    "gate_contrast": ((4096, 4096), (4096, 4096)),
+    "channel_mean": ((4096, 4096), (4096, 4096)),
+    "channel_contrast": ((4096, 4096), (4096, 4096)),
+    "gated_conv": ((53248, 53248), (34816, 34816)),
+}
+
+
+@ALL
+def test_shared_memory_is_within_the_table(on_emulated_kernels, devices, case):
+    devices(0, 228 * KIB)  # two launches: test_how_images_are_dealt_to_blocks has the other
+    run, _, settings = functions(case)
+    for dtype, most in zip((torch.float32, torch.float16), SHARED_BYTES[case], strict=True):
+        inputs = make_inputs(case, (1, 60, 5, 7), dtype)
+        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        on_emulated_kernels.shared_bytes()
+        out = run(**inputs, **settings, backend="cpu")
+        forward = on_emulated_kernels.shared_bytes()
+        torch.autograd.grad(out.float().square().sum(), leaves)
+        found = (forward, max(forward, on_emulated_kernels.shared_bytes()))
+        assert found == most, dtype
+
+
 def test_an_image_beyond_the_grid_is_refused(on_emulated_kernels):
     x = torch.zeros(1).expand(1, 1, 1, 2**30).numpy()
     one = torch.ones(1, 1, 1, 1).numpy()

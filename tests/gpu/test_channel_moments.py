@@ -1,4 +1,4 @@
-"""The channel moments' CUDA kernels on a GPU. No layer calls them there, hence tests of their own."""
+"""The channel moments' CUDA kernels on a GPU, where no layer calls them: tests of their own."""
 
 import channel_moments_cases as cases
 import pytest
