@@ -230,8 +230,8 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
 }
 
 // Windows beside each other, gathered and scattered together: a cache line, of which a small window
-// takes a part, is then fetched once for all of them. Where the channels of a map lie a power of two
-// apart, few of their lines stay in a cache, and none until the next window.
+// takes a part, is then fetched once for all of them. Where the channels of a map lie a power of
+// two apart, few of their lines stay in a cache, and none until the next window.
 struct WindowRun {
   WindowPosition first;
   int64_t count;
@@ -244,8 +244,9 @@ struct WindowRun {
     const int64_t fit = (geometry.width - first.segment[0].w) / geometry.window_w;
     count = min64(min64(most, fit), min64(end - index, geometry.windows_w() - first.b));
   }
-  // A line's worth of them. Windows of 4 that a shift lays across lines: four lines' worth, since the
-  // two at the ends of a run are shared with the next; wider ones have no more room in the cache.
+  // A line's worth of them. Windows of 4 that a shift lays across lines: four lines' worth, since
+  // the two at the ends of a run are shared with the next; wider ones have no more room in the
+  // cache.
   template <typename S>
   static int64_t most(const WindowGeometry& geometry) {
     const int64_t bytes = geometry.shift_w != 0 && geometry.window_w <= 4 ? 256 : 64;
