@@ -653,3 +653,29 @@ def test_no_pixels_give_a_zero_bias_gradient():
     out = sr_kernels.window_attention(q, q, q, window=4, num_heads=2, bias=bias, backend="cpu")
     (gradient,) = torch.autograd.grad(out.sum(), bias)
     assert torch.equal(gradient, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_window_of_large_logits_leaves_its_neighbours_alone(shifted):
+    """Windows of a row are gathered together; one whose |q|^2 is too large is done by itself."""
+    ops = torch.ops.sr_kernels
+    settings = ([4], shifted)
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(1, 16, 8, 64, generator=generator)
+    grad = torch.randn(1, 8, 8, 64, generator=generator)
+    large = small.clone()
+    start = 8 + (2 if shifted else 0)  # the third window of the row
+    inside = (..., slice(start - 8, start - 4), slice(start, start + 4))
+    large[:, :8][inside] *= 30
+    results = []
+    for qv in (small, large):
+        out, lse = ops.grouped_window_attention(qv, *settings)
+        results.append(ops.grouped_window_attention_backward(grad, qv, out, lse, *settings))
+    before, after = results
+    qv = large.double().requires_grad_()
+    with sr_kernels.use_backend("reference"):
+        y = sr_kernels.grouped_window_attention(qv, windows=(4,), shifted=shifted)
+    (oracle,) = torch.autograd.grad(y, qv, grad.double())
+    torch.testing.assert_close(after[inside].double(), oracle[inside], rtol=1e-4, atol=1e-3)
+    before[inside] = after[inside] = 0
+    assert torch.equal(before, after)

@@ -230,23 +230,27 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
 }
 
 // Windows beside each other, gathered and scattered together: a cache line, of which a small window
-// takes a part, is then fetched once for all of them. Where the channels of a map lie a power of two
-// apart, few of their lines stay in a cache, and none until the next window.
+// takes a part, is then fetched once for all of them. Where the channels of a map lie a power of
+// two apart, few of their lines stay in a cache, and none until the next window.
 struct WindowRun {
   WindowPosition first;
   int64_t count;
 
-  // Windows [index, end), as many of them as share a line and are not wrapped around, at least one.
+  // Windows from index on, before end: at most `most` of one row, none of them wrapped around, or
+  // one.
   WindowRun(const WindowGeometry& geometry, int64_t index, int64_t end, int64_t most)
       : first(geometry, index), count(1) {
     if (first.segment_count > 1) return;
     const int64_t fit = (geometry.width - first.segment[0].w) / geometry.window_w;
     count = min64(min64(most, fit), min64(end - index, geometry.windows_w() - first.b));
   }
-  // The most windows of a run: elements of S in a line, by windows.
+  // A line's worth of them. Windows of 4 that a shift lays across lines: four lines' worth, since
+  // the two at the ends of a run are shared with the next; wider ones have no more room in the
+  // cache.
   template <typename S>
   static int64_t most(const WindowGeometry& geometry) {
-    return max64(1, 64 / static_cast<int64_t>(sizeof(S)) / geometry.window_w);
+    const int64_t bytes = geometry.shift_w != 0 && geometry.window_w <= 4 ? 256 : 64;
+    return max64(1, min64(16, bytes / static_cast<int64_t>(sizeof(S)) / geometry.window_w));
   }
   WindowPosition position(const WindowGeometry& geometry, int64_t i) const {
     return WindowPosition(geometry, first.n, first.a, first.b + i);
