@@ -467,13 +467,15 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
 }
 
 // Whether block_forward_pixels() can run, its vectors along channels compute little twice, and a
-// panel of W1 stays in L1: at C = 180 it does not, which costs 4 to 8 % where 60 gains 7.
+// panel of W1 stays in L1: at C = 180 it does not, which costs 4 to 8 % where 60 gains 7. Not for
+// portable code, whose products need a register more: 3 to 5 % slower.
 template <typename T>
 bool fits_pixels(const ShiftConvBlockParams& p) {
   const auto pixels = [](const FeatureMap& map) { return map.stride_c == 1 && map.stride_w != 1; };
   constexpr int W = Simd<T>::width;
   if (!pixels(p.x) || !pixels(p.y) || !fits_in_epilogue(p.activation) || p.c_out < W) return false;
-  if (kPanelVectors * kVectorBytes * p.c_hidden > int64_t{16} << 10) return false;
+  if (kVectorBytes < 32 || kPanelVectors * kVectorBytes * p.c_hidden > int64_t{16} << 10)
+    return false;
   int64_t computed = Panels<T>(p.c_out).computed() * p.c_hidden;
   for (const ShiftedRun& run : ShiftedRuns(p.pattern, p.c_hidden, p.groups)) {
     if (run.end - run.begin < W) return false;
