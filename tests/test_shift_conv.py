@@ -110,10 +110,29 @@ def test_row_ends(width, dtype, layout):
     check_block(block_inputs(1, 11, 23, 3, width, dtype=dtype, layout=layout), **slack)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_block_adds_a_large_residual_last(layout):
+@pytest.mark.asan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 1), (2, 130), (3, 65), (35, 7)], ids=str)
+@pytest.mark.parametrize(("channels", "hidden"), [(60, 120), (32, 80)])
+def test_block_pixel_by_pixel(channels, hidden, size, dtype):
+    """channels_last maps whose channels fill vectors: whole ones, or with an overlap at the end."""
+    # Stock is lucky in some of these: half of what 80 products in one sum lose.
+    atol = 8 * torch.finfo(dtype).eps
+    inputs = block_inputs(1, channels, hidden, *size, dtype=dtype, layout="channels_last")
+    for options in (
+        {"pattern": "plus", "activation": "relu", "residual": True},
+        {"pattern": "cross", "activation": "leaky_relu", "residual": False},
+        {"pattern": "none", "activation": None, "residual": True},
+    ):
+        check_block(inputs, gradients=None, atol=atol, **options)
+
+
+@pytest.mark.parametrize(
+    ("channels", "layout"), [(10, "contiguous"), (10, "channels_last"), (32, "channels_last")]
+)
+def test_block_adds_a_large_residual_last(channels, layout):
     """One rounding at its magnitude; a sum that begins with it has one for every product."""
-    inputs = block_inputs(1, 10, 40, 9, 67, layout=layout)
+    inputs = block_inputs(1, channels, 40, 9, 67, layout=layout)
     inputs["x"] = inputs["x"] * 64
     inputs["w0"] = inputs["w0"] / 64
     y = sr_kernels.shift_conv_block(**inputs, residual=True)

@@ -6,14 +6,18 @@
 // Tile: part of a row of pixels, all channels. shift_conv2d's shift is an offset in the load of the
 // product's operand. The block needs none of its hidden values twice (see block_forward), so it
 // computes them strip by strip, c_hidden x 64, from three rows of shift(x) in L2. Bias, activation
-// and residual are applied to the products' accumulators.
+// and residual are applied to the products' accumulators. For channels_last maps whose channels
+// fill vectors well (C = 60 with AVX2) the block's vectors run along channels instead, and nothing
+// is transposed (block_forward_pixels).
 //
 // Floor, float32, per pixel: shift_conv2d moves 4 (c_in + c_out) bytes and does 2 c_in c_out FLOP;
 // the block at C = 60, ratio 2 moves 480 bytes and does 28.8 kFLOP: bound by arithmetic, so the
 // ceiling is a large fp32 matrix product on the same cores. Measured at 180 x 320 on one Zen 3 core
 // (AVX2), where a 1024 x 1024 product in the same run reached 94 GFLOP/s: the block 76 GFLOP/s, a
 // fraction of 0.81 (C = 52: 0.77, 64: 0.80, 180: 0.81; channels_last 0.75 to 0.81); shift_conv2d,
-// 60 -> 60 and 60 -> 120, 0.63 and 0.74, channels_last 0.53 and 0.61.
+// 60 -> 60 and 60 -> 120, 0.63 and 0.74, channels_last 0.53 and 0.61. The channels_last block at
+// C = 60 was measured before its vectors ran along channels, which takes 0.93 of the time: 22.6 ms
+// where it took 24.2, at 192 x 320, one thread of a shared Zen 3 core, minima of process time.
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
@@ -481,13 +485,16 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
   });
 }
 
-// Whether block_forward_pixels() can run, and its vectors along channels compute little that is
-// thrown away.
+// Whether block_forward_pixels() can run, its vectors along channels compute little twice, and a
+// panel of W1 stays in L1: at C = 180 it does not, which costs 4 to 8 % where 60 gains 7. Not for
+// portable code, whose products need a register more: 3 to 5 % slower.
 template <typename T>
 bool fits_pixels(const ShiftConvBlockParams& p) {
   const auto pixels = [](const FeatureMap& map) { return map.stride_c == 1 && map.stride_w != 1; };
   constexpr int W = Simd<T>::width;
   if (!pixels(p.x) || !pixels(p.y) || !fits_in_epilogue(p.activation) || p.c_out < W) return false;
+  if (kVectorBytes < 32 || kPanelVectors * kVectorBytes * p.c_hidden > int64_t{16} << 10)
+    return false;
   int64_t computed = Panels<T>(p.c_out).computed() * p.c_hidden;
   for (const ShiftedRun& run : ShiftedRuns(p.pattern, p.c_hidden, p.groups)) {
     if (run.end - run.begin < W) return false;
