@@ -47,8 +47,7 @@ class Row:
     kept); "hot", "cold" or "graph" (hot, launches taken away, or a graph of its own) on a GPU.
     error: largest absolute error. other_load: cores that other programs used meanwhile. bound,
     floor_ms, fraction: see `work.bound`; fraction = floor_ms / median_ms. weights: of a network.
-    run: one per run,
-    "20261121T065000Z-12345", its time in UTC and its process; runs sort by it.
+    run: one per run, "20261121T065000Z-12345", its time in UTC and its process; runs sort by it.
     """
 
     op: str

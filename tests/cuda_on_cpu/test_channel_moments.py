@@ -105,5 +105,5 @@ def test_shared_memory_is_within_the_table(on_emulated_kernels):
 
 
 def test_under_the_sanitizers(build):
-    select = "(layouts and float16) or (sizes and float32)"
-    run_sanitized(build, "channel_moments", __file__, select)
+    selected = ("layouts torch.float16", "sizes torch.float32")
+    run_sanitized(build, "channel_moments", __file__, *selected)
