@@ -225,6 +225,11 @@ class Measurement:
         return self._build(self.case)
 
     @property
+    def _warm(self) -> str:
+        """The one state of the cache on a CPU. This process keeps its heap as it is."""
+        return HEAPS[self._settings.heap if self.apart else "kept"]
+
+    @property
     def _build(self) -> Callable[[Case], Subject]:
         settings = self._settings
         return functools.partial(
@@ -249,7 +254,7 @@ class Measurement:
             shape=self.case.shape,
             dtype=self.case.dtype,
             provider="",
-            cache="hot" if self.case.device != "cpu" else HEAPS[self._settings.heap],
+            cache="hot" if self.case.device != "cpu" else self._warm,
             threads=self._settings.threads,
             device=table.device_name(self.case.device),
             versions="",

@@ -28,6 +28,7 @@ from sr_kernels.cli.env import cpu_info, cpu_name
 __all__ = ["FILE_NAME", "KEY", "Row", "add", "commit", "device_name", "read"]
 
 FILE_NAME = "results.csv"
+SYSTEM_HEAP = "system heap"  # a state of the cache: see Row
 # Cores that other programs may use during a measurement before reports warn.
 BUSY = 0.2
 
@@ -231,7 +232,8 @@ def add(folder: Path, rows: Iterable[Row], *, unfinished: bool = False) -> None:
 
 
 def _failed(row: Row) -> tuple[str, ...]:
-    return tuple(str(getattr(row, name)) for name in _FAILED)
+    other_heap = row.cache == SYSTEM_HEAP
+    return (*(str(getattr(row, name)) for name in _FAILED), str(other_heap))
 
 
 @contextlib.contextmanager

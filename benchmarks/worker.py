@@ -33,12 +33,13 @@ from . import measure
 from .cases import Case
 from .measure import Sampler
 from .providers import Provider, Running, Subject, Unavailable
+from .table import SYSTEM_HEAP
 
 __all__ = ["HEAPS", "Apart", "Failed", "Here", "Ready"]
 
 # What the C library does with what a timed process frees, and what the table calls it: keeps it, or
 # gives it back whenever its own rules say so.
-HEAPS = {"kept": "warm", "system": "system heap"}
+HEAPS = {"kept": "warm", "system": SYSTEM_HEAP}
 
 TOY_SIDE = 16  # divided by every window, so that any network and operator takes it
 PATIENCE = 900.0  # seconds for one answer

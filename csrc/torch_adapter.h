@@ -82,13 +82,18 @@ inline ScalarType compute_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline void require_device_of(const Tensor& tensor, const Tensor& reference, const char* name,
+                              const char* reference_name) {
+  require(tensor.is_cpu() == reference.is_cpu() &&
+              tensor.get_device_index() == reference.get_device_index(),
+          name, " must be on the device of ", reference_name);
+}
+
 inline void require_like(const Tensor& tensor, const Tensor& reference, const char* name,
                          const char* reference_name) {
   require(tensor.scalar_type() == reference.scalar_type(), name, " must have the dtype of ",
           reference_name);
-  require(tensor.is_cpu() == reference.is_cpu() &&
-              tensor.get_device_index() == reference.get_device_index(),
-          name, " must be on the device of ", reference_name);
+  require_device_of(tensor, reference, name, reference_name);
 }
 
 inline void require_feature_map(const Tensor& tensor, const char* name) {

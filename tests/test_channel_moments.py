@@ -1,9 +1,18 @@
 """channel_moments against numpy's definition, and as a citizen of torch."""
 
+import math
+
 import channel_moments_cases as cases
 import pytest
 import torch
-from channel_moments_cases import FORWARD, LAYOUTS, check, check_gradient, check_large_means
+from channel_moments_cases import (
+    FORWARD,
+    LAYOUTS,
+    check,
+    check_gradient,
+    check_large_means,
+    definition,
+)
 
 from sr_kernels.testing import bitwise_equal, make_tensor
 
@@ -70,6 +79,16 @@ def test_determinism_and_threads(layout):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(bitwise_equal, results[0], other))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 299])  # of the first tile, and of another
+def test_nan_and_inf_stay_in_their_channel(value, column):
+    x = make_tensor((1, 6, 2, 300))
+    x[0, 3, 1, column] = value
+    for actual, expected in zip(FORWARD(x), definition(x), strict=True):
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        assert torch.equal(actual.isnan(), expected.isnan())
 
 
 def test_bad_arguments_are_named():

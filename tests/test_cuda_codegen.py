@@ -21,6 +21,14 @@ def kernels():
     return cuda_codegen.measure(workers=2)
 
 
+def test_the_operators_of_the_cuda_library_compile():
+    """A CPU-only torch builds no `_C_cuda`: a call that does not fit its kernel would go unseen."""
+    missing = cuda_codegen.why_not()
+    if missing is not None:
+        pytest.skip(missing)
+    assert cuda_codegen.host_errors(workers=2) == {}
+
+
 def test_nothing_is_spilled_and_no_shared_memory_is_static(kernels):
     assert kernels
     for key, kernel in kernels.items():

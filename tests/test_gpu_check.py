@@ -50,6 +50,32 @@ def test_without_a_gpu_it_says_so_and_writes_nothing():
     assert (report.read_bytes() if report.exists() else None) == before
 
 
+def test_a_checkout_that_is_not_installed_is_installed_without_a_build(tool, monkeypatch):
+    assert tool.uninstalled() is None  # the tests' environment has it
+    said, found = [], iter((False, True))
+    real = subprocess.run
+
+    def run(command, **options):
+        if "pip" not in command:
+            done = real(command, **options)
+            return done if next(found) else subprocess.CompletedProcess(command, 1, "", "")
+        said.append((command[-2:], options["env"]["SR_KERNELS_BUILD"]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    assert tool.uninstalled() is None
+    assert said == [(["-e", str(TOOL.parent.parent)], "0")]
+    found = iter((False, False))
+    assert "did not install this checkout" in tool.uninstalled()
+
+
+def test_checks_that_were_not_made_are_no_success(tool):
+    assert tool.counts_as_failed("network", "failed (status 1)")
+    assert tool.counts_as_failed("memcheck", "not run: compute-sanitizer is not on PATH")
+    assert not tool.counts_as_failed("psnr", "not run: no Set5")
+    assert not tool.counts_as_failed("tests", "passed")
+
+
 def test_outcomes(tool, capfd):
     def step(name, program, limit=30, missing=None):
         return tool.Step(name, (sys.executable, "-c", program), limit, missing)

@@ -56,7 +56,11 @@ void forward(ChannelMomentsParams p, ParallelFor parallel) {
         std::memset(products, 0, sizeof(T) * static_cast<size_t>(c * c));
         if (first) {
           accumulate_row_sums(c, used, rows, sum);
-          for (int64_t k = 0; k < c; ++k) origin[k] = sum[k] / T(t.columns), sum[k] = T(0);
+          for (int64_t k = 0; k < c; ++k) {
+            const T mean_of_tile = sum[k] / T(t.columns);
+            origin[k] = std::isfinite(mean_of_tile) ? mean_of_tile : T(0);  // x - inf is no number
+            sum[k] = T(0);
+          }
         }
         for (int64_t k = 0; k < c; ++k)
           for (int64_t i = 0; i < t.columns; ++i) x[k * stride + i] -= origin[k];

@@ -105,8 +105,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     float sum = 0.0f;
     for (int i = 0; i < Tile::kPixels; ++i)
       sum += load_shared<float>(side == 0 ? left + c * Tile::kLd + i : right + i * Tile::kLd + c);
-    store_shared<float>(origin + thread,
-                        sum / static_cast<float>(there < Tile::kPixels ? there : Tile::kPixels));
+    const float mean = sum / static_cast<float>(there < Tile::kPixels ? there : Tile::kPixels);
+    // Where it is not finite, none: x - inf is no number.
+    store_shared<float>(origin + thread, mean - mean == 0.0f ? mean : 0.0f);
   }
 
   // Sums of sums: a tile's pixels first, then the tiles.

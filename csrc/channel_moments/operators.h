@@ -42,10 +42,11 @@ struct ChannelMomentsOperators {
     ChannelMomentsBackwardParams p{};
     p.forward = params("channel_moments_backward", x);
     const int64_t c = p.forward.channels;
-    const auto statistic = [](const Tensor& tensor, const std::vector<int64_t>& shape,
-                              const char* name) {
+    const auto statistic = [&](const Tensor& tensor, const std::vector<int64_t>& shape,
+                               const char* name) {
       require_shape(tensor, shape, name);
       require(tensor.scalar_type() == ScalarType::Double, name, " must be float64");
+      require_device_of(tensor, x, name, "x");
       return dense(tensor);
     };
     const Tensor mean_grad = statistic(mean_grad_in, {c}, "mean_grad");

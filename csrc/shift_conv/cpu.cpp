@@ -27,8 +27,8 @@
 // The block's backward takes shift(x), the hidden values, their gradient and grad of a tile through
 // five products of equal size (z again, dh, dW1, dW0, dx), 72 kFLOP a pixel at ratio 2. Tiles of 8
 // rows, 0.8 MB at C = 60, stay in L2 less well than tiles of 4, but the weight gradients' rows are
-// twice as long. Measured at 4 x 60 x 64 x 64 on a shared Zen 3 core: 16.5 ms (tiles of 4: 17.0)
-// where a 1024 x 1024 product reached 93 to 95 GFLOP/s, a fraction of 0.76.
+// twice as long. Measured at 4 x 60 x 64 x 64 on a shared Zen 3 core: 16.5 ms (tiles of 4: 17.0
+// to 17.3) where a 1024 x 1024 product reached 93 to 95 GFLOP/s, a fraction of 0.76.
 #include "shift_conv/params.h"
 
 #include "common/activate_vectors.h"
@@ -266,8 +266,9 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
     p.height = rows.height, p.width = rows.width;
   }
   // Whole register tiles and lines of the cache wherever a tile does not end the row.
-  const int64_t max_columns = p.height == 1 ? 4 * kMaxColumns : kMaxColumns;
-  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns, StripRows<T>::kTileColumns);
+  constexpr int64_t kWhole = StripRows<T>::kTileColumns;
+  const int64_t max_columns = (p.height == 1 ? 4 : 1) * (kMaxColumns / kWhole) * kWhole;
+  const Tiling tiling(p.batch, p.height, p.width, 4, max_columns, kWhole);
   const int64_t stride = padded<T>(tiling.columns);
   const int64_t pixels = spread_stride<T>(tiling.rows * stride);  // a channel's row of a tile
   const ShiftedRuns runs(p.pattern, p.c_in, p.groups);
@@ -486,8 +487,8 @@ void block_forward(const ShiftConvBlockParams& p, ParallelFor parallel) {
 }
 
 // Whether block_forward_pixels() can run, its vectors along channels compute little twice, and a
-// panel of W1 stays in L1: at C = 180 it does not, which costs 4 to 8 % where 60 gains 7. Not for
-// portable code, whose products need a register more: 3 to 5 % slower.
+// panel of W1 stays in L1: at C = 180 it does not, which costs 4 to 8 % where 60 gains 7 (Zen 3).
+// Not for portable code, whose products need a register more: 3 to 5 % slower.
 template <typename T>
 bool fits_pixels(const ShiftConvBlockParams& p) {
   const auto pixels = [](const FeatureMap& map) { return map.stride_c == 1 && map.stride_w != 1; };

@@ -52,6 +52,15 @@ def test_a_provider_that_became_wrong_keeps_no_times(tmp_path, row):
     assert table.read(tmp_path) == [*others, wrong]
 
 
+def test_what_fails_with_one_heap_keeps_the_times_of_the_other(tmp_path, row):
+    failed = replace(row, cache=table.SYSTEM_HEAP, status="failed", median_ms=None)
+    for first, second in ((row, failed), (failed, row)):
+        table.add(tmp_path, [first])
+        table.add(tmp_path, [second])
+        assert table.read(tmp_path) == [first, second]
+        (tmp_path / table.FILE_NAME).unlink()
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, row, monkeypatch):
     table.add(tmp_path, [row])
 

@@ -50,9 +50,10 @@ def test_a_large_mean_costs_no_digits(layout):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_channel(value):
+@pytest.mark.parametrize("pixel", [(0, 0), (8, 2)])  # of the first tile, and of another
+def test_nan_and_inf_stay_in_their_channel(value, pixel):
     x = make_tensor((1, 6, 9, 18))
-    x[0, 3, 8, 2] = value
+    x[(0, 3, *pixel)] = value
     for actual, expected in zip(FORWARD(x), definition(x), strict=True):
         assert torch.equal(actual.isfinite(), expected.isfinite())
         assert torch.equal(actual.isnan(), expected.isnan())

@@ -43,6 +43,14 @@ def results(x):
     return [mean, covariance, backward(mean * pixels, covariance * pixels, x, mean)]
 
 
+def test_statistics_on_another_device_are_refused(device):
+    x = make_tensor((2, 5, 4, 6), device=device)
+    mean, covariance = cases.FORWARD(x)
+    backward = torch.ops.sr_kernels.channel_moments_backward
+    with pytest.raises(RuntimeError, match=r"on the device of x|same device"):
+        backward(mean, covariance, x, mean.cpu())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_hundred_repeats_are_bit_equal(device, dtype):
     x = make_tensor((4, 60, 64, 64), dtype, device=device)

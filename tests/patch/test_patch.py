@@ -374,9 +374,19 @@ def test_verify_says_that_a_network_is_random() -> None:
             self.calls = getattr(self, "calls", 0) + 1
             return self[0](x) * self.calls
 
-    network = Noisy(tp.CCALayer(16, 4)).eval()
-    with pytest.raises(PatchError, match="with nothing replaced too"):
-        patch(network, verify=torch.rand(1, 16, 9, 9))
+    class Alternating(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self.odd = not getattr(self, "odd", False)
+            return self[0](x) * (2 if self.odd else 3)
+
+    x = torch.rand(1, 16, 9, 9)
+    for network in (
+        Noisy(tp.CCALayer(16, 4)),
+        Alternating(tp.CCALayer(16, 4)),
+        Alternating(nn.ReLU()),
+    ):
+        with pytest.raises(PatchError, match="with nothing replaced too"):
+            patch(network.eval(), verify=x)
 
 
 def test_verify_refuses_what_it_cannot_run(net: nn.Module) -> None:

@@ -142,6 +142,29 @@ def measure(workers: int) -> dict[tuple[str, str], Kernel]:
         }
 
 
+def host_errors(workers: int) -> dict[str, str]:
+    """What g++ says of each csrc/*/ops_cuda.cpp: the operators as torch sees them, which `_C_cuda`
+    has besides the kernels. Checked, not compiled: empty where all is well."""
+    setup = load_setup()
+    parameters = setup.build_parameters({"SR_KERNELS_BUILD_CUDA": "1", **path_environment()})
+    units = {
+        unit.source: unit.flags
+        for library in parameters.libraries
+        for unit in library.units
+        if Path(unit.source).name == "ops_cuda.cpp"
+    }
+    assert units
+
+    def said(item: tuple[str, tuple[str, ...]]) -> str:
+        command = [parameters.cxx, *parameters.cxx_flags, *item[1], "-fsyntax-only", item[0]]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        return done.stderr if done.returncode else ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = dict(zip(units, pool.map(said, units.items()), strict=True))
+    return {source: text for source, text in found.items() if text}
+
+
 def toolkit_version() -> str:
     setup = load_setup()
     _, version = setup.toolkit_of(setup.find_nvcc())
