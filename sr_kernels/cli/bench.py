@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("float32", "float16", "bfloat16", "float16_autocast", "bfloat16_autocast"),
         default=["float32"],
-        help="(default: float32); networks have float32 weights under torch.autocast, too",
+        metavar="DTYPE",
+        help="float32 (default), float16, bfloat16; of networks float16_autocast and "
+        "bfloat16_autocast, too: float32 weights under torch.autocast",
     )
     what.add_argument(
         "--provider",
