@@ -64,7 +64,8 @@ class Problem:
     inputs: contiguous tensors by argument name; those in `maps` take the memory format under test.
     wrt: inputs that get a gradient.
     stock: the definition in plain PyTorch.  ours: this package's, for the backend of that name.
-    alternatives: by provider name.  work: by mode.
+    alternatives: by provider name.  slow: of these, what compiles several kernels, which takes a CPU
+    long.  work: by mode.
     """
 
     inputs: dict[str, Tensor]
@@ -73,6 +74,7 @@ class Problem:
     work: dict[str, Work]
     maps: tuple[str, ...] = ("x",)
     alternatives: dict[str, Builder] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
     wrt: tuple[str, ...] | None = None
 
     @property
@@ -313,6 +315,7 @@ def _grouped_window_attention(case: Case) -> Problem:
             "sdpa": lambda inputs: partitioned(tf.scaled_dot_product_attention),
             "flex": flex,
         },
+        slow=("flex",),
     )
 
 

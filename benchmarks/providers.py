@@ -91,7 +91,8 @@ class Provider:
     """name: as in the table.  build: makes it ready; raises Unavailable where it cannot run.
 
     ours: of this package.  foreign: a runtime with threads of its own.
-    compiles: the first call compiles.  graphs: a call replays a CUDA graph of its own.
+    compiles: the first call compiles.  slow: for so long that the quick set goes without.
+    graphs: a call replays a CUDA graph of its own.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Provider:
     ours: bool = False
     foreign: bool = False
     compiles: bool = False
+    slow: bool = False
     graphs: bool = False
 
 
@@ -207,7 +209,12 @@ def _operator_subject(case: Case) -> Subject:
             if name == "flex" and suffix:
                 continue  # it copies into a layout of its own
             result.providers.append(
-                Provider(f"{name}{suffix}", partial(run, builder, suffix), compiles=name == "flex")
+                Provider(
+                    f"{name}{suffix}",
+                    partial(run, builder, suffix),
+                    compiles=name == "flex",
+                    slow=name in problem.slow and case.device == "cpu",
+                )
             )
     like = problem.inputs[problem.maps[0]]
     public = {"grouped_window_reuse": "apply_window_scores"}.get(case.op, case.op)

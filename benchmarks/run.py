@@ -62,7 +62,7 @@ class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
     least: rounds of each visit, at least.  compile_networks: torch.compile of whole
-    networks, too, which takes minutes.  weights: by network.  image: the photograph.
+    networks, too, which takes minutes, and what else is slow to compile.  weights: by network.  image: the photograph.
     apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
     only.  heap: of these processes, one of `worker.HEAPS`.
     """
@@ -78,9 +78,11 @@ class Settings:
     compile_networks: bool = True
     heap: str = "kept"
 
-    def wants(self, provider: str, *, network: bool = False) -> bool:
+    def wants(self, provider: str, *, network: bool = False, slow: bool = False) -> bool:
         compiles = provider in (COMPILE, MAX_AUTOTUNE)
         if network and compiles and not self.compile_networks:
+            return False
+        if slow and not self.compile_networks and provider not in self.providers:
             return False
         if not self.providers or {provider, stem(provider)} & set(self.providers):
             return True
@@ -247,7 +249,11 @@ class Measurement:
         """Every provider that can be, verified and ready to be sampled."""
         this = self._subject
         network = self.case.is_network
-        chosen = [p for p in this.providers if self._settings.wants(p.name, network=network)]
+        chosen = [
+            p
+            for p in this.providers
+            if self._settings.wants(p.name, network=network, slow=p.slow)
+        ]
         blank = Row(
             op=self.case.op,
             mode=self.case.mode,

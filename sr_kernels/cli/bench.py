@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--quick",
         action="store_true",
-        help="few cases, short samples, and torch.compile of whole networks only with --op",
+        help="few cases, short samples, and what compiles for minutes (torch.compile of whole "
+        "networks, FlexAttention on groups on a CPU) only with --op",
     )
     what.add_argument("--list", action="store_true", help="list the cases, and measure nothing")
     how = parser.add_argument_group("how")

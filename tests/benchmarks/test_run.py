@@ -537,6 +537,15 @@ def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
     assert quick.wants("eager", network=True)
     assert not quick.wants("compile", network=True)
     assert not quick.wants("compile_max_autotune", network=True)
+    for op, slow in (("grouped_window_attention", True), ("window_attention", False)):
+        this = providers.subject(
+            Case(op, 1, 24, 16, 16), weights=None, image=run.PHOTOGRAPH, folder=tmp_path
+        )
+        assert {p.name: p.slow for p in this.providers}["flex"] is slow
+    assert quick.wants("flex")
+    assert not quick.wants("flex", slow=True)
+    assert replace(quick, providers=("flex",)).wants("flex", slow=True)
+    assert toy_settings.wants("flex", slow=True)
     said = []
     _run([Case("mafdn_x4", 1, 0, 8, 8)], replace(quick, providers=("cpu",)), tmp_path, said.append)
     assert "torch.compile of whole networks takes minutes, and is left out" in "\n".join(said)
