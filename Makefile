@@ -47,7 +47,7 @@ help:  ## this list
 demo: setup  ## upscale the photograph that the package ships
 	@$(ENV)/bin/sr-kernels demo
 
-bench: $(STAMPS)/bench setup  ## the quick set of benchmarks (about 6 minutes on 2 cores); rows and charts in benchmarks/results
+bench: $(STAMPS)/bench setup  ## the quick set of benchmarks (about 7 minutes on 2 cores); rows and charts in benchmarks/results
 	@$(ENV)/bin/sr-kernels bench --quick --plot $(BENCH_ARGS)
 
 test: setup-dev  ## all tests that this machine can run

@@ -23,7 +23,7 @@ Needs the extra packages of sr_kernels[bench].
 """
 EPILOG = """\
 examples:
-  sr-kernels bench --quick                                 6 minutes: what `make bench` runs
+  sr-kernels bench --quick                                 7 minutes: what `make bench` runs
   sr-kernels bench --op elan_light_x4 --size 180x320       one network, all providers
   sr-kernels bench --op shift_conv_block --channels 60 --mode both --size 4x64x64
   sr-kernels bench --op elan_light_x4 --weights elan_light_x4=ELAN_light_x4.pth
