@@ -64,8 +64,8 @@ class Problem:
     inputs: contiguous tensors by argument name; those in `maps` take the memory format under test.
     wrt: inputs that get a gradient.
     stock: the definition in plain PyTorch.  ours: this package's, for the backend of that name.
-    alternatives: by provider name.  slow: of these, what compiles several kernels, which takes a CPU
-    long.  work: by mode.
+    alternatives: by provider name.  slow: of these, what compiles several kernels, which
+    takes a CPU long.  work: by mode.
     """
 
     inputs: dict[str, Tensor]

@@ -62,7 +62,8 @@ class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
     least: rounds of each visit, at least.  compile_networks: torch.compile of whole
-    networks, too, which takes minutes, and what else is slow to compile.  weights: by network.  image: the photograph.
+    networks, too, which takes minutes, and what else is slow to compile.  weights: by network.
+    image: the photograph.
     apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
     only.  heap: of these processes, one of `worker.HEAPS`.
     """
