@@ -251,9 +251,7 @@ class Measurement:
         this = self._subject
         network = self.case.is_network
         chosen = [
-            p
-            for p in this.providers
-            if self._settings.wants(p.name, network=network, slow=p.slow)
+            p for p in this.providers if self._settings.wants(p.name, network=network, slow=p.slow)
         ]
         blank = Row(
             op=self.case.op,
