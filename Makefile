@@ -121,7 +121,7 @@ $(STAMPS)/installed: $(SOURCES) $(STAMPS)/build
 SANITIZE := address,undefined
 ASAN_SITE := build/asan-site
 ASAN_TESTS ?= tests/test_shift_conv.py tests/test_window_attention.py tests/test_attention_gates.py \
-	tests/test_attention_block.py tests/test_conv3x3.py
+	tests/test_attention_block.py tests/test_conv3x3.py tests/test_linear_attention.py
 ASAN_SELECT ?= -m "not slow and not gpu and not large" -k "not compile and not export and not opcheck"
 
 $(ASAN_SITE)/.stamp: $(SOURCES) $(STAMPS)/dev $(shell find sr_kernels models benchmarks -name '*.py')

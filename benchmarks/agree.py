@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import table
-from .table import Row
+from .table import Row, spread
 
 __all__ = ["ENOUGH", "compare"]
 
@@ -70,11 +70,8 @@ def _line(a: Row, b: Row) -> str:
     name += "" if a.cache == "warm" else f" {a.cache}"
     ratio = (b.median_ms or 0.0) / (a.median_ms or 1.0)
     verdict = "agree" if overlap(a, b) else "DIFFER"
-    return f"{name:<72}{_spread(a)}{_spread(b)}{ratio:>8.3f}  {verdict}{_busy((a, b))}"
-
-
-def _spread(row: Row) -> str:
-    return f"{f'{row.median_ms:.4g} ({row.p20_ms:.4g} .. {row.p80_ms:.4g}) ms':>34}"
+    times = f"{spread(a) + ' ms':>34}{spread(b) + ' ms':>34}"
+    return f"{name:<72}{times}{ratio:>8.3f}  {verdict}{_busy((a, b))}"
 
 
 def _busy(rows: Sequence[Row]) -> str:

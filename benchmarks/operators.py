@@ -17,7 +17,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 import sr_kernels
-from sr_kernels import reference
+from sr_kernels import backends, reference
 from sr_kernels.nn import shift_weight
 from sr_kernels.ops._registration import memory_format_of
 from sr_kernels.reference.window_attention import (
@@ -262,12 +262,13 @@ def _attention_work(
     )
 
 
-def _reuse_work(case: Case, inputs: Inputs) -> dict[str, Work]:
-    """With the probabilities at hand only P v is left, backward P^T dO. They come from somewhere:
-    counted is the least, reading q, though not what it takes to make them from it."""
-    q = Work(getattr(torch, case.dtype).itemsize * float(inputs["v"].numel()), 0)
+def _reuse_work(case: Case, inputs: Inputs, name: str) -> dict[str, Work]:
+    """With the probabilities at hand only P v is left, backward P^T dO, for the map of that name.
+    They come from somewhere: counted is the least, reading q, though not what it takes to make them
+    from it."""
+    q = Work(getattr(torch, case.dtype).itemsize * float(inputs[name].numel()), 0)
     flops = 2.0 * case.pixels * sum(tokens * d for tokens, d in _groups(case.channels))
-    work = _work(case, inputs, case.channels, flops, gradients=("v",), backward_flops=flops)
+    work = _work(case, inputs, case.channels, flops, gradients=(name,), backward_flops=flops)
     return {mode: cost + q for mode, cost in work.items()}
 
 
@@ -275,24 +276,31 @@ def _groups(channels: int) -> tuple[tuple[int, int], ...]:
     return tuple((w * w, channels // len(WINDOWS)) for w in WINDOWS)
 
 
+def _query_scale(channels: int) -> float:
+    """Of queries with which logits q.q are around 4: neither uniform nor one-hot."""
+    return 2 * (channels / len(WINDOWS)) ** -0.5
+
+
+def _partitioned(attention: Function) -> Function:
+    """Grouped attention of qv by a library's kernel on windows that were cut out."""
+
+    def run(qv: Tensor) -> Tensor:
+        outputs = []
+        for window, group in zip(WINDOWS, qv.chunk(len(WINDOWS), 1), strict=True):
+            size, shift = (window, window), (window // 2, window // 2)
+            q, v = (_to_windows(half, size, shift, 1) for half in group.chunk(2, 1))
+            shape = q.shape
+            q, v = q.flatten(0, 2), v.flatten(0, 2)
+            y = attention(q, q, v, scale=1.0)
+            outputs.append(_from_windows(y.reshape(shape), size, shift))
+        return torch.cat(outputs, 1)
+
+    return run
+
+
 def _grouped_window_attention(case: Case) -> Problem:
     make, c = _Maker(case), case.channels
-    # Logits q.q around 4: neither uniform nor one-hot.
-    inputs = {"qv": make.map(2 * c, scale=2 * (c / len(WINDOWS)) ** -0.5)}
-
-    def partitioned(attention: Function) -> Function:
-        def run(qv: Tensor) -> Tensor:
-            outputs = []
-            for window, group in zip(WINDOWS, qv.chunk(len(WINDOWS), 1), strict=True):
-                size, shift = (window, window), (window // 2, window // 2)
-                q, v = (_to_windows(half, size, shift, 1) for half in group.chunk(2, 1))
-                shape = q.shape
-                q, v = q.flatten(0, 2), v.flatten(0, 2)
-                y = attention(q, q, v, scale=1.0)
-                outputs.append(_from_windows(y.reshape(shape), size, shift))
-            return torch.cat(outputs, 1)
-
-        return run
+    inputs = {"qv": make.map(2 * c, scale=_query_scale(c))}
 
     def flex(inputs: Inputs) -> Function:
         compiled = _flex_attention()
@@ -302,7 +310,7 @@ def _grouped_window_attention(case: Case) -> Problem:
             result: Tensor = compiled(q, q, v.contiguous(), scale=scale)
             return result
 
-        return partitioned(attention)
+        return _partitioned(attention)
 
     options: dict[str, Any] = {"windows": WINDOWS, "shifted": True}
     return Problem(
@@ -312,37 +320,35 @@ def _grouped_window_attention(case: Case) -> Problem:
         _attention_work(case, inputs, _groups(c), backward_products=4),
         maps=("qv",),
         alternatives={
-            "sdpa": lambda inputs: partitioned(tf.scaled_dot_product_attention),
+            "sdpa": lambda inputs: _partitioned(tf.scaled_dot_product_attention),
             "flex": flex,
         },
         slow=("flex",),
     )
 
 
+def _kept(qv: Tensor) -> Function:
+    """ELAN's public code: the attention matrices are kept, and multiplied with another v."""
+    probabilities = []
+    for window, group in zip(WINDOWS, qv.chunk(len(WINDOWS), 1), strict=True):
+        q = _to_windows(group.chunk(2, 1)[0], (window, window), (window // 2,) * 2, 1)
+        probabilities.append((q @ q.transpose(-2, -1)).softmax(-1))
+
+    def run(v: Tensor) -> Tensor:
+        outputs = []
+        groups = zip(WINDOWS, probabilities, v.chunk(len(WINDOWS), 1), strict=True)
+        for window, matrix, group in groups:
+            size, shift = (window, window), (window // 2, window // 2)
+            outputs.append(_from_windows(matrix @ _to_windows(group, size, shift, 1), size, shift))
+        return torch.cat(outputs, 1)
+
+    return run
+
+
 def _grouped_window_reuse(case: Case) -> Problem:
     make, c = _Maker(case), case.channels
-    qv = make.map(2 * c, scale=2 * (c / len(WINDOWS)) ** -0.5)
+    qv = make.map(2 * c, scale=_query_scale(c))
     inputs = {"v": make.map(c)}
-
-    def stock(inputs: Inputs) -> Function:
-        """ELAN's public code: the attention matrices are kept, and multiplied with the new v."""
-        like = inputs["v"]
-        probabilities = []
-        for window, group in zip(WINDOWS, qv.to(like).chunk(len(WINDOWS), 1), strict=True):
-            q = _to_windows(group.chunk(2, 1)[0], (window, window), (window // 2,) * 2, 1)
-            probabilities.append((q @ q.transpose(-2, -1)).softmax(-1))
-
-        def run(v: Tensor) -> Tensor:
-            outputs = []
-            groups = zip(WINDOWS, probabilities, v.chunk(len(WINDOWS), 1), strict=True)
-            for window, matrix, group in groups:
-                size, shift = (window, window), (window // 2, window // 2)
-                outputs.append(
-                    _from_windows(matrix @ _to_windows(group, size, shift, 1), size, shift)
-                )
-            return torch.cat(outputs, 1)
-
-        return run
 
     def ours(inputs: Inputs, backend: str) -> Function:
         like = inputs["v"].detach()
@@ -357,9 +363,9 @@ def _grouped_window_reuse(case: Case) -> Problem:
 
     return Problem(
         inputs,
-        stock,
+        lambda inputs: _kept(qv.to(inputs["v"])),
         ours,
-        _reuse_work(case, inputs),
+        _reuse_work(case, inputs, "v"),
         maps=("v",),
         wrt=("v",),
     )
@@ -435,6 +441,92 @@ def _window_attention(case: Case) -> Problem:
         _attention_work(case, inputs, ((tokens, head_dim),) * heads),
         maps=("q", "k", "v"),
         alternatives={"sdpa": sdpa, "flex": flex},
+    )
+
+
+# ------------------------------------------------------------------------------ attention blocks
+
+
+def _with_projections(work: dict[str, Work], case: Case, rows: int) -> dict[str, Work]:
+    """And the 1x1 convolutions to `rows` channels and from C to C, without a gradient."""
+    flops = 2.0 * case.channels * (rows + case.channels) * case.pixels
+    return {"forward": work["forward"] + Work(0, flops)}
+
+
+def _grouped_attention_block(case: Case) -> Problem:
+    make, c = _Maker(case), case.channels
+    inputs = {
+        "x": make.map(c),
+        "w_in": _projection(make, c),
+        "b_in": make.vector(2 * c),
+        "w_out": make.conv(c, c),
+        "b_out": make.vector(c),
+    }
+
+    def sdpa(inputs: Inputs) -> Function:
+        attention = _partitioned(tf.scaled_dot_product_attention)
+
+        def run(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+            return tf.conv2d(attention(tf.conv2d(x, w_in, b_in)), w_out, b_out) + x
+
+        return run
+
+    options: dict[str, Any] = {"windows": WINDOWS, "shifted": True}
+    return Problem(
+        inputs,
+        plain(reference.grouped_attention_block, **options),
+        public(sr_kernels.grouped_attention_block, **options),
+        _with_projections(_attention_work(case, inputs, _groups(c)), case, 2 * c),
+        alternatives={"sdpa": sdpa},
+    )
+
+
+def _projection(make: _Maker, c: int) -> Tensor:
+    """Of a map of unit scale to qv."""
+    return make.tensor((2 * c, c, 1, 1), _query_scale(c) * c**-0.5)
+
+
+def _apply_grouped_attention_block(case: Case) -> Problem:
+    """With the scores of an earlier block, which are there already."""
+    make, c = _Maker(case), case.channels
+    earlier = (make.map(c), _projection(make, c), make.vector(2 * c))
+    inputs = {
+        "x": make.map(c),
+        "w_v": make.conv(c, c),
+        "b_v": make.vector(c),
+        "w_out": make.conv(c, c),
+        "b_out": make.vector(c),
+    }
+
+    def stock(inputs: Inputs) -> Function:
+        x, w_in, b_in = (tensor.to(inputs["x"]) for tensor in earlier)
+        kept = _kept(tf.conv2d(x, w_in, b_in))
+
+        def run(x: Tensor, w_v: Tensor, b_v: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+            return tf.conv2d(kept(tf.conv2d(x, w_v, b_v)), w_out, b_out) + x
+
+        return run
+
+    def ours(inputs: Inputs, backend: str) -> Function:
+        x, w_in, b_in = (tensor.to(inputs["x"]) for tensor in earlier)
+        _, scores = sr_kernels.grouped_attention_block(
+            x.contiguous(memory_format=memory_format_of(inputs["x"])),
+            w_in,
+            b_in,
+            inputs["w_out"],
+            inputs["b_out"],
+            windows=WINDOWS,
+            shifted=True,
+            return_scores=True,
+            backend=backend,
+        )
+        return partial(sr_kernels.apply_grouped_attention_block, scores, backend=backend)
+
+    return Problem(
+        inputs,
+        stock,
+        ours,
+        _with_projections(_reuse_work(case, inputs, "x"), case, c),
     )
 
 
@@ -561,12 +653,49 @@ def _gated_conv1x1(case: Case) -> Problem:
     )
 
 
+# ------------------------------------------------------------------------------ training
+
+
+def _channel_moments(case: Case) -> Problem:
+    """The mean and, beside it, the covariance of the channels, of which the symmetry is not taken
+    off; in the dtype of x."""
+    make, c = _Maker(case), case.channels
+    inputs = {"x": make.map(c)}
+
+    def stock(x: Tensor) -> Tensor:
+        rows = x.transpose(0, 1).flatten(1)
+        mean = rows.mean(1, keepdim=True)
+        centred = (rows - mean) * rows.shape[1] ** -0.5
+        return torch.cat([mean, centred @ centred.T], 1)
+
+    def ours(inputs: Inputs, backend: str) -> Function:
+        operator = backends.operators(backend).channel_moments
+
+        def run(x: Tensor) -> Tensor:
+            mean, covariance = operator(x)
+            return torch.cat([mean[:, None], covariance], 1).to(x.dtype)
+
+        return run
+
+    products = 2.0 * c * c * case.pixels
+    work = _work(
+        case,
+        inputs,
+        c * (c + 1) / case.pixels,
+        products + c * case.pixels,
+        backward_flops=products,
+    )
+    return Problem(inputs, plain(stock), ours, work)
+
+
 OPERATORS: dict[str, Callable[[Case], Problem]] = {
     "shift_conv2d": _shift_conv2d,
     "shift_conv_block": _shift_conv_block,
     "grouped_window_attention": _grouped_window_attention,
     "grouped_window_reuse": _grouped_window_reuse,
     "window_attention": _window_attention,
+    "grouped_attention_block": _grouped_attention_block,
+    "apply_grouped_attention_block": _apply_grouped_attention_block,
     "conv3x3": _conv3x3,
     "pixel_attention": _pixel_attention,
     "spatial_attention": _spatial_attention,
@@ -574,4 +703,5 @@ OPERATORS: dict[str, Callable[[Case], Problem]] = {
     "channel_gate": _channel_gate,
     "channel_attention": _channel_attention,
     "gated_conv1x1": _gated_conv1x1,
+    "channel_moments": _channel_moments,
 }

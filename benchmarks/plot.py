@@ -13,7 +13,7 @@ from . import table
 from .cases import MissingExtra
 from .networks import NETWORKS
 from .run import fastest_other, is_ours
-from .table import BUSY, Row
+from .table import BUSY, Row, digits, spread
 
 __all__ = ["MARKERS", "draw", "latest", "readme_section"]
 
@@ -299,9 +299,35 @@ def _replaced(text: str, section: str) -> str:
     return text[: begin + len(MARKERS[0])] + "\n" + section + text[end:]
 
 
+def _readme_table(groups: Sequence[Sequence[Row]]) -> list[str]:
+    """One line for each case that has times of ours and of another; an operator's lie together."""
+    lines = [
+        "| case | ours, ms (20 % .. 80 %) | fastest other, ms | speed-up | of the floor "
+        "| memory, MB: ours / other |",
+        "|---|---|---|---|---|---|",
+    ]
+    ops = list(dict.fromkeys(group[0].op for group in groups))
+    for group in sorted(groups, key=lambda group: ops.index(group[0].op)):
+        best, other = _best(group), fastest_other(group)
+        if best is None or other is None or not best.median_ms or not other.median_ms:
+            continue
+        memory = " / ".join(
+            "-" if row.memory_mb is None else f"{row.memory_mb:.0f}" for row in (best, other)
+        )
+        busy = any((row.other_load or 0.0) > BUSY for row in (best, other))
+        lines.append(
+            f"| {_label(best)}{' (busy machine)' if busy else ''} "
+            f"| {spread(best)} | {digits(other.median_ms)} {other.provider} "
+            f"| {other.median_ms / best.median_ms:.2f} | {best.fraction:.0%} {best.bound} "
+            f"| {memory} |"
+        )
+    return lines
+
+
 def readme_section(folder: Path, root: Path) -> str:
-    """Markdown: for each device a table of ours against the fastest other provider, with where and
-    when that was measured; and the charts there are. "-": memory was not measured."""
+    """Markdown: for each device tables of networks and of operators, ours against the fastest other
+    provider, with where and when that was measured; and the charts there are. "-": memory was not
+    measured."""
     rows = [row for row in latest(table.read(folder)) if row.median_ms is not None]
     lines = []
     place = folder.resolve().relative_to(root.resolve())
@@ -320,26 +346,15 @@ def readme_section(folder: Path, root: Path) -> str:
             + ", ".join(f"{date} at {commit}" for date, commit in runs)
             + ":",
             "",
-            "| case | ours, ms (20 % .. 80 %) | fastest other, ms | speed-up | of the floor "
-            "| memory, MB: ours / other |",
-            "|---|---|---|---|---|---|",
         ]
-        for group in groups:
-            best, other = _best(group), fastest_other(group)
-            if best is None or other is None or not best.median_ms or not other.median_ms:
-                continue
-            memory = " / ".join(
-                "-" if row.memory_mb is None else f"{row.memory_mb:.0f}" for row in (best, other)
-            )
-            busy = any((row.other_load or 0.0) > BUSY for row in (best, other))
-            lines.append(
-                f"| {_label(best)}{' (busy machine)' if busy else ''} "
-                f"| {best.median_ms:.4g} ({best.p20_ms:.4g} .. {best.p80_ms:.4g}) "
-                f"| {other.median_ms:.4g} {other.provider} "
-                f"| {other.median_ms / best.median_ms:.2f} | {best.fraction:.0%} {best.bound} "
-                f"| {memory} |"
-            )
-        lines.append("")
+        order = list(NETWORKS)
+        networks = [group for group in groups if group[0].op in NETWORKS]
+        networks.sort(key=lambda group: order.index(group[0].op))
+        operators = [group for group in groups if group[0].op not in NETWORKS]
+        lines += [*_readme_table(networks), ""]
+        if operators:
+            lines += ["<details><summary>Operators one by one</summary>", ""]
+            lines += [*_readme_table(operators), "", "</details>", ""]
     charts = sorted(path.name for path in folder.glob("*.png"))
     lines += [f"![{name.partition('-')[0]}]({place.as_posix()}/{name})" for name in charts]
     return "\n".join(lines) + "\n"

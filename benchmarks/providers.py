@@ -91,7 +91,7 @@ class Provider:
     """name: as in the table.  build: makes it ready; raises Unavailable where it cannot run.
 
     ours: of this package.  foreign: a runtime with threads of its own.
-    compiles: the first call compiles.  slow: for so long that the quick set goes without.
+    compiles: the first call compiles.  slow: for minutes, so that the quick set goes without.
     graphs: a call replays a CUDA graph of its own.
     """
 
@@ -155,11 +155,12 @@ def _compile_providers(
     case: Case, build: Callable[[Callable[[Any], Any]], Running]
 ) -> Iterator[Provider]:
     """build: makes the definition ready with what is given, applied to it."""
-    yield Provider(COMPILE, partial(build, partial(torch.compile, dynamic=False)), compiles=True)
+    how = {"compiles": True, "slow": case.is_network}
+    yield Provider(COMPILE, partial(build, partial(torch.compile, dynamic=False)), **how)
     # On a CPU it has no graphs and hardly a kernel to choose. A graph's results are overwritten by
     # the next forward: backward after backward is nothing that it could do.
     if case.device != "cpu" and case.mode != "backward":
-        yield Provider(MAX_AUTOTUNE, partial(build, _max_autotune), compiles=True, graphs=True)
+        yield Provider(MAX_AUTOTUNE, partial(build, _max_autotune), graphs=True, **how)
 
 
 def _max_autotune(function: Any) -> Callable[..., Any]:

@@ -61,9 +61,8 @@ PAUSE, FOREIGN_PAUSE = 0.01, 0.05
 class Settings:
     """seconds: of samples per provider.  memory: measure it.  providers: names, empty for all.
 
-    least: rounds of each visit, at least.  compile_networks: torch.compile of whole
-    networks, too, which takes minutes, and what else is slow to compile.  weights: by network.
-    image: the photograph.
+    least: rounds of each visit, at least.  slow: of all providers also those that take minutes to
+    compile; one that is named is wanted anyway.  weights: by network.  image: the photograph.
     apart: on a CPU, each provider in a process of its own; without it memory is measured on a GPU
     only.  heap: of these processes, one of `worker.HEAPS`.
     """
@@ -76,19 +75,17 @@ class Settings:
     image: Path = PHOTOGRAPH
     apart: bool = True
     least: int = measure.MIN_ROUNDS
-    compile_networks: bool = True
+    slow: bool = True
     heap: str = "kept"
 
-    def wants(self, provider: str, *, network: bool = False, slow: bool = False) -> bool:
-        compiles = provider in (COMPILE, MAX_AUTOTUNE)
-        if network and compiles and not self.compile_networks:
-            return False
-        if slow and not self.compile_networks and provider not in self.providers:
-            return False
-        if not self.providers or {provider, stem(provider)} & set(self.providers):
+    def wants(self, provider: Provider) -> bool:
+        name, named = stem(provider.name), set(self.providers)
+        if not named:
+            return self.slow or not provider.slow
+        if {provider.name, name} & named:
             return True
         # It gets the memory format that stock is faster in, and that has to be found out.
-        return stem(provider) == "eager" and bool({COMPILE, MAX_AUTOTUNE} & set(self.providers))
+        return name == "eager" and bool({COMPILE, MAX_AUTOTUNE} & named)
 
 
 def run(
@@ -117,7 +114,7 @@ def run(
         dtypes = tuple(sorted({case.arithmetic for case in cases if case.device == device}))
         limits[device] = ceilings.measure(device, dtypes, toy=toy)
         say(_describe(device, limits[device], settings.threads))
-    if not settings.compile_networks and any(case.is_network for case in cases):
+    if not (settings.slow or settings.providers) and any(case.is_network for case in cases):
         say("torch.compile of whole networks takes minutes, and is left out: --op NETWORK has it")
     everything: dict[Case, list[Row]] = {}
     failed: list[Case] = []
@@ -249,10 +246,7 @@ class Measurement:
     def prepare(self) -> Measurement:
         """Every provider that can be, verified and ready to be sampled."""
         this = self._subject
-        network = self.case.is_network
-        chosen = [
-            p for p in this.providers if self._settings.wants(p.name, network=network, slow=p.slow)
-        ]
+        chosen = [p for p in this.providers if self._settings.wants(p)]
         blank = Row(
             op=self.case.op,
             mode=self.case.mode,
@@ -514,8 +508,8 @@ def report(rows: Sequence[Row]) -> list[str]:
                     f"  not to be trusted: other programs kept {floor.other_load:.1f} cores busy"
                 )
             lines.append(
-                f"  {cache + ': ' if cache != 'warm' else ''}floor {floor.floor_ms:.4g} ms "
-                f"(bound by {floor.bound})"
+                f"  {cache + ': ' if cache != 'warm' else ''}"
+                f"floor {table.digits(floor.floor_ms)} ms (bound by {floor.bound})"
             )
             lines.append(
                 f"  {'provider':<30}{'median ms':>10}{'p20':>9}{'p80':>9}"
@@ -530,7 +524,8 @@ def report(rows: Sequence[Row]) -> list[str]:
                 ratio = f"{other.median_ms / row.median_ms:.2f}x"
             memory = "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
             lines.append(
-                f"  {row.provider:<30}{row.median_ms:>10.4g}{row.p20_ms:>9.4g}{row.p80_ms:>9.4g}"
+                f"  {row.provider:<30}{table.digits(row.median_ms):>10}"
+                f"{table.digits(row.p20_ms):>9}{table.digits(row.p80_ms):>9}"
                 f"{row.fraction:>10.0%}{ratio:>10}{memory:>11}{row.error:>10.1e}"
             )
     return lines

@@ -120,6 +120,18 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def digits(value: float | None) -> str:
+    """Four significant digits, and all of those in front of the point; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"
+
+
+def spread(row: Row) -> str:
+    """The row's median with its 20th and 80th percentile, in ms."""
+    return f"{digits(row.median_ms)} ({digits(row.p20_ms)} .. {digits(row.p80_ms)})"
+
+
 def read(folder: Path) -> list[Row]:
     """All rows, in the file's order; none if there is no file.
 

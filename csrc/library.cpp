@@ -60,6 +60,12 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   m.def(
       "apply_grouped_window_scores_backward(Tensor grad, Tensor qv, Tensor lse, Tensor v, "
       "Tensor out, int[] windows, bool shifted, bool need_qv, bool need_v) -> (Tensor, Tensor)");
+  // The CPU alone. reuse_v and reuse_out went into and came out of apply_grouped_window_scores,
+  // reuse_grad is the gradient of reuse_out: what flows from there into qv is in the result.
+  m.def(
+      "grouped_window_attention_joint_backward(Tensor grad, Tensor qv, Tensor out, Tensor lse, "
+      "Tensor reuse_grad, Tensor reuse_v, Tensor reuse_out, int[] windows, bool shifted) "
+      "-> Tensor");
 
   // ------------------------------------------------------------ attention block
   // Inference only. q is (N, C, H, W), the queries of all groups, or (0,) where return_q is false.
@@ -76,6 +82,14 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
       "apply_grouped_attention_block_out(Tensor x, Tensor q, Tensor w_v, Tensor? b_v, "
       "Tensor w_out, Tensor? b_out, int[] windows, bool shifted, Tensor(a!) out) -> ()");
 
+  // ------------------------------------------------------------ linear attention block
+  // Inference only, on the CPU alone.
+  m.def(
+      "linear_attention_block(Tensor x, Tensor w0, Tensor? b0, Tensor w_depth, Tensor w1, Tensor? "
+      "b1, "
+      "Tensor w_qkv, Tensor? b_qkv, Tensor w_out, Tensor? b_out, int window_h, int window_w, "
+      "int shift_h, int shift_w, int num_heads, float scale) -> Tensor");
+
   // ------------------------------------------------------------ 3x3 convolution
   // Inference only.
   m.def(
@@ -88,6 +102,10 @@ STABLE_TORCH_LIBRARY(sr_kernels, m) {
   m.def(
       "channel_moments_backward(Tensor mean_grad, Tensor covariance_grad, Tensor x, Tensor mean) "
       "-> Tensor");
+  // The CPU alone. The sum of that and of gradients that reached x by other ways.
+  m.def(
+      "channel_moments_joint_backward(Tensor mean_grad, Tensor covariance_grad, Tensor x, "
+      "Tensor mean, Tensor other_grad, Tensor? another_grad) -> Tensor");
 
   // ------------------------------------------------------------ attention gates
   m.def("pixel_attention(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sr_kernels.functional as F
+from sr_kernels._batch_norm import folded
 from sr_kernels._checks import writes_in_place
 from sr_kernels.nn import GMSA, LFE, PixelAttention, ShiftConv2d, set_backend
 
@@ -108,15 +109,8 @@ def _fold_batch_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tens
     """Weight and bias of the one convolution that both are in eval mode; formed in float64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("model has a BatchNorm without running statistics; it cannot be folded")
-    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    weight = convolution.weight.double() * factor[:, None, None, None]
-    bias = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        bias = bias + norm.bias.double()
-    if convolution.bias is not None:
-        bias = bias + convolution.bias.double() * factor
+    statistics = norm.running_mean.double(), norm.running_var.double()
+    weight, bias = folded(convolution, norm, *statistics)
     dtype = convolution.weight.dtype
     return weight.to(dtype), bias.to(dtype)
 

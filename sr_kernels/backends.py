@@ -51,9 +51,18 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
-# What the compiled libraries alone have. No layer calls it on a GPU, where BatchNorm in training is
-# torch's.
-_NOT_IN_TRITON = frozenset({"channel_moments"})
+# What the CPU alone has: a block whose parts patched networks on a GPU run, and two parts of
+# training that no layer calls on a GPU.
+_ONLY_ON_CPU = frozenset(
+    {
+        "linear_attention_block",
+        "channel_moments_joint_backward",
+        "grouped_window_attention_joint_backward",
+    }
+)
+# What the compiled libraries alone have. No layer calls channel_moments on a GPU, where BatchNorm
+# in training is torch's.
+_NOT_IN_TRITON = _ONLY_ON_CPU | {"channel_moments"}
 
 
 class FallbackWarning(UserWarning):
@@ -125,6 +134,8 @@ def can_run(
         return True, ""
     if backend == "triton" and op in _NOT_IN_TRITON:
         return False, f"{op} has no Triton kernel"
+    if backend == "cuda" and op in _ONLY_ON_CPU:
+        return False, f"{op} has no CUDA kernel"
     device = tensors[0].device.type
     if backend == "triton":
         reason = _why_no_triton(device)

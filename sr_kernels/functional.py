@@ -19,7 +19,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from sr_kernels import _checks, backends, reference
+from sr_kernels import _checks, _joint_scores, backends, reference
 from sr_kernels.ops.options import ACTIVATIONS, PATTERNS, STATISTICS
 from sr_kernels.scores import WindowScores
 
@@ -33,6 +33,7 @@ __all__ = [
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",
+    "linear_attention_block",
     "pixel_attention",
     "pixel_spatial_attention",
     "shift_conv2d",
@@ -445,10 +446,16 @@ def grouped_window_attention(
         return reference.grouped_window_attention(
             qv, windows=sizes, shifted=shifted, return_scores=return_scores
         )
-    out, lse = backends.operators(chosen).grouped_window_attention(qv, list(sizes), shifted)
+    joint = None
+    if return_scores and chosen == "cpu" and _joint_scores.can_join(qv):
+        out, lse, joint = _joint_scores.attend(qv, list(sizes), shifted)
+    else:
+        out, lse = backends.operators(chosen).grouped_window_attention(qv, list(sizes), shifted)
     if not return_scores:
         return out
-    return out, WindowScores(kind="grouped", q=qv, lse=lse, windows=sizes, shifted=shifted)
+    return out, WindowScores(
+        kind="grouped", q=qv, lse=lse, windows=sizes, shifted=shifted, joint=joint
+    )
 
 
 def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -501,9 +508,11 @@ def apply_window_scores(scores: WindowScores, v: Tensor, *, backend: str | None 
             "implementation and hold no log-sum-exp"
         )
     if scores.kind == "grouped":
-        return backends.operators(chosen).apply_grouped_window_scores(
-            q, scores.lse, v, list(scores.windows), scores.shifted
-        )
+        arguments = (q, scores.lse, v, list(scores.windows), scores.shifted)
+        joint = scores.joint
+        if chosen == "cpu" and joint is not None and _joint_scores.can_join(joint.token):
+            return _joint_scores.reuse(joint, *arguments)
+        return backends.operators(chosen).apply_grouped_window_scores(*arguments)
     return backends.operators(chosen).apply_window_scores(
         q,
         scores.k,
@@ -726,6 +735,92 @@ def apply_grouped_attention_block(
     _require_inference("apply_grouped_attention_block", _TRAINABLE_BLOCK, x, *weights)
     arguments = (x, q, *weights, list(scores.windows), scores.shifted)
     return _run("apply_grouped_attention_block", chosen, arguments, out)
+
+
+def linear_attention_block(
+    x: Tensor,
+    w0: Tensor,
+    b0: Tensor | None,
+    w_depth: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    window: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    num_heads: int = 1,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """DCTLSA's attention, which is linear in the tokens, with its local branch, for inference::
+
+        u = x + W1 depthwise(W0 x + b0) + b1
+        q, k, v = W_qkv u + b_qkv
+        y = u + W_out (scale q (softmax_tokens(k)^T v)) + b_out     in each window, per head
+
+    The image is rolled by -shift first, and back after; the depthwise 3x3 convolution has zeros
+    around the rolled image. ``W0`` and ``W1`` are those of 1x1 convolutions into which the
+    BatchNorms in front of them have been folded. One pass from x to y; there is a kernel for the
+    CPU alone. No gradient: a call that would need one raises ``RuntimeError`` (the reference
+    backend has one).
+
+    Args:
+        x: (N, C, H, W).
+        w0, w1: (C, C, 1, 1).
+        b0, b1: (C,) or None.
+        w_depth: (C, 1, 3, 3).
+        w_qkv: (3C, C, 1, 1): q, k and v, in each the heads in order.
+        b_qkv: (3C,) or None.
+        w_out: (C, C, 1, 1).
+        b_out: (C,) or None.
+        window, shift: as in :func:`window_attention`.
+        num_heads: must divide C.
+        scale: of q; None: ``(C / num_heads) ** -0.5``.
+        backend: see :mod:`sr_kernels.backends`.
+
+    Returns:
+        (N, C, H, W).
+
+    Source: the layers of DCTLSA (an image super-resolution network), in the public code of its
+    authors; attention that multiplies keys and values first is of Shen et al., WACV 2021, arXiv
+    1812.01243.
+    """
+    _checks.feature_map(x, "x")
+    channels = x.shape[1]
+    window_size = _checks.integer_pair(window, "window", minimum=1)
+    shift_size = _checks.integer_pair(shift, "shift")
+    _checks.integer(num_heads, "num_heads", minimum=1)
+    if channels % num_heads:
+        raise ValueError(
+            f"x must have a multiple of num_heads={num_heads} channels, got {channels}"
+        )
+    for weight, bias, name, rows in (
+        (w0, b0, "0", channels),
+        (w1, b1, "1", channels),
+        (w_qkv, b_qkv, "_qkv", 3 * channels),
+        (w_out, b_out, "_out", channels),
+    ):
+        _checks.conv1x1_weight(weight, channels, f"w{name}", x, c_out=rows)
+        _checks.optional(bias, (rows,), f"b{name}", x)
+    _checks.shaped(w_depth, (channels, 1, 3, 3), "w_depth", x)
+    _checks.divisible(x, window_size, "window")
+    if scale is None:
+        scale = float(channels // num_heads) ** -0.5
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    weights = (w0, b0, w_depth, w1, b1, w_qkv, b_qkv, w_out, b_out)
+    chosen = backends.choose("linear_attention_block", (x,), backend)
+    if chosen == "reference":
+        return reference.linear_attention_block(
+            x, *weights, window=window_size, shift=shift_size, num_heads=num_heads, scale=scale
+        )
+    _require_inference("linear_attention_block", "its parts in torch", x, *weights)
+    return backends.operators(chosen).linear_attention_block(
+        x, *weights, *window_size, *shift_size, num_heads, float(scale)
+    )
 
 
 def conv3x3(

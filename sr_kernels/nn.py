@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from sr_kernels import functional as F
 from sr_kernels import reference
+from sr_kernels._batch_norm import folded
 from sr_kernels.backends import choose, current_backend
+from sr_kernels.ops.options import ACTIVATIONS, PATTERNS
 from sr_kernels.reference.shift_conv import SHIFT_OFFSETS
 from sr_kernels.reference.window_attention import relative_position_index
 from sr_kernels.scores import WindowScores
@@ -191,29 +193,95 @@ class LFE(_Layer):
         return f"act_type={self.act_type!r}, residual={self.residual}"
 
 
-def _batch_statistics(
-    convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of ``convolution(x)``'s channels, float64; norm's running ones follow."""
-    mean_x, covariance = torch.ops.sr_kernels.channel_moments(x)
-    weight = convolution.weight.flatten(1).double()
-    mean = weight @ mean_x
-    if convolution.bias is not None:
-        mean = mean + convolution.bias
-    variance = (weight @ covariance * weight).sum(1)
-    if norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            share = norm.momentum
-            if share is None:  # the plain mean over all batches
-                share = 1 / norm.num_batches_tracked.item()
-            pixels = x.numel() // x.shape[1]
-            unbiased = variance * (pixels / (pixels - 1))
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
-    return mean, variance
+class _NormalisedConvolution(torch.autograd.Function):
+    """A 1x1 convolution and the BatchNorm behind it, in training, on the CPU.
+
+    The batch statistics follow from the mean and the covariance of x: with w a row of W,
+    ``mean(w x + b) = w mean(x) + b`` and ``var(w x + b) = w cov(x) w^T``. So, with
+    ``f = gamma / sqrt(var + eps)``, BatchNorm of the convolution is ``f w (x - mean(x)) + beta``,
+    another convolution. b is without effect on it.
+
+    The last output is x, for a residual: what flows back from there is added where dx is computed.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        """y, and in float64 the statistics of the convolution's channels and of x."""
+        mean_x, covariance = torch.ops.sr_kernels.channel_moments(x)
+        w = weight.flatten(1).double()
+        spread = w @ covariance
+        variance = (spread * w).sum(1)
+        mean = w @ mean_x
+        factor = gamma * torch.rsqrt(variance + eps)
+        folded = (w * factor[:, None]).to(x.dtype)[:, :, None, None]
+        constant = (beta - mean * factor).to(x.dtype)
+        y = F.shift_conv2d(x, folded, constant, pattern="none", backend="cpu")
+        return y, mean, variance, mean_x, spread, folded, x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, gamma, beta, ctx.eps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:-1])
+        ctx.save_for_backward(x, weight, bias, gamma, beta, *output[1:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, *_, other = gradients
+        if grad is None:
+            return other, None, None, None, None, None
+        x, weight, bias, gamma, beta, mean, variance, mean_x, spread, folded = ctx.saved_tensors
+        ops = torch.ops.sr_kernels
+        none = (ACTIVATIONS[None], 0.0, PATTERNS["none"], 5)
+        need_x = ctx.needs_input_grad[0]
+        dx, of_folded, of_constant = ops.shift_conv2d_backward(
+            grad, x, folded, None, *none, need_x, True, True
+        )
+        of_folded, of_constant = of_folded.flatten(1).double(), of_constant.double()
+        w = weight.flatten(1).double()
+        inverse = torch.rsqrt(variance + ctx.eps)
+        factor = gamma * inverse
+        of_factor = (of_folded * w).sum(1) - of_constant * mean
+        of_variance = -0.5 * of_factor * gamma * inverse**3
+        of_mean = -of_constant * factor
+        if need_x:
+            of_covariance = w.T @ (of_variance[:, None] * w)
+            dx = ops.channel_moments_joint_backward(
+                of_mean @ w, of_covariance, x, mean_x, dx, other
+            )
+        of_weight = (
+            factor[:, None] * of_folded
+            + of_mean[:, None] * mean_x
+            + 2 * of_variance[:, None] * spread
+        )
+        return (
+            dx if need_x else None,
+            of_weight.to(weight.dtype).view_as(weight),
+            None if bias is None else torch.zeros_like(bias),
+            (of_factor * inverse).to(gamma.dtype),
+            of_constant.to(beta.dtype),
+            None,
+        )
+
+
+def _update_running_statistics(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int
+) -> None:
+    """As BatchNorm does in training; mean and variance are the batch's."""
+    if not norm.track_running_stats or norm.running_mean is None:
+        return
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        share = norm.momentum
+        if share is None:  # the plain mean over all batches
+            share = 1 / norm.num_batches_tracked.item()
+        unbiased = variance * (pixels / (pixels - 1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
 
 
 class GMSA(_Layer):
@@ -258,38 +326,34 @@ class GMSA(_Layer):
         )
         self.project_out = nn.Conv2d(channels, channels, 1)
 
-    def _project(self, x: Tensor) -> Tensor:
-        """``project_inp(x)``; BatchNorm goes into the convolution's weights where it can.
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``project_inp(x)``, and x; BatchNorm goes into the convolution's weights where it can.
 
-        In eval mode with its running statistics. In training mode, on the CPU backend, with the
-        batch's, which follow from the mean and the covariance of x: with w a row of W,
-        ``mean(W x + b) = W mean(x) + b`` and ``var(w x + b) = w cov(x) w^T``. Never on the
-        reference backend, which is the stock layers as they stand.
+        In eval mode with its running statistics; in training mode, on the CPU backend, with the
+        batch's (`_NormalisedConvolution`). Never on the reference backend, which is the stock
+        layers as they stand.
         """
         convolution, norm = self.project_inp
         if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-            return self.project_inp(x)  # SyncBatchNorm, an adapter
+            return self.project_inp(x), x  # SyncBatchNorm, an adapter
         if self.training:
             if not self._has_own_statistics(norm, x):
-                return self.project_inp(x)
-            mean, variance = _batch_statistics(convolution, norm, x)
-        else:
-            stock = (self.backend or current_backend()) == "reference"
-            if stock or norm.running_mean is None or norm.running_var is None:
-                return self.project_inp(x)
-            mean, variance = norm.running_mean, norm.running_var
-        factor = norm.weight * torch.rsqrt(variance + norm.eps)
-        weight = convolution.weight * factor[:, None, None, None]
-        bias = norm.bias - mean * factor
-        if convolution.bias is not None:
-            bias = bias + convolution.bias * factor
-        if not self.training:
-            return nn.functional.conv2d(x, weight, bias)
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.shift_conv2d(x, weight, bias, pattern="none", backend=self.backend)
+                return self.project_inp(x), x
+            y, mean, variance, *_, x = _NormalisedConvolution.apply(
+                x, convolution.weight, convolution.bias, norm.weight, norm.bias, norm.eps
+            )
+            if convolution.bias is not None:
+                mean = mean + convolution.bias.detach()
+            _update_running_statistics(norm, mean, variance, x.numel() // x.shape[1])
+            return y, x
+        stock = (self.backend or current_backend()) == "reference"
+        if stock or norm.running_mean is None or norm.running_var is None:
+            return self.project_inp(x), x
+        weight, bias = folded(convolution, norm, norm.running_mean, norm.running_var)
+        return nn.functional.conv2d(x, weight, bias), x
 
     def _has_own_statistics(self, norm: nn.BatchNorm2d, x: Tensor) -> bool:
-        """Whether `_batch_statistics` serves: BatchNorm in training mode, on the CPU backend."""
+        """Whether `_NormalisedConvolution` serves: BatchNorm in training mode, on the CPU."""
         return (
             norm.training
             and norm.affine
@@ -301,7 +365,7 @@ class GMSA(_Layer):
 
     def forward(self, x: Tensor, scores: WindowScores | None = None) -> tuple[Tensor, WindowScores]:
         """(N, C, H, W) and, with ``calc_attn=False``, scores -> (N, C, H, W) and the scores."""
-        projected = self._project(x)
+        projected, x = self._project(x)
         if self.calc_attn:
             y, scores = F.grouped_window_attention(
                 projected,

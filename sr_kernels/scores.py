@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
+
+
+@dataclass
+class JointUse:
+    """How the first reuse of grouped scores joins the backward of the layer that computed them.
+
+    See `sr_kernels._joint_scores`. token: None once a reuse has taken it.
+    """
+
+    token: Tensor | None
+    left: Any
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class WindowScores:
         num_heads: "window": number of heads.
         scale: "window": factor of the logits.
         backend: "block": which backend made it, and alone can apply it.
+        joint: "grouped": where a backward pass may follow on the CPU, how the first reuse joins it.
         mask: "window": whether tokens that the cyclic shift brought together are kept apart.
     """
 
@@ -52,3 +64,4 @@ class WindowScores:
     scale: float = 1.0
     mask: bool = False
     backend: str | None = None
+    joint: JointUse | None = field(default=None, repr=False, compare=False)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from sr_kernels.ops._registration import memory_format_of
+from sr_kernels.ops._registration import is_channels_last, memory_format_of
 
 _deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
 
@@ -470,11 +470,6 @@ def check_operator(
                 e.max_abs * ratio, e.rms * ratio, e.relative_l2 * ratio, 1.0, e.worst
             )
 
-    channels_last = (
-        first.dim() == 4
-        and first.is_contiguous(memory_format=torch.channels_last)
-        and not first.is_contiguous()
-    )
     results: list[Comparison] = []
 
     def assert_inputs_unchanged() -> None:
@@ -503,7 +498,7 @@ def check_operator(
                 alive = torch.where(theirs != 0, oracle[key], 0.0)
                 assert_gradients_alive(value, alive, what=what)
             elif memory_format and value.dim() == 4 and first.dim() == 4:
-                _assert_memory_format(value, first, channels_last, what)
+                _assert_memory_format(value, first, what)
 
     with poisoned_empty() if poison else nullcontext():
         with torch.no_grad(), mixed():
@@ -603,8 +598,7 @@ def _run(
         for i, value in enumerate(outputs.values()):
             # The same rounded numbers for every dtype: what the narrowest of them can hold.
             g = make_tensor(value.shape, torch.bfloat16, seed=seed + i, device=value.device)
-            format_ = memory_format_of(value) if value.dim() == 4 else torch.contiguous_format
-            weights.append(g.to(value.dtype).contiguous(memory_format=format_))
+            weights.append(g.to(value.dtype).contiguous(memory_format=memory_format_of(value)))
         leaves = [arguments[key] for key in names]
         grads = torch.autograd.grad(
             list(outputs.values()),
@@ -617,10 +611,8 @@ def _run(
     return found
 
 
-def _assert_memory_format(
-    value: torch.Tensor, first: torch.Tensor, channels_last: bool, what: str
-) -> None:
-    if channels_last and not value.is_contiguous(memory_format=torch.channels_last):
+def _assert_memory_format(value: torch.Tensor, first: torch.Tensor, what: str) -> None:
+    if is_channels_last(first) and not value.is_contiguous(memory_format=torch.channels_last):
         raise AssertionError(
             f"{what}: strides {value.stride()}, but the input is channels_last: the output must be"
         )

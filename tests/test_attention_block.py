@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_block_cases import FLOATS, LAYOUTS, block_inputs, block_with_reuse, check_block
+from attention_block_cases import block_inputs, block_with_reuse, check_block
+from choices import FLOATS, LAYOUTS
+from threads import threads
 
 import sr_kernels
 from sr_kernels import reference
@@ -150,15 +152,11 @@ def test_a_bad_pixel_stays_in_its_windows(value):
 
 def test_determinism_and_threads():
     inputs = block_inputs((2, 60, 32, 48), layout="channels_last")
-    threads = torch.get_num_threads()
+    run = block_with_reuse(sr_kernels)
     results = []
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            run = block_with_reuse(sr_kernels)
+    for count in (1, 2, 3, 1):
+        with threads(count):
             results.append(run(**inputs, windows=(4, 8, 16), shifted=True, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(bitwise_equal, results[0], other))
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from attention_gate_cases import CASES, FLOATS, LAYOUTS, SIZES, check, functions, make_inputs
+from attention_gate_cases import CASES, SIZES, check, functions, make_inputs
+from choices import FLOATS, LAYOUTS
+from threads import threads
 
 import sr_kernels
 from sr_kernels import reference
@@ -211,9 +213,9 @@ def test_statistics_of_a_large_plane(mean, layout):
 # ------------------------------------------------------------------------------ determinism
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @ALL
-def test_results_do_not_depend_on_threads_or_repetition(case, threads):
+def test_results_do_not_depend_on_threads_or_repetition(case, count):
     ours, _, settings = functions(case)
     leaves = leaves_of(make_inputs(case, (2, 11, 24, 70)))
 
@@ -222,13 +224,9 @@ def test_results_do_not_depend_on_threads_or_repetition(case, threads):
         return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves.values())]
 
     first = run()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         for _ in range(25):
             assert all(map(bitwise_equal, run(), first))
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------ torch
@@ -338,13 +336,9 @@ def test_second_derivative_says_what_to_do(case):
 
 
 def test_threads_beyond_the_work():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(7)
+    with threads(7):
         for case in CASES:
             check(case, make_inputs(case, (1, 4, 2, 3)))
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from threads import threads
 
 import sr_kernels
 from sr_kernels import _library, backends
@@ -250,14 +251,9 @@ NOT_HERE = ("-p", "no:cacheprovider")
 
 def test_threads_are_torchs():
     """Kernels run in torch's pool: with one thread the result is the same, bit by bit."""
-    before = torch.get_num_threads()
+    x, weight = make_tensor((1, 20, 90, 90)), W.repeat(1, 2, 1, 1)
     results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(
-                sr_kernels.shift_conv2d(make_tensor((1, 20, 90, 90)), W.repeat(1, 2, 1, 1))
-            )
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        with threads(count):
+            results.append(sr_kernels.shift_conv2d(x, weight))
     assert bitwise_equal(*results)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from from_file import load
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -26,13 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sr_kernels_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "setup.py", "sr_kernels_setup")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conv3x3_cases import ACTIVATIONS, FLOATS, LAYOUTS, check_conv, conv_inputs
+from choices import ACTIVATIONS, FLOATS, LAYOUTS
+from conv3x3_cases import check_conv, conv_inputs
+from threads import threads
 
 import sr_kernels
 from sr_kernels.testing import bitwise_equal, make_tensor
@@ -116,14 +118,10 @@ def test_a_bad_pixel_reaches_its_neighbours_alone(pixel, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_determinism_and_threads(layout):
     inputs = conv_inputs((2, 52, 40, 33), 52, layout=layout)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3, 1):
+        with threads(count):
             results.append(sr_kernels.conv3x3(**inputs, activation="gelu", backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
     assert all(bitwise_equal(results[0], other) for other in results[1:])
 
 

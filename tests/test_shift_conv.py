@@ -4,17 +4,16 @@ import itertools
 
 import pytest
 import torch
+from choices import ACTIVATIONS, FLOATS, LAYOUTS
 from shift_conv_cases import (
-    ACTIVATIONS,
     BLOCK_SIZES,
-    FLOATS,
-    LAYOUTS,
     SIZES,
     block_inputs,
     check_block,
     check_conv,
     conv_inputs,
 )
+from threads import threads
 
 import sr_kernels
 from sr_kernels import reference
@@ -65,6 +64,21 @@ def test_conv_groups(groups):
     check_conv(conv_inputs(1, 18, 7, 5, 6), groups=groups)
 
 
+@pytest.mark.asan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [(60, 60), (55, 165), (20, 32), (9, 8)], ids=str)
+def test_conv_in_place(channels, dtype):
+    """1x1 convolutions of channels_last maps, whole ones and parts whose rows lie further apart."""
+    for residual, activation in ((True, "leaky_relu"), (False, None)):
+        inputs = conv_inputs(
+            2, *channels, 7, 45, dtype=dtype, layout="channels_last", residual=residual
+        )
+        check_conv(inputs, gradients=None, pattern="none", activation=activation)
+        for name in ("x", "residual") if residual else ("x",):
+            inputs[name] = inputs[name][:, :, 1:, 2:-3]
+        check_conv(inputs, gradients=None, pattern="none", activation=activation)
+
+
 @pytest.mark.smoke
 def test_conv_every_subset_of_gradients():
     check_conv(conv_inputs(1, 10, 6, 5, 7), activation="gelu", gradients="subsets")
@@ -113,7 +127,7 @@ def test_row_ends(width, dtype, layout):
 @pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 1), (2, 130), (3, 65), (35, 7)], ids=str)
-@pytest.mark.parametrize(("channels", "hidden"), [(60, 120), (32, 80)])
+@pytest.mark.parametrize(("channels", "hidden"), [(60, 120), (32, 80), (55, 110)])
 def test_block_pixel_by_pixel(channels, hidden, size, dtype):
     """channels_last maps whose channels fill vectors: whole ones, or with an overlap at the end."""
     # Stock is lucky in some of these: half of what 80 products in one sum lose.
@@ -123,8 +137,19 @@ def test_block_pixel_by_pixel(channels, hidden, size, dtype):
         {"pattern": "plus", "activation": "relu", "residual": True},
         {"pattern": "cross", "activation": "leaky_relu", "residual": False},
         {"pattern": "none", "activation": None, "residual": True},
+        {"pattern": "none", "activation": "gelu", "residual": True},
+        {"pattern": "plus", "activation": "silu", "residual": False},
     ):
         check_block(inputs, gradients=None, atol=atol, **options)
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_block_in_place_of_a_part_of_a_map(activation):
+    """Nothing moves, and the rows of x are further apart than their pixels fill."""
+    inputs = block_inputs(2, 60, 120, 5, 43, layout="channels_last")
+    inputs["x"] = inputs["x"][:, :, 1:, 2:-3]
+    check_block(inputs, gradients=None, pattern="none", activation=activation)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +232,8 @@ def test_nan_and_inf_pass_as_in_the_reference(value, activation):
 # ------------------------------------------------------------------------------ determinism
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gradients_do_not_depend_on_threads_or_repetition(threads):
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_do_not_depend_on_threads_or_repetition(count):
     inputs = block_inputs(2, 20, 40, 24, 70)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
@@ -217,13 +242,9 @@ def test_gradients_do_not_depend_on_threads_or_repetition(threads):
         return torch.autograd.grad(out.square().sum(), leaves.values())
 
     first = gradients()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         for _ in range(20):
             assert all(map(bitwise_equal, gradients(), first))
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------ torch
@@ -316,12 +337,8 @@ def test_second_derivative_says_what_to_do():
 
 
 def test_threads_beyond_the_work():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(7)
+    with threads(7):
         check_block(block_inputs(1, 5, 5, 2, 3))
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------ bad input

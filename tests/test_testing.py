@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sr_kernels import testing as T
+from sr_kernels.ops._registration import is_channels_last
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -194,6 +195,12 @@ def test_layouts_hold_the_same_values(dtype: torch.dtype) -> None:
         assert torch.equal(tensor, plain), layout
         assert tensor.dtype == dtype
         assert tensor.is_leaf
+
+
+def test_a_map_of_one_channel_is_in_either_format_and_not_channels_last() -> None:
+    assert is_channels_last(T.make_tensor((2, 3, 4, 5), layout="channels_last"))
+    for shape in ((2, 3, 4, 5), (2, 1, 4, 5), (3, 4)):
+        assert not is_channels_last(torch.ones(shape))
 
 
 def test_layouts_are_what_they_say() -> None:

@@ -1,6 +1,5 @@
 """The Triton backend: its kernels interpreted and compiled, the choice, tuning, installation."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from from_file import load
 
 import sr_kernels
 from sr_kernels import _library, backends
@@ -36,14 +36,8 @@ def run_python(program, **environment):
 
 @pytest.fixture(scope="module")
 def codegen():
-    spec = importlib.util.spec_from_file_location(
-        "triton_codegen", ROOT / "tests" / "triton_codegen.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    yield load(ROOT / "tests" / "triton_codegen.py")
+    del sys.modules["triton_codegen"]
 
 
 # ------------------------------------------------------------------------------ the kernels

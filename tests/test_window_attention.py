@@ -3,12 +3,13 @@ definition, and as citizens of torch."""
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
+from choices import FLOATS, LAYOUTS
+from threads import threads
 from window_attention_cases import (
-    FLOATS,
-    LAYOUTS,
     SIZES,
     allow_float64_rounding,
     attention_inputs,
@@ -169,6 +170,29 @@ def test_grouped_layouts_and_windows(layout, windows):
     check_grouped(qv, windows=windows, shifted=True)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bands_of_groups_cover_all_windows(threads):
+    """channels_last groups take turns band by band; each window's bits are those of planes."""
+    qv = make_tensor((2, 48, 60, 24), scale=0.5)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        out, scores = sr_kernels.grouped_window_attention(
+            qv, windows=(3, 4, 6, 12), shifted=True, return_scores=True, backend="cpu"
+        )
+        last, last_scores = sr_kernels.grouped_window_attention(
+            qv.contiguous(memory_format=torch.channels_last),
+            windows=(3, 4, 6, 12),
+            shifted=True,
+            return_scores=True,
+            backend="cpu",
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert bitwise_equal(last.contiguous(), out)
+    assert bitwise_equal(last_scores.lse, scores.lse)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("shared_keys", [False, True])
 def test_reuse_accumulates_gradients(depth, shared_keys):
@@ -209,6 +233,126 @@ def test_grouped_reuse_accumulates_gradients(depth, dtype):
         kwargs={"windows": (2, 4), "shifted": True, "depth": depth},
         **options,
     )
+
+
+def spread_logits(qv, norm):
+    """qv, of three groups of 20 + 20 channels, with |q| from 0 to norm in every window."""
+    queries = qv.unflatten(1, (3, 2, 20))[:, :, 0]
+    h, w = qv.shape[2:]
+    length = torch.linspace(0, norm, h * w, dtype=qv.dtype).reshape(w, h).T
+    queries *= length / queries.norm(dim=2, keepdim=True)
+    return qv
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [4, 18, 60])
+def test_joint_gradient_is_the_sum_of_two(norm, dtype, layout):
+    """Of a layer and of a reuse of its scores, whose |q| go from 0 to norm in every window."""
+    ops = torch.ops.sr_kernels
+    settings = ([4, 8, 16], True)
+
+    def joint_and_sum(qv, v, grad, reuse_grad):
+        out, lse = ops.grouped_window_attention(qv, *settings)
+        reuse_out = ops.apply_grouped_window_scores(qv, lse, v, *settings)
+        joint = ops.grouped_window_attention_joint_backward(
+            grad, qv, out, lse, reuse_grad, v, reuse_out, *settings
+        )
+        own = ops.grouped_window_attention_backward(grad, qv, out, lse, *settings)
+        other, _ = ops.apply_grouped_window_scores_backward(
+            reuse_grad, qv, lse, v, reuse_out, *settings, True, False
+        )
+        return joint, own + other
+
+    qv = spread_logits(make_tensor((1, 120, 16, 32), layout=layout), norm)
+    others = (make_tensor((1, 60, 16, 32), layout=layout, seed=seed) for seed in (1, 2, 3))
+    inputs = [tensor.to(dtype) for tensor in (qv, *others)]
+    joint, separate = joint_and_sum(*inputs)
+    joint64, exact = joint_and_sum(*(tensor.double() for tensor in inputs))
+    scale = exact.abs().max().item()
+    torch.testing.assert_close(joint64, exact, rtol=0, atol=1e-12 * scale)
+    assert joint.stride() == qv.stride()
+
+    def error(actual):
+        return (actual.double() - exact).abs().max().item()
+
+    assert error(joint) <= 3 * error(separate) + torch.finfo(dtype).eps * scale
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of our operators that run inside, in order."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "sr_kernels":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def test_the_first_reuse_leaves_its_gradient_to_the_layer_of_the_scores():
+    leaves = {
+        dtype: [
+            make_tensor(shape, dtype, seed=seed, requires_grad=True)
+            for seed, shape in enumerate([(1, 24, 8, 8), (1, 12, 8, 8), (1, 12, 8, 8)])
+        ]
+        for dtype in (torch.float32, torch.float64)
+    }
+
+    def outputs(qv, first, second, backend):
+        options = {"windows": (4, 8), "shifted": True, "return_scores": True}
+        out, scores = sr_kernels.grouped_window_attention(qv, **options, backend=backend)
+        return [
+            out,
+            *(sr_kernels.apply_window_scores(scores, v, backend=backend) for v in (first, second)),
+        ]
+
+    ours = outputs(*leaves[torch.float32], "cpu")
+    exact = outputs(*leaves[torch.float64], "reference")
+    backward, reuse = "grouped_window_attention_backward", "apply_grouped_window_scores_backward"
+    joint = "grouped_window_attention_joint_backward"
+    qv, first, second = range(3)
+    # Which outputs, which gradients and what must run. One graph for all: nothing that one leaves
+    # may reach the next.
+    for used, wanted, names in (
+        ((0, 1, 2), (qv, first, second), [reuse, reuse, joint]),
+        ((1,), (first,), [reuse]),
+        ((0,), (qv,), [backward]),
+        ((0, 2), (qv, second), [reuse, backward]),
+        ((1,), (qv,), [reuse, joint]),
+        ((0, 1), (qv, first), [reuse, joint]),
+        ((0, 1), (qv, first), [reuse, joint]),
+    ):
+        found = []
+        for results, dtype in ((ours, torch.float32), (exact, torch.float64)):
+            loss = sum((results[i] * (i + 1)).square().sum() for i in used)
+            inputs = [leaves[dtype][i] for i in wanted]
+            with Calls() as calls:
+                found.append(torch.autograd.grad(loss, inputs, retain_graph=True))
+            assert sorted(calls.names) == (sorted(names) if results is ours else [])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["qv", "values", None])
+def test_what_a_reuse_leaves_keeps_no_graph_alive(wanted):
+    leaves = {
+        "qv": make_tensor((1, 24, 8, 8), requires_grad=True),
+        "values": make_tensor((1, 12, 8, 8), seed=1, requires_grad=True),
+    }
+    out, scores = sr_kernels.grouped_window_attention(
+        2 * leaves["qv"], windows=(4, 8), return_scores=True, backend="cpu"
+    )
+    loss = sr_kernels.apply_window_scores(scores, out * leaves["values"], backend="cpu").sum()
+    left = weakref.ref(scores.joint.left)
+    if wanted is not None:
+        torch.autograd.grad(loss, leaves[wanted])
+    assert left() is not None
+    del out, scores, loss
+    assert left() is None
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -343,17 +487,13 @@ def all_gradients():
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("threads", [1, 2])
-def test_bits_do_not_depend_on_threads_or_repetition(threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+@pytest.mark.parametrize("count", [1, 2])
+def test_bits_do_not_depend_on_threads_or_repetition(count):
+    with threads(2):
         first = all_gradients()
-        torch.set_num_threads(threads)
-        for _ in range(100 if threads == 2 else 3):
+    with threads(count):
+        for _ in range(100 if count == 2 else 3):
             assert all(map(bitwise_equal, all_gradients(), first))
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------ torch
@@ -422,6 +562,11 @@ def test_opcheck_of_the_backwards(layout):
         (out, qv, out, lse, [2, 4], True),
         test_utils=parts,
     )
+    torch.library.opcheck(
+        ops.grouped_window_attention_joint_backward.default,
+        (out, qv, out, lse, out, out, out, [2, 4], True),
+        test_utils=parts,
+    )
     for needs in itertools.product([False, True], repeat=2):
         torch.library.opcheck(
             ops.apply_grouped_window_scores_backward.default,
@@ -436,13 +581,7 @@ def test_opcheck_of_the_backwards(layout):
 @pytest.mark.parametrize("norm", [4, 18, 30])
 def test_windows_whose_logits_spread(norm, dtype, layout):
     """|q| from 0 to norm in every window: one shift for its softmax, one a row, searched maxima."""
-    qv = make_tensor((1, 120, 16, 32), dtype=dtype)
-    queries = qv.unflatten(1, (3, 2, 20))[:, :, 0]
-    length = torch.linspace(0, norm, 16 * 32, dtype=dtype).reshape(32, 16).T
-    queries *= length / queries.norm(dim=2, keepdim=True)
-    qv = qv.contiguous(
-        memory_format=getattr(torch, layout if layout == "channels_last" else "contiguous_format")
-    )
+    qv = spread_logits(make_tensor((1, 120, 16, 32), dtype=dtype, layout=layout), norm)
     check_grouped(qv, windows=(4, 8, 16), shifted=True)
 
 
@@ -478,8 +617,8 @@ def test_compiled_training_step():
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(network(*leaves).square().sum(), leaves)
     actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(actual, expected, strict=True):  # compiled, uses of scores do not join
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 
 
 def test_export_keeps_the_operators():
@@ -514,13 +653,8 @@ def test_second_derivative_says_what_to_do(grouped):
 
 
 def test_more_threads_than_windows():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(7)
-        inputs = attention_inputs(1, 1, 13, 13, 8, 8, (8, 4))
-        check_attention(inputs, window=(8, 4))
-    finally:
-        torch.set_num_threads(before)
+    with threads(7):
+        check_attention(attention_inputs(1, 1, 13, 13, 8, 8, (8, 4)), window=(8, 4))
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -596,6 +730,8 @@ APPLY = torch.ops.sr_kernels.apply_window_scores
 GROUPED = torch.ops.sr_kernels.grouped_window_attention
 BACKWARD = torch.ops.sr_kernels.window_attention_backward
 GROUPED_BACKWARD = torch.ops.sr_kernels.grouped_window_attention_backward
+JOINT = torch.ops.sr_kernels.grouped_window_attention_joint_backward
+HALF = X[:, :6]
 
 
 @pytest.mark.parametrize(
@@ -617,6 +753,9 @@ GROUPED_BACKWARD = torch.ops.sr_kernels.grouped_window_attention_backward
         (GROUPED, (X, [2, 4, 4, 4, 4], False), "positive multiple of"),
         (GROUPED_BACKWARD, (X, X, X, LSE, [4], False), "grad must have shape"),
         (GROUPED_BACKWARD, (X[:, :6], X, X, LSE, [4], False), "out must have shape"),
+        (JOINT, (HALF, X, HALF, LSE, X, HALF, HALF, [4], False), "reuse_grad must have shape"),
+        (JOINT, (HALF, X, HALF, LSE, HALF, X, HALF, [4], False), "reuse_v must have shape"),
+        (JOINT, (HALF, X, HALF, LSE, HALF, HALF, HALF.double(), [4], False), "reuse_out must have"),
         (
             BACKWARD,
             (X, X, None, LSE, X, None, 4, 4, 0, 0, 1, 1.0, False, True, True, True, False),

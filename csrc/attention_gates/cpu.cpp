@@ -11,7 +11,10 @@
 // all channels, whatever the image's shape. What couples pixels happens between the passes, on
 // small maps: the spatial gate's convolution on (N, 2, H, W), the channel gate's two products on
 // (N, C). Products of a tile go strip by strip: a strip's sums are in the first-level cache when
-// exponential, residual and the store to y take them, and the next tile of x is fetched meanwhile.
+// exponential, residual and the store to y take them. The next tile of x and the lines that y is
+// written to are fetched during the pixel gate's product, evenly: beside the exponentials alone
+// memory would not keep pace. Exponentials between the product's own register tiles were slower:
+// what they store to y, whose rows lie far apart, drives x out of the first-level cache.
 // Where a pixel's channels lie side by side (channels_last) the products of forward and the spatial
 // gate's statistics run along them instead, a block of pixels at a time, and transpose nothing.
 // The spatial gates' forward goes band by band down the image, eight rows at a time: x comes from
@@ -23,14 +26,15 @@
 // pixel_spatial_attention 16 C, gated_conv1x1 4 (c_in + c_out). The products add 2 C^2 FLOP, which
 // bound pixel_attention from C = 52 on, and its gate C exponentials. Products and exponentials use
 // the same units, so that their times add: of pixel_attention's, one thread, C = 60, AVX2 (AMD Zen
-// 3), the product takes 65 % of the time contiguous and 71 % channels_last, at a large product's
-// rate. Fractions of the floor: the README's table.
+// 3), the product takes 70 % of the time, at a large product's rate. Fractions of the floor: the
+// README's table.
 //
 // Sums over pixels are taken in runs of fixed length and the runs are added in order: no result
 // depends on the number of threads.
 #include "attention_gates/params.h"
 
 #include "common/exp2.h"
+#include "common/pixel_product.h"
 #include "common/tiling.h"
 
 namespace sr_kernels {
@@ -64,6 +68,8 @@ LeftOperand<typename Compute<S>::type> pack_weight(const void* weight, int64_t r
 
 // Pixels whose product with a weight stays in the first-level cache until it is used.
 constexpr int64_t kStrip = 64;
+// Vectors of exponentials step by step; all are in registers.
+constexpr int kAtOnce = 4;
 
 // The rows of a one-row tile where they lie in the map, if vectors can be read and written there.
 template <typename S>
@@ -80,396 +86,7 @@ SR_INLINE void prefetch(const T* row, int64_t count) {
     __builtin_prefetch(row + i, 0, 2);
 }
 
-// ------------------------------------------------------------------ products pixel by pixel
-
-// Where the channels of a pixel lie side by side, a vector of them at least, as compute elements:
-// vectors can then run over channels, and no tile needs to be transposed.
-template <typename S>
-bool channels_fill_vectors(const FeatureMap& map, int64_t channels) {
-  using T = typename Compute<S>::type;
-  return std::is_same_v<S, T> && map.stride_c == 1 && channels >= Simd<T>::width;
-}
-
-// A register tile: pixels, vectors of output channels. With 16 registers of 32 bytes three vectors
-// divide the usual numbers of channels (7 or 8 vectors) better than two do.
-constexpr int kPixelVectors = kVectorBytes == 32 ? 3 : kTileVectors;
-constexpr int kPixelRows = kVectorBytes == 32 ? 4 : kTileRows;
-
-// A weight (c_out, c_in) in panels of at most kPixelVectors vectors of output channels, of nearly
-// equal width: element (c, o) of a panel that begins with vector v and is `width` vectors wide is
-// data[v * W * c_in + c * width * W + o]. Zero past c_out.
-template <typename T>
-struct PixelPanels {
-  static constexpr int64_t W = Simd<T>::width;
-  int64_t c_out, c_in, vectors, count;
-  T *data, *bias;  // bias: a whole number of vectors too
-
-  static int64_t bytes(int64_t c_out, int64_t c_in) {
-    return Scratch::bytes_for<T>(padded<T>(c_out) * c_in) + Scratch::bytes_for<T>(padded<T>(c_out));
-  }
-  // Pixels at a time, of which input and sums stay in the first-level cache.
-  static int64_t pixels(int64_t c_out, int64_t c_in) {
-    const int64_t fit =
-        (int64_t{24} << 10) / static_cast<int64_t>(sizeof(T)) / (c_in + padded<T>(c_out));
-    return max64(1, fit / kPixelRows) * kPixelRows;
-  }
-  static int64_t sums_size(int64_t c_out, int64_t c_in) {
-    return pixels(c_out, c_in) * padded<T>(c_out);
-  }
-  PixelPanels(int64_t c_out_, int64_t c_in_, Scratch& scratch)
-      : c_out(c_out_),
-        c_in(c_in_),
-        vectors(padded<T>(c_out_) / W),
-        count(ceil_div(vectors, kPixelVectors)),
-        data(scratch.take<T>(padded<T>(c_out_) * c_in_)),
-        bias(scratch.take<T>(padded<T>(c_out_))) {}
-  int64_t begin(int64_t panel) const { return vectors * panel / count; }
-  // gate (c_in) scales the input's channels, unless it is nullptr.
-  void fill(const T* weight, const T* gate, const T* bias_source) {
-    for (int64_t panel = 0; panel < count; ++panel) {
-      const int64_t o0 = begin(panel) * W, width = begin(panel + 1) * W - o0;
-      T* target = data + o0 * c_in;
-      for (int64_t o = o0; o < min64(o0 + width, c_out); ++o)
-        for (int64_t c = 0; c < c_in; ++c)
-          target[c * width + o - o0] = weight[o * c_in + c] * (gate != nullptr ? gate[c] : T(1));
-    }
-    if (bias_source != nullptr) load_vector<T>(bias_source, c_out, bias);
-  }
-};
-
-template <typename T, int M, int V>
-SR_INLINE void pixel_tile(const T* x, int64_t x_stride, int64_t c_in, const T* panel, const T* bias,
-                          T* sums, int64_t ld) {
-  constexpr int W = Simd<T>::width;
-  Vec<T> acc[M][V];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) acc[i][j] = load(bias + j * W);
-  for (int64_t c = 0; c < c_in; ++c, panel += V * W) {
-    Vec<T> row[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) {
-      row[j] = load(panel + j * W);
-      keep_in_register(row[j]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const Vec<T> value = broadcast(x[i * x_stride + c]);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] += value * row[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) store(sums + i * ld + j * W, acc[i][j]);
-}
-// One panel, at most V vectors wide, for `count` pixels.
-template <typename T, int V>
-void pixel_panel(int64_t width, const T* x, int64_t x_stride, int64_t count, int64_t c_in,
-                 const T* panel, const T* bias, T* sums, int64_t ld) {
-  if constexpr (V > 1) {
-    if (width < V)
-      return pixel_panel<T, V - 1>(width, x, x_stride, count, c_in, panel, bias, sums, ld);
-  }
-  if (count < kPixelRows) {
-    for (int64_t i = 0; i < count; ++i)
-      pixel_tile<T, 1, V>(x + i * x_stride, x_stride, c_in, panel, bias, sums + i * ld, ld);
-    return;
-  }
-  for (int64_t first = 0; first < count; first += kPixelRows) {
-    const int64_t i = min64(first, count - kPixelRows);  // the last tile overlaps the one before it
-    pixel_tile<T, kPixelRows, V>(x + i * x_stride, x_stride, c_in, panel, bias, sums + i * ld, ld);
-  }
-}
-// end(i, sums of pixel i) for `count` pixels, x_stride apart: sums[o] = bias[o] + sum_c W[o, c]
-// x[c]. sums: room for sums_size() elements.
-template <typename T, typename End>
-void product_by_pixel(const PixelPanels<T>& panels, const T* x, int64_t x_stride, int64_t count,
-                      T* sums, const End& end) {
-  const int64_t ld = panels.vectors * panels.W, block = panels.pixels(panels.c_out, panels.c_in);
-  for (int64_t first = 0; first < count; first += block) {
-    const int64_t pixels = min64(block, count - first);
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      const int64_t v = panels.begin(panel), o = v * panels.W;
-      pixel_panel<T, kPixelVectors>(panels.begin(panel + 1) - v, x + first * x_stride, x_stride,
-                                    pixels, panels.c_in, panels.data + o * panels.c_in,
-                                    panels.bias + o, sums + o, ld);
-    }
-    for (int64_t i = 0; i < pixels; ++i) end(first + i, static_cast<const T*>(sums + i * ld));
-  }
-}
-
-// Calls function(i) for the vectors that cover [0, count), a vector at least: the last may overlap
-// the one before it.
-template <typename T, typename Function>
-SR_INLINE void for_each_vector(int64_t count, const Function& function) {
-  constexpr int64_t W = Simd<T>::width;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) function(i);
-  if (i < count) function(count - W);
-}
-
-// ------------------------------------------------------------------ pixel gate
-
-// Rows in scratch are whole vectors long: row_stride is a multiple of the vector width.
-template <typename T>
-struct PixelGate {
-  int64_t channels;
-  const T* weight;                   // of tiled_product()
-  LeftOperand<T> weight_transposed;  // for backward() alone
-  const T* bias;
-
-  // out (channels x out_stride) <- W x + b, `columns` pixels.
-  void argument(const T* x, int64_t row_stride, int64_t columns, T* out, int64_t out_stride) const {
-    tiled_product<T>(
-        channels, channels, 0, columns, weight, StridedRows<T>{x, row_stride},
-        [&](int64_t m, int64_t, int i, int) {
-          return bias == nullptr ? Vec<T>{} : broadcast(bias[m + i]);
-        },
-        [&](int64_t m, int64_t p, int i, int j, Vec<T> v) {
-          store<T>(out + (m + i) * out_stride + p + j, v);
-        });
-  }
-  // u <- x * sigmoid(W x + b), `columns` pixels; u may be x. strip: room for channels x kStrip.
-  // ahead: rows to fetch meanwhile, as many pixels of as many channels, or none.
-  void forward(const T* x, int64_t row_stride, int64_t columns, T* strip, T* u, int64_t u_stride,
-               StridedRows<T> ahead) const {
-    constexpr int64_t W = Simd<T>::width;
-    for (int64_t p = 0; p < columns; p += kStrip) {
-      const int64_t count = min64(kStrip, columns - p);
-      argument(x + p, row_stride, padded<T>(count), strip, kStrip);
-      for (int64_t c = 0; c < channels; ++c) {
-        const T *row = x + c * row_stride + p, *z = strip + c * kStrip;
-        T* target = u + c * u_stride + p;
-        if (ahead.data != nullptr) prefetch(ahead[c] + p, count);
-        int64_t i = 0;
-        for (; i + W <= count; i += W)
-          store<T>(target + i, times_sigmoid(load(row + i), load(z + i)));
-        if (i == count) continue;
-        const Vec<T> last = times_sigmoid(load(row + i), load(z + i));
-        std::memcpy(target + i, &last, static_cast<size_t>(count - i) * sizeof(T));
-      }
-    }
-  }
-  // For backward: gate <- sigmoid(W x + b). Not inlined: passes that compare a recomputed maximum
-  // with its channels rely on equal bits wherever this runs.
-  __attribute__((noinline)) void evaluate(const T* x, int64_t row_stride, T* gate) const {
-    argument(x, row_stride, row_stride, gate, row_stride);
-    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
-      store<T>(gate + i, sigmoid(load(gate + i)));
-  }
-  __attribute__((noinline)) void apply(const T* x, const T* gate, int64_t row_stride, T* y) const {
-    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
-      store<T>(y + i, load(x + i) * load(gate + i));
-  }
-  // gradient: of y = x * gate on entry, of the gate's argument W x + b on return. dx <- the
-  // gradient of x, both paths.
-  void backward(const T* x, const T* gate, int64_t columns, int64_t row_stride, T* gradient, T* dx,
-                bool want_dx) const {
-    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width) {
-      const Vec<T> g = load(gradient + i), s = load(gate + i);
-      store<T>(dx + i, g * s);
-      store<T>(gradient + i, g * load(x + i) * (1 - s) * s);
-    }
-    zero_tail(gradient, channels, row_stride, columns);  // a NaN weight would have left NaN there
-    if (want_dx)
-      product<T>(Start::kAccumulate, channels, channels, row_stride, weight_transposed,
-                 StridedRows<T>{gradient, row_stride}, nullptr, dx, row_stride);
-  }
-};
-
-// y <- x * sigmoid(W x + b), run of pixels by run of pixels.
-template <typename S>
-class GatedRuns {
- public:
-  using T = typename Compute<S>::type;
-
-  // weight (C, C) and bias (C), or nullptr, as the caller has them. image: as x and y see it.
-  GatedRuns(const FeatureMap& x, const FeatureMap& y, const PixelRows& image, int64_t channels,
-            const void* weight, const void* bias)
-      : x_(x),
-        y_(y),
-        image_(image),
-        channels_(channels),
-        by_pixel_(channels_fill_vectors<S>(x, channels) && channels_fill_vectors<S>(y, channels)),
-        shared_(bytes(channels)),
-        panels_(channels, channels, shared_) {
-    if (by_pixel_) {
-      panels_.fill(static_cast<const T*>(weight), nullptr, static_cast<const T*>(bias));
-      return;
-    }
-    gate_.channels = channels;
-    gate_.weight = pack_tiles(static_cast<const S*>(weight), channels, 1, channels, channels,
-                              shared_.take<T>(packed_size(channels, channels)));
-    gate_.bias = load_vector<S>(bias, channels, shared_.take<T>(channels));
-  }
-  bool by_pixel() const { return by_pixel_; }
-
-  // What a thread needs, for runs of at most `columns` pixels.
-  class Worker {
-   public:
-    Worker(const GatedRuns& runs, int64_t columns)
-        : runs_(runs),
-          stride_(spread_stride<T>(columns)),
-          scratch_(Scratch::bytes_for<T>(runs.channels_ * stride_) +
-                   Scratch::bytes_for<T>(strip_size(runs.channels_))),
-          x_(scratch_.take<T>(runs.channels_ * stride_)),
-          strip_(scratch_.take<T>(strip_size(runs.channels_))) {}
-
-    // Gates run t. next: the run to fetch meanwhile. Returns y's rows, unless by_pixel().
-    StridedRows<T> gate(const Tile& t, const Tile& next) const {
-      const FeatureMap &x = runs_.x_, &y = runs_.y_;
-      const int64_t channels = runs_.channels_;
-      if (runs_.by_pixel_) {
-        const T* x_run = at<const T>(x, t.n, 0, t.h, t.w);
-        T* y_run = at<T>(y, t.n, 0, t.h, t.w);
-        product_by_pixel(runs_.panels_, x_run, x.stride_w, t.columns, strip_,
-                         [&](int64_t i, const T* sums) {
-                           const T* pixel = x_run + i * x.stride_w;
-                           T* target = y_run + i * y.stride_w;
-                           for_each_vector<T>(channels, [&](int64_t c) {
-                             store<T>(target + c, times_sigmoid(load(pixel + c), load(sums + c)));
-                           });
-                         });
-        return {nullptr, 0};
-      }
-      StridedRows<T> ahead = rows_in_place<S>(x, next), rows = rows_in_place<S>(y, t);
-      if (next.columns < t.columns) ahead.data = nullptr;
-      const int64_t height = runs_.image_.height, width = runs_.image_.width;
-      load_tile<S>(x, t.n, 0, channels, t.h, 1, t.w, t.columns, height, width, x_, stride_,
-                   stride_);
-      const bool direct = rows.data != nullptr;
-      if (!direct) rows = {x_, stride_};
-      runs_.gate_.forward(x_, stride_, t.columns, strip_, const_cast<T*>(rows.data), rows.ld,
-                          ahead);
-      if (!direct)
-        store_tile<S>(x_, stride_, stride_, y, t.n, 0, channels, t.h, 1, t.w, t.columns, height,
-                      width);
-      return rows;
-    }
-
-   private:
-    static int64_t strip_size(int64_t channels) {
-      return max64(channels * kStrip, PixelPanels<T>::sums_size(channels, channels));
-    }
-    const GatedRuns& runs_;
-    int64_t stride_;
-    Scratch scratch_;
-    T *x_, *strip_;
-  };
-
- private:
-  static int64_t bytes(int64_t channels) {
-    return PixelPanels<T>::bytes(channels, channels) +
-           Scratch::bytes_for<T>(packed_size(channels, channels)) + Scratch::bytes_for<T>(channels);
-  }
-  const FeatureMap &x_, &y_;
-  const PixelRows& image_;
-  int64_t channels_;
-  bool by_pixel_;
-  Scratch shared_;
-  PixelPanels<T> panels_;
-  PixelGate<T> gate_{};
-};
-
-template <typename S>
-void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
-  using T = typename Compute<S>::type;
-  PixelAttentionParams p = params;
-  const PixelRows image(p.height, p.width, {&p.x, &p.y});
-  const GatedRuns<S> runs(p.x, p.y, image, p.channels, p.weight, p.bias);
-  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const typename GatedRuns<S>::Worker worker(runs, tiling.columns);
-    for (int64_t index = begin; index < end; ++index)
-      worker.gate(tiling[index], tiling[min64(index + 1, end - 1)]);
-  });
-}
-
-template <typename S>
-void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor parallel) {
-  using T = typename Compute<S>::type;
-  PixelAttentionBackwardParams b = params;
-  const PixelAttentionParams& p = b.forward;
-  const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
-  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
-  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
-  const int64_t weight_size = p.channels * p.channels, packed = packed_size(p.channels, p.channels);
-  const Chunks chunks(tiling.count());
-  const int64_t chunk_size = weight_size + p.channels;  // dW, then db
-  const bool want_dx = b.dx.data != nullptr;
-
-  Scratch shared(2 * Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.channels) +
-                 Scratch::bytes_for<T>(chunks.count * chunk_size));
-  PixelGate<T> pixel{};
-  pixel.channels = p.channels;
-  pixel.weight = pack_tiles(static_cast<const S*>(p.weight), p.channels, 1, p.channels, p.channels,
-                            shared.take<T>(packed));
-  pixel.weight_transposed =
-      pack_weight<S>(p.weight, p.channels, p.channels, true, shared.take<T>(packed));
-  pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
-  T* partial = shared.take<T>(chunks.count * chunk_size);
-
-  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
-    Scratch scratch(4 * Scratch::bytes_for<T>(size));
-    T* x = scratch.take<T>(size);
-    T* gate = scratch.take<T>(size);
-    T* gradient = scratch.take<T>(size);
-    T* dx = scratch.take<T>(size);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* dw_sum = partial + chunk * chunk_size;
-      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
-        const Tile t = tiling[index];
-        load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
-                     stride, stride);
-        load_tile<S>(b.grad, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width,
-                     gradient, stride, stride);
-        pixel.evaluate(x, stride, gate);
-        pixel.backward(x, gate, t.columns, stride, gradient, dx, want_dx);
-        if (want_dx)
-          store_tile<S>(dx, stride, stride, b.dx, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
-                        image.height, image.width);
-        if (b.dweight != nullptr)
-          accumulate_inner_products(p.channels, p.channels, stride,
-                                    StridedRows<T>{gradient, stride}, StridedRows<T>{x, stride},
-                                    dw_sum, p.channels);
-        if (b.dbias != nullptr)
-          accumulate_row_sums(p.channels, stride, StridedRows<T>{gradient, stride},
-                              dw_sum + weight_size);
-      }
-    }
-  });
-  if (b.dweight != nullptr)
-    reduce_chunks(partial, chunks.count, chunk_size, weight_size, static_cast<S*>(b.dweight));
-  if (b.dbias != nullptr)
-    reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.channels,
-                  static_cast<S*>(b.dbias));
-}
-
-// ------------------------------------------------------------------ spatial gate
-
-// Planes of the workspace. The backward ones overwrite what is no longer read.
-enum : int64_t {
-  kMaximum = 0,
-  kMean = 1,
-  kGate = 2,                 // sigmoid(conv + b)
-  kGateGradient = 3,         // sum_c grad * u, then the gradient of conv + b
-  kTies = 4,                 // how many channels share the maximum
-  kMeanGradient = kMean,     // divided by C
-  kMaximumGradient = kTies,  // divided by the number of ties
-};
-
-template <typename T>
-struct Planes {
-  T* data;
-  int64_t count, height, width;
-  T* row(int64_t n, int64_t plane, int64_t pixel) const {
-    return data + (n * count + plane) * height * width + pixel;
-  }
-  FeatureMap map() const { return {data, count * height * width, height * width, width, 1}; }
-};
+// ------------------------------------------------------------------ statistics over channels
 
 // One instruction, where maximum() is four. If one of the two is a NaN it is b.
 template <typename V>
@@ -567,6 +184,303 @@ void channel_statistics_by_pixel(const T* x, int64_t pixel_stride, int64_t chann
   }
   divide_by_channels(channels, columns, mean_row);
 }
+
+// ------------------------------------------------------------------ products pixel by pixel
+
+// Where the channels of a pixel lie side by side, a vector of them at least, as compute elements:
+// vectors can then run over channels, and no tile needs to be transposed.
+template <typename S>
+bool channels_fill_vectors(const FeatureMap& map, int64_t channels) {
+  using T = typename Compute<S>::type;
+  return std::is_same_v<S, T> && map.stride_c == 1 && channels >= Simd<T>::width;
+}
+
+// ------------------------------------------------------------------ pixel gate
+
+// Rows in scratch are whole vectors long: row_stride is a multiple of the vector width.
+template <typename T>
+struct PixelGate {
+  int64_t channels;
+  const T* weight;                   // of tiled_product()
+  LeftOperand<T> weight_transposed;  // for backward() alone
+  const T* bias;
+
+  // out (channels x out_stride) <- W x + b, `columns` pixels. ahead, target: rows of as many pixels
+  // that are read or written next, or none. They are fetched register tile by register tile, since
+  // memory would not keep pace with the exponentials. Not inlined: g++ would keep one of the
+  // accumulators in memory.
+  __attribute__((noinline)) void argument(const T* x, int64_t row_stride, int64_t columns, T* out,
+                                          int64_t out_stride, StridedRows<T> ahead,
+                                          StridedRows<T> target) const {
+    constexpr int64_t kTileColumns = kTileVectors * Simd<T>::width;
+    tiled_product<T>(
+        channels, channels, 0, columns, weight, StridedRows<T>{x, row_stride},
+        [&](int64_t m, int64_t p, int i, int j) {
+          if (j == 0 && ahead.data != nullptr) prefetch(ahead[m + i] + p, kTileColumns);
+          if (j == 0 && target.data != nullptr) prefetch(target[m + i] + p, kTileColumns);
+          return bias == nullptr ? Vec<T>{} : broadcast(bias[m + i]);
+        },
+        [&](int64_t m, int64_t p, int i, int j, Vec<T> v) {
+          store<T>(out + (m + i) * out_stride + p + j, v);
+        });
+  }
+  // For backward: gate <- sigmoid(W x + b). Not inlined: passes that compare a recomputed maximum
+  // with its channels rely on equal bits wherever this runs.
+  __attribute__((noinline)) void evaluate(const T* x, int64_t row_stride, T* gate) const {
+    argument(x, row_stride, row_stride, gate, row_stride, {}, {});
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
+      store<T>(gate + i, sigmoid(load(gate + i)));
+  }
+  __attribute__((noinline)) void apply(const T* x, const T* gate, int64_t row_stride, T* y) const {
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width)
+      store<T>(y + i, load(x + i) * load(gate + i));
+  }
+  // gradient: of y = x * gate on entry, of the gate's argument W x + b on return. dx <- the
+  // gradient of x, both paths.
+  void backward(const T* x, const T* gate, int64_t columns, int64_t row_stride, T* gradient, T* dx,
+                bool want_dx) const {
+    for (int64_t i = 0; i < channels * row_stride; i += Simd<T>::width) {
+      const Vec<T> g = load(gradient + i), s = load(gate + i);
+      store<T>(dx + i, g * s);
+      store<T>(gradient + i, g * load(x + i) * (1 - s) * s);
+    }
+    zero_tail(gradient, channels, row_stride, columns);  // a NaN weight would have left NaN there
+    if (want_dx)
+      product<T>(Start::kAccumulate, channels, channels, row_stride, weight_transposed,
+                 StridedRows<T>{gradient, row_stride}, nullptr, dx, row_stride);
+  }
+};
+
+// y <- x * sigmoid(W x + b), run of pixels by run of pixels.
+template <typename S>
+class GatedRuns {
+ public:
+  using T = typename Compute<S>::type;
+
+  // weight (C, C) and bias (C), or nullptr, as the caller has them. image: as x and y see it.
+  GatedRuns(const FeatureMap& x, const FeatureMap& y, const PixelRows& image, int64_t channels,
+            const void* weight, const void* bias)
+      : x_(x),
+        y_(y),
+        image_(image),
+        channels_(channels),
+        by_pixel_(channels_fill_vectors<S>(x, channels) && channels_fill_vectors<S>(y, channels)),
+        shared_(Scratch::bytes_for<T>(weight_size(channels)) + Scratch::bytes_for<T>(channels)) {
+    T* packed = shared_.take<T>(weight_size(channels));
+    const S* source = static_cast<const S*>(weight);
+    gate_.channels = channels;
+    gate_.weight = by_pixel_ ? pack_panels(source, 1, channels, channels, channels, packed)
+                             : pack_tiles(source, channels, 1, channels, channels, packed);
+    gate_.bias = load_vector<S>(bias, channels, shared_.take<T>(channels));
+  }
+  // Pixels of a run: whole strips, where the image has them.
+  int64_t run_pixels() const { return run_length<T>(channels_) / kStrip * kStrip; }
+  Tiling tiling(int64_t batch, int64_t rows, int64_t columns) const {
+    return Tiling(batch, rows, columns, 1, run_pixels(), kStrip);
+  }
+
+  // What a thread needs.
+  class Worker {
+   public:
+    explicit Worker(const GatedRuns& runs)
+        : runs_(runs),
+          stride_(spread_stride<T>(runs.run_pixels())),
+          scratch_(Scratch::bytes_for<T>(runs.channels_ * stride_) +
+                   Scratch::bytes_for<T>(runs.channels_ * kStrip)),
+          x_(scratch_.take<T>(runs.channels_ * stride_)),
+          z_(scratch_.take<T>(runs.channels_ * kStrip)) {}
+
+    // Gates run t. next: the run to fetch meanwhile. max_row, mean_row: of y over its channels,
+    // unless nullptr (both).
+    void gate(const Tile& t, const Tile& next, T* max_row, T* mean_row) const {
+      if constexpr (std::is_same_v<S, T>) {
+        if (runs_.by_pixel_) return gate_by_pixel(t, max_row, mean_row);
+      }
+      const FeatureMap &x = runs_.x_, &y = runs_.y_;
+      const int64_t channels = runs_.channels_;
+      const int64_t height = runs_.image_.height, width = runs_.image_.width;
+      StridedRows<T> ahead = rows_in_place<S>(x, next), rows = rows_in_place<S>(y, t);
+      if (next.columns < t.columns) ahead.data = nullptr;
+      load_tile<S>(x, t.n, 0, channels, t.h, 1, t.w, t.columns, height, width, x_, stride_,
+                   stride_);
+      const bool direct = rows.data != nullptr;
+      if (!direct) rows = {x_, stride_};
+      for (int64_t p = 0; p < t.columns; p += kStrip) {
+        const int64_t columns = min64(kStrip, t.columns - p);
+        runs_.gate_.argument(x_ + p, stride_, padded<T>(columns), z_, kStrip,
+                             ahead.from_column(ahead.data != nullptr ? p : 0),
+                             direct ? rows.from_column(p + 2 * kStrip) : StridedRows<T>{});
+        for (int64_t c = 0; c < channels; ++c)
+          gate_row(x_ + c * stride_ + p, z_ + c * kStrip, const_cast<T*>(rows[c]) + p, columns,
+                   max_row != nullptr);
+        if (max_row != nullptr)
+          channel_statistics(StridedRows<T>{z_, kStrip}, 0, channels, 1, columns, max_row + p,
+                             mean_row + p, 0);
+      }
+      if (!direct)
+        store_tile<S>(x_, stride_, stride_, y, t.n, 0, channels, t.h, 1, t.w, t.columns, height,
+                      width);
+    }
+
+   private:
+    // y <- x * sigmoid(z) for `columns` pixels of a channel; y may be x. z <- the same, if `keep`.
+    SR_INLINE static void gate_row(const T* x, T* z, T* y, int64_t columns, bool keep) {
+      constexpr int W = Simd<T>::width;
+      int64_t i = 0;
+      for (; i + kAtOnce * W <= columns; i += kAtOnce * W) {
+        Vec<T> factor[kAtOnce], u[kAtOnce];
+#pragma GCC unroll 8
+        for (int k = 0; k < kAtOnce; ++k) {
+          factor[k] = load(x + i + k * W);
+          u[k] = load(z + i + k * W);
+        }
+        times_sigmoids(factor, u);
+#pragma GCC unroll 8
+        for (int k = 0; k < kAtOnce; ++k) {
+          store<T>(y + i + k * W, u[k]);
+          if (keep) store<T>(z + i + k * W, u[k]);
+        }
+      }
+      for (; i < columns; i += W) {
+        const Vec<T> u = times_sigmoid(load(x + i), load(z + i));
+        std::memcpy(y + i, &u, static_cast<size_t>(min64(W, columns - i)) * sizeof(T));
+        if (keep) store<T>(z + i, u);
+      }
+    }
+
+    void gate_by_pixel(const Tile& t, T* max_row, T* mean_row) const {
+      constexpr int64_t kPixels = 32;  // whose x, y and the weight stay in the first-level cache
+      const int64_t channels = runs_.channels_;
+      const int64_t x_pixel = runs_.x_.stride_w, y_pixel = runs_.y_.stride_w;
+      const T* bias = runs_.gate_.bias;
+      for (int64_t i = 0; i < t.columns; i += kPixels) {
+        const int64_t count = min64(kPixels, t.columns - i);
+        const T* x = at<const T>(runs_.x_, t.n, 0, t.h, t.w + i);
+        T* y = at<T>(runs_.y_, t.n, 0, t.h, t.w + i);
+        pixel_product<T>(
+            count, channels, channels, x, x_pixel, runs_.gate_.weight,
+            [&](int64_t column) { return bias == nullptr ? Vec<T>{} : load(bias + column); },
+            [&](int64_t m, int64_t column, Vec<T> z) {
+              store<T>(y + m * y_pixel + column, times_sigmoid(load(x + m * x_pixel + column), z));
+            });
+        if (max_row != nullptr)
+          channel_statistics_by_pixel(y, y_pixel, channels, count, max_row + i, mean_row + i);
+      }
+    }
+
+    const GatedRuns& runs_;
+    int64_t stride_;
+    Scratch scratch_;
+    T *x_, *z_;  // a run; W x + b of a strip
+  };
+
+ private:
+  static int64_t weight_size(int64_t channels) {
+    return max64(packed_size(channels, channels), Panels<T>(channels).computed() * channels);
+  }
+  const FeatureMap &x_, &y_;
+  const PixelRows& image_;
+  int64_t channels_;
+  bool by_pixel_;
+  Scratch shared_;
+  PixelGate<T> gate_{};
+};
+
+template <typename S>
+void pixel_forward(const PixelAttentionParams& params, ParallelFor parallel) {
+  PixelAttentionParams p = params;
+  const PixelRows image(p.height, p.width, {&p.x, &p.y});
+  const GatedRuns<S> runs(p.x, p.y, image, p.channels, p.weight, p.bias);
+  const Tiling tiling = runs.tiling(p.batch, image.height, image.width);
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    const typename GatedRuns<S>::Worker worker(runs);
+    for (int64_t index = begin; index < end; ++index)
+      worker.gate(tiling[index], tiling[min64(index + 1, end - 1)], nullptr, nullptr);
+  });
+}
+
+template <typename S>
+void pixel_backward(const PixelAttentionBackwardParams& params, ParallelFor parallel) {
+  using T = typename Compute<S>::type;
+  PixelAttentionBackwardParams b = params;
+  const PixelAttentionParams& p = b.forward;
+  const PixelRows image(p.height, p.width, {&b.forward.x, &b.grad, &b.dx});
+  const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(p.channels));
+  const int64_t stride = spread_stride<T>(tiling.columns), size = p.channels * stride;
+  const int64_t weight_size = p.channels * p.channels, packed = packed_size(p.channels, p.channels);
+  const Chunks chunks(tiling.count());
+  const int64_t chunk_size = weight_size + p.channels;  // dW, then db
+  const bool want_dx = b.dx.data != nullptr;
+
+  Scratch shared(2 * Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.channels) +
+                 Scratch::bytes_for<T>(chunks.count * chunk_size));
+  PixelGate<T> pixel{};
+  pixel.channels = p.channels;
+  pixel.weight = pack_tiles(static_cast<const S*>(p.weight), p.channels, 1, p.channels, p.channels,
+                            shared.take<T>(packed));
+  pixel.weight_transposed =
+      pack_weight<S>(p.weight, p.channels, p.channels, true, shared.take<T>(packed));
+  pixel.bias = load_vector<S>(p.bias, p.channels, shared.take<T>(p.channels));
+  T* partial = shared.take<T>(chunks.count * chunk_size);
+
+  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+    Scratch scratch(4 * Scratch::bytes_for<T>(size));
+    T* x = scratch.take<T>(size);
+    T* gate = scratch.take<T>(size);
+    T* gradient = scratch.take<T>(size);
+    T* dx = scratch.take<T>(size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      T* dw_sum = partial + chunk * chunk_size;
+      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+        const Tile t = tiling[index];
+        load_tile<S>(p.x, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width, x,
+                     stride, stride);
+        load_tile<S>(b.grad, t.n, 0, p.channels, t.h, 1, t.w, t.columns, image.height, image.width,
+                     gradient, stride, stride);
+        pixel.evaluate(x, stride, gate);
+        pixel.backward(x, gate, t.columns, stride, gradient, dx, want_dx);
+        if (want_dx)
+          store_tile<S>(dx, stride, stride, b.dx, t.n, 0, p.channels, t.h, 1, t.w, t.columns,
+                        image.height, image.width);
+        if (b.dweight != nullptr)
+          accumulate_inner_products(p.channels, p.channels, stride,
+                                    StridedRows<T>{gradient, stride}, StridedRows<T>{x, stride},
+                                    dw_sum, p.channels);
+        if (b.dbias != nullptr)
+          accumulate_row_sums(p.channels, stride, StridedRows<T>{gradient, stride},
+                              dw_sum + weight_size);
+      }
+    }
+  });
+  if (b.dweight != nullptr)
+    reduce_chunks(partial, chunks.count, chunk_size, weight_size, static_cast<S*>(b.dweight));
+  if (b.dbias != nullptr)
+    reduce_chunks(partial + weight_size, chunks.count, chunk_size, p.channels,
+                  static_cast<S*>(b.dbias));
+}
+
+// ------------------------------------------------------------------ spatial gate
+
+// Planes of the workspace. The backward ones overwrite what is no longer read.
+enum : int64_t {
+  kMaximum = 0,
+  kMean = 1,
+  kGate = 2,                 // sigmoid(conv + b)
+  kGateGradient = 3,         // sum_c grad * u, then the gradient of conv + b
+  kTies = 4,                 // how many channels share the maximum
+  kMeanGradient = kMean,     // divided by C
+  kMaximumGradient = kTies,  // divided by the number of ties
+};
+
+template <typename T>
+struct Planes {
+  T* data;
+  int64_t count, height, width;
+  T* row(int64_t n, int64_t plane, int64_t pixel) const {
+    return data + (n * count + plane) * height * width + pixel;
+  }
+  FeatureMap map() const { return {data, count * height * width, height * width, width, 1}; }
+};
 
 // sum_c grad u, and in how many channels u is the maximum, of one run of pixels. Channels are added
 // in fours first, which halves the rounding of a plain sum.
@@ -779,9 +693,8 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
   };
 
   const Tiling bands(p.batch, p.height, 1, band_rows(p.height, reach), 1);
-  const int64_t run_columns = run_length<T>(p.channels);
   parallel_for(parallel, bands.count(), [&](int64_t begin, int64_t end) {
-    const typename GatedRuns<S>::Worker worker(runs, run_columns);
+    const typename GatedRuns<S>::Worker worker(runs);
     Scratch scratch(gate_bytes);
     T* statistics = scratch.take<T>(2 * plane_stride);
     T* gate = scratch.take<T>(kRowsAtATime * columns);
@@ -790,8 +703,8 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
       const int64_t band_end = band.h + band.rows;
       // The band as image sees it: some of its rows, or a piece of its only one.
       const bool flat = image.height != p.height;
-      const Tiling tiling(1, flat ? 1 : band.rows, flat ? band.rows * p.width : p.width, 1,
-                          run_columns);
+      const Tiling tiling =
+          runs.tiling(1, flat ? 1 : band.rows, flat ? band.rows * p.width : p.width);
       const auto run = [&](int64_t i) {
         Tile t = tiling[i];
         t.n = band.n;
@@ -802,14 +715,9 @@ void pixel_spatial_forward(const SpatialAttentionParams& params, ParallelFor par
       const int64_t last = band_end == p.height ? p.height : band_end - reach;
       for (int64_t i = 0; i < tiling.count(); ++i) {
         const Tile t = run(i);
-        const StridedRows<T> u = worker.gate(t, run(min64(i + 1, tiling.count() - 1)));
         const int64_t first = t.h * image.width + t.w;
         T *max_row = planes.row(t.n, kMaximum, first), *mean_row = planes.row(t.n, kMean, first);
-        if (runs.by_pixel())
-          channel_statistics_by_pixel(at<const T>(p.y, t.n, 0, t.h, t.w), p.y.stride_w, p.channels,
-                                      t.columns, max_row, mean_row);
-        else
-          channel_statistics(u, 0, p.channels, 1, t.columns, max_row, mean_row, 0);
+        worker.gate(t, run(min64(i + 1, tiling.count() - 1)), max_row, mean_row);
         const int64_t rows_known = (first + t.columns) / p.width;
         const int64_t limit = min64(last, rows_known == p.height ? p.height : rows_known - reach);
         while (ready + kRowsAtATime <= limit || (ready < limit && limit == last)) {
@@ -1742,31 +1650,33 @@ template <typename T>
 void gated_forward_by_pixel(const GatedConvParams& p, const PixelRows& image,
                             ParallelFor parallel) {
   const Tiling tiling(p.batch, image.height, image.width, 1, run_length<T>(max64(p.c_in, p.c_out)));
+  const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
   parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
-    const int64_t sums_size = PixelPanels<T>::sums_size(p.c_out, p.c_in);
-    Scratch scratch(PixelPanels<T>::bytes(p.c_out, p.c_in) + Scratch::bytes_for<T>(sums_size));
-    PixelPanels<T> panels(p.c_out, p.c_in, scratch);
-    T* sums = scratch.take<T>(sums_size);
-    int64_t filled_for = -1;  // the image whose gate the panels hold
+    const int64_t packed = Panels<T>(p.c_out).computed() * p.c_in;
+    Scratch scratch(Scratch::bytes_for<T>(packed) + Scratch::bytes_for<T>(p.c_out * p.c_in));
+    T* panels = scratch.take<T>(packed);
+    T* gated = scratch.take<T>(p.c_out * p.c_in);
+    int64_t packed_for = -1;  // the image whose gate the panels hold
     for (int64_t index = begin; index < end; ++index) {
       const Tile t = tiling[index];
-      if (t.n != filled_for)
-        panels.fill(static_cast<const T*>(p.weight), static_cast<const T*>(p.gate) + t.n * p.c_in,
-                    static_cast<const T*>(p.bias));
-      filled_for = t.n;
+      if (t.n != packed_for) {
+        const T* gate = static_cast<const T*>(p.gate) + t.n * p.c_in;
+        for (int64_t o = 0; o < p.c_out; ++o)
+          for (int64_t c = 0; c < p.c_in; ++c)
+            gated[o * p.c_in + c] = weight[o * p.c_in + c] * gate[c];
+        pack_panels(gated, 1, p.c_in, p.c_in, p.c_out, panels);
+        packed_for = t.n;
+      }
       const T* residual =
           p.residual.data != nullptr ? at<T>(p.residual, t.n, 0, t.h, t.w) : nullptr;
-      T* y_run = at<T>(p.y, t.n, 0, t.h, t.w);
-      product_by_pixel(panels, at<const T>(p.x, t.n, 0, t.h, t.w), p.x.stride_w, t.columns, sums,
-                       [&](int64_t i, const T* row) {
-                         T* y = y_run + i * p.y.stride_w;
-                         const T* skip =
-                             residual != nullptr ? residual + i * p.residual.stride_w : nullptr;
-                         for_each_vector<T>(p.c_out, [&](int64_t o) {
-                           const Vec<T> sum = load(row + o);
-                           store<T>(y + o, skip != nullptr ? sum + load(skip + o) : sum);
-                         });
-                       });
+      T* y = at<T>(p.y, t.n, 0, t.h, t.w);
+      pixel_product<T>(
+          t.columns, p.c_in, p.c_out, at<const T>(p.x, t.n, 0, t.h, t.w), p.x.stride_w, panels,
+          [&](int64_t column) { return bias == nullptr ? Vec<T>{} : load(bias + column); },
+          [&](int64_t m, int64_t column, Vec<T> sum) {
+            if (residual != nullptr) sum += load(residual + m * p.residual.stride_w + column);
+            store<T>(y + m * p.y.stride_w + column, sum);
+          });
     }
   });
 }

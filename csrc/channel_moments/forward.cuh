@@ -12,9 +12,9 @@
 // atomics, the same bits every time, and for any GPU, since the sizes alone decide on the slices.
 //
 // Floor, per pixel, C channels, e bytes an element: e C bytes, C (C + 1) FLOP, no exponentials.
-// Here, with b = C / 64 rounded up: e C b bytes, most of which the second-level cache may serve,
-// and the first tile of each slice once more; 64 b (64 b + 64) FLOP, twice the floor's where C
-// is 64. Measured fraction: unmeasured, never run on a GPU.
+// Here, with b = C / 64 rounded up: e C b bytes, most of which the second-level cache may serve;
+// 64 b (64 b + 64) FLOP, twice the floor's where C is 64. Measured fraction: unmeasured, never run
+// on a GPU.
 #pragma once
 
 #include "channel_moments/params.h"
@@ -96,19 +96,23 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   };
 
   const int side = thread / kProductRows, c = thread % kProductRows;  // 0 of m, 1 of k
-  if (side < 2) store_shared<float>(origin + thread, 0.0f);
-  __syncthreads();
-  load(slice);
-  __syncthreads();
-  if (side < 2) {
+  // The first tile is loaded as it is; this then makes the origins from it and takes them off.
+  const auto centre = [&] {
     const int64_t there = p.size.pixels() - slice * Tile::kPixels;
+    const int count = there < Tile::kPixels ? static_cast<int>(there) : Tile::kPixels;
+    const auto at = [&](int i) {
+      return side == 0 ? left + c * Tile::kLd + i : right + i * Tile::kLd + c;
+    };
     float sum = 0.0f;
-    for (int i = 0; i < Tile::kPixels; ++i)
-      sum += load_shared<float>(side == 0 ? left + c * Tile::kLd + i : right + i * Tile::kLd + c);
-    const float mean = sum / static_cast<float>(there < Tile::kPixels ? there : Tile::kPixels);
+    for (int i = 0; i < count; ++i) sum += load_shared<float>(at(i));
+    const float mean = sum / static_cast<float>(count);
     // Where it is not finite, none: x - inf is no number.
-    store_shared<float>(origin + thread, mean - mean == 0.0f ? mean : 0.0f);
-  }
+    if (mean - mean != 0.0f) return;
+    store_shared<float>(origin + thread, mean);
+    for (int i = 0; i < count; ++i) store_shared<float>(at(i), load_shared<float>(at(i)) - mean);
+  };
+
+  if (side < 2) store_shared<float>(origin + thread, 0.0f);
 
   // Sums of sums: a tile's pixels first, then the tiles.
   Tile::Product product;
@@ -119,6 +123,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     __syncthreads();
     load(tile);
     __syncthreads();
+    if (tile == slice) {
+      if (side < 2) centre();
+      __syncthreads();
+    }
     Tile::Product of_tile;
     of_tile.accumulate(left, Tile::kLd, right, Tile::kLd, Tile::kPixels, thread);
     product.add(of_tile);

@@ -35,12 +35,13 @@ struct ChannelMomentsOperators {
     return {mean, covariance};
   }
 
-  static Tensor channel_moments_backward(const Tensor& mean_grad_in,
-                                         const Tensor& covariance_grad_in, const Tensor& x,
-                                         const Tensor& mean_in) {
+  // others: gradients that reached x by other ways.
+  static Tensor backward(const char* op, const Tensor& mean_grad_in,
+                         const Tensor& covariance_grad_in, const Tensor& x, const Tensor& mean_in,
+                         const std::optional<Tensor>& other, const std::optional<Tensor>& another) {
     [[maybe_unused]] const typename Backend::Guard guard(x);
     ChannelMomentsBackwardParams p{};
-    p.forward = params("channel_moments_backward", x);
+    p.forward = params(op, x);
     const int64_t c = p.forward.channels;
     const auto statistic = [&](const Tensor& tensor, const std::vector<int64_t>& shape,
                                const char* name) {
@@ -57,8 +58,30 @@ struct ChannelMomentsOperators {
     p.mean_gradient = static_cast<const double*>(mean_grad.data_ptr());
     p.covariance_gradient = static_cast<const double*>(covariance_grad.data_ptr());
     p.dx = feature_map(dx);
+    const auto join = [&](const std::optional<Tensor>& tensor, FeatureMap& map, const char* name) {
+      if (!tensor.has_value()) return;
+      require_shape(*tensor, {x.size(0), c, x.size(2), x.size(3)}, name);
+      require_like(*tensor, x, name, "x");
+      map = feature_map(*tensor);
+    };
+    join(other, p.others[0], "other_grad");
+    join(another, p.others[1], "another_grad");
     Backend::run(p, x);
     return dx;
+  }
+
+  static Tensor channel_moments_backward(const Tensor& mean_grad, const Tensor& covariance_grad,
+                                         const Tensor& x, const Tensor& mean) {
+    return backward("channel_moments_backward", mean_grad, covariance_grad, x, mean, std::nullopt,
+                    std::nullopt);
+  }
+
+  static Tensor channel_moments_joint_backward(const Tensor& mean_grad,
+                                               const Tensor& covariance_grad, const Tensor& x,
+                                               const Tensor& mean, const Tensor& other_grad,
+                                               const std::optional<Tensor>& another_grad) {
+    return backward("channel_moments_joint_backward", mean_grad, covariance_grad, x, mean,
+                    other_grad, another_grad);
   }
 
   template <typename Library>
@@ -66,6 +89,13 @@ struct ChannelMomentsOperators {
     m.impl("channel_moments", TORCH_BOX(&ChannelMomentsOperators::channel_moments));
     m.impl("channel_moments_backward",
            TORCH_BOX(&ChannelMomentsOperators::channel_moments_backward));
+  }
+
+  // Parts of training on the CPU.
+  template <typename Library>
+  static void implement_for_cpu(Library& m) {
+    m.impl("channel_moments_joint_backward",
+           TORCH_BOX(&ChannelMomentsOperators::channel_moments_joint_backward));
   }
 };
 

@@ -22,4 +22,5 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
   sr_kernels::ChannelMomentsOperators<sr_kernels::Cpu>::implement(m);
+  sr_kernels::ChannelMomentsOperators<sr_kernels::Cpu>::implement_for_cpu(m);
 }

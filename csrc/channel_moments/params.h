@@ -18,6 +18,8 @@ struct ChannelMomentsBackwardParams {
   ChannelMomentsParams forward;  // covariance unused
   const double *mean_gradient, *covariance_gradient;
   FeatureMap dx;
+  // Gradients that reached x by other ways, or no data: they join dx. CPU kernels alone read them.
+  FeatureMap others[2];
 };
 
 SR_KERNELS_DECLARE_FOR_EACH_ISA(

@@ -41,9 +41,15 @@ const T* pack_panels(const S* source, int64_t k_stride, int64_t column_stride, i
   T* next = destination;
   for (int64_t panel = 0; panel < panels.count; ++panel)
     for (int64_t k = 0; k < k_count; ++k)
-      for (int64_t v = panels.begin(panel); v < panels.begin(panel + 1); ++v)
-        for (int64_t l = 0; l < Simd<T>::width; ++l)
-          *next++ = to_compute(source[k * k_stride + (panels.column(v) + l) * column_stride]);
+      for (int64_t v = panels.begin(panel); v < panels.begin(panel + 1); ++v) {
+        const S* first = source + k * k_stride + panels.column(v) * column_stride;
+        if (column_stride == 1)
+          store<T>(next, load_vector_of(first));
+        else
+          for (int64_t l = 0; l < Simd<T>::width; ++l)
+            next[l] = to_compute(first[l * column_stride]);
+        next += Simd<T>::width;
+      }
   return destination;
 }
 

@@ -6,10 +6,12 @@
 // (see platform.h for why).
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -438,6 +440,8 @@ class Scratch {
       throw std::logic_error("sr_kernels: a kernel took more scratch than it asked for");
     return piece;
   }
+  // The next take() begins from the start again; what lies there stays.
+  void rewind() { next_ = base_; }
 
  private:
   static int64_t round_up(int64_t bytes) { return bytes <= 0 ? 64 : (bytes + 63) / 64 * 64; }
@@ -453,6 +457,50 @@ void parallel_for(ParallelFor run, int64_t count, const Body& body) {
         (*static_cast<const Body*>(context))(begin, end);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// parallel_for() whose body(worker, begin, end) has scratch of its own: make() returns a new
+// Worker, which is used for one run of work items after the other, so that a call allocates and
+// clears no more of them than there are threads.
+template <typename Make, typename Body>
+void parallel_for_workers(ParallelFor run, int64_t count, const Make& make, const Body& body) {
+  using Pointer = decltype(make());
+  using Worker = typename Pointer::element_type;
+  struct Idle {  // the workers that no thread is using
+    std::atomic<Worker*> slot[32] = {};
+    Pointer take() {
+      for (std::atomic<Worker*>& place : slot)
+        if (Worker* worker = place.exchange(nullptr)) return Pointer(worker);
+      return nullptr;
+    }
+    void give_back(Pointer worker) {
+      for (std::atomic<Worker*>& place : slot) {
+        Worker* empty = nullptr;
+        if (place.compare_exchange_strong(empty, worker.get())) return (void)worker.release();
+      }
+    }
+    ~Idle() {
+      while (take() != nullptr) {
+      }
+    }
+  } idle;
+  parallel_for(run, count, [&](int64_t begin, int64_t end) {
+    Pointer worker = idle.take();
+    if (worker == nullptr) worker = make();
+    body(*worker, begin, end);
+    idle.give_back(std::move(worker));
+  });
+}
+// parallel_for() whose body(scratch, begin, end) takes pieces of `bytes` of scratch. A run of work
+// items finds what the one before it left in them.
+template <typename Body>
+void parallel_for_scratch(ParallelFor run, int64_t count, int64_t bytes, const Body& body) {
+  parallel_for_workers(
+      run, count, [&] { return std::make_unique<Scratch>(bytes); },
+      [&](Scratch& scratch, int64_t begin, int64_t end) {
+        scratch.rewind();
+        body(scratch, begin, end);
+      });
 }
 
 // ---------------------------------------------------------------- functions of vectors

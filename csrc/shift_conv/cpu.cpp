@@ -18,6 +18,10 @@
 // 60 -> 60 and 60 -> 120, 0.63 and 0.74, channels_last 0.53 and 0.61. The channels_last block at
 // C = 60 was measured before its vectors ran along channels, which takes 0.93 of the time: 22.6 ms
 // where it took 24.2, at 192 x 320, one thread of a shared Zen 3 core, minima of process time.
+// Where nothing moves, channels_last maps are read in place: at 96 x 96, one thread, 55 -> 55 with
+// a residual 0.8 ms (1.0 to 1.2 through transpositions), 55 -> 165 2.7 ms (2.9 to 3.2), a fraction
+// of 0.8; 55 -> 110 -> 55 2.9 ms, 0.97 (3.0), and 4.5 ms with GELU (4.8), whose exponential and erf
+// take 1.6.
 //
 // Backward. With z the pre-activation, dz = grad * act'(z) and S the shift:
 //   dW = dz S(x)^T,  db = sum dz,  dx = S^T(W^T dz).
@@ -257,6 +261,52 @@ void forward(ShiftConvParams p, ParallelFor parallel) {
   });
 }
 
+// Whether forward_in_place() can run, and its vectors along channels compute little twice. Not for
+// portable code, nor where a panel of W leaves L1: see fits_pixels().
+template <typename T>
+bool fits_in_place(const ShiftConvParams& p) {
+  const auto pixels = [](const FeatureMap& map) {
+    return map.data == nullptr || (map.stride_c == 1 && map.stride_w != 1);
+  };
+  return p.pattern == ShiftPattern::kNone && fits_in_epilogue(p.activation) && pixels(p.x) &&
+         pixels(p.residual) && pixels(p.y) && p.c_out >= Simd<T>::width && kVectorBytes >= 32 &&
+         kPanelVectors * kVectorBytes * p.c_in <= int64_t{16} << 10 &&
+         10 * Panels<T>(p.c_out).computed() <= 11 * p.c_out;
+}
+
+// A 1x1 convolution of channels_last maps without a transposition: pixels are read where they lie,
+// and vectors run along channels.
+template <typename T>
+void forward_in_place(ShiftConvParams p, ParallelFor parallel) {
+  const PixelRows rows(p.height, p.width, {&p.x, &p.residual, &p.y});
+  const Tiling tiling(p.batch, rows.height, rows.width, 4, 4 * kStripColumns, kStripColumns);
+  const int64_t size = Panels<T>(p.c_out).computed() * p.c_in;
+  Scratch shared(Scratch::bytes_for<T>(size) + Scratch::bytes_for<T>(p.c_out));
+  const T* weight = pack_panels(static_cast<const T*>(p.weight), 1, p.c_in, p.c_in, p.c_out,
+                                shared.take<T>(size));
+  const T* bias = load_bias<T>(p.bias, p.c_out, shared.take<T>(p.c_out));
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual.data != nullptr;
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      for (int64_t h = t.h; h < t.h + t.rows; ++h) {
+        const T* r = at<T>(p.residual, t.n, 0, h, t.w);
+        T* y = at<T>(p.y, t.n, 0, h, t.w);
+        pixel_product<T>(
+            t.columns, p.c_in, p.c_out, at<T>(p.x, t.n, 0, h, t.w), p.x.stride_w, weight,
+            [&](int64_t column) { return load(bias + column); },
+            [&](int64_t m, int64_t column, Vec<T> v) {
+              v = activate_in_epilogue(activation, slope, v);
+              store<T>(y + m * p.y.stride_w + column,
+                       residual ? v + load(r + m * p.residual.stride_w + column) : v);
+            });
+      }
+    }
+  });
+}
+
 template <typename S>
 void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
   using T = typename Compute<S>::type;
@@ -298,55 +348,58 @@ void backward(ShiftConvBackwardParams params, ParallelFor parallel) {
       for (int64_t n = begin; n < end; ++n)
         fill_uncovered<S>(runs, params.dx, FeatureMap{}, n, p.height, p.width);
     });
-  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * Scratch::bytes_for<T>(p.c_in * pixels) +
-                    2 * Scratch::bytes_for<T>(p.c_out * pixels));
-    T* x = scratch.take<T>(p.c_in * pixels);
-    T* dx = scratch.take<T>(p.c_in * pixels);
-    T* z = scratch.take<T>(p.c_out * pixels);
-    T* dz = scratch.take<T>(p.c_out * pixels);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* dw_sum = partial + chunk * chunk_size;
-      T* db_sum = dw_sum + p.c_out * p.c_in;
-      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
-        const Tile t = tiling[index];
-        const int64_t used = t.rows * stride;
-        load_tile<S>(params.grad, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height, p.width,
-                     dz, pixels, stride);
-        if (recompute || want_dw)
-          load_shifted<S>(runs, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x, pixels,
-                          stride);
-        if (recompute) {
-          product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, used, weight,
-                  StridedRows<T>{x, pixels}, bias, z, pixels);
-          for (int64_t c = 0; c < p.c_out; ++c)
-            multiply_by_derivative(p.activation, T(p.negative_slope), z + c * pixels,
-                                   dz + c * pixels, used);
+  const int64_t bytes =
+      2 * Scratch::bytes_for<T>(p.c_in * pixels) + 2 * Scratch::bytes_for<T>(p.c_out * pixels);
+  parallel_for_scratch(
+      parallel, chunks.count, bytes, [&](Scratch& scratch, int64_t begin, int64_t end) {
+        T* x = scratch.take<T>(p.c_in * pixels);
+        T* dx = scratch.take<T>(p.c_in * pixels);
+        T* z = scratch.take<T>(p.c_out * pixels);
+        T* dz = scratch.take<T>(p.c_out * pixels);
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          T* dw_sum = partial + chunk * chunk_size;
+          T* db_sum = dw_sum + p.c_out * p.c_in;
+          for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+            const Tile t = tiling[index];
+            const int64_t used = t.rows * stride;
+            load_tile<S>(params.grad, t.n, 0, p.c_out, t.h, t.rows, t.w, t.columns, p.height,
+                         p.width, dz, pixels, stride);
+            if (recompute || want_dw)
+              load_shifted<S>(runs, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x,
+                              pixels, stride);
+            if (recompute) {
+              product(bias != nullptr ? Start::kBias : Start::kZero, p.c_out, p.c_in, used, weight,
+                      StridedRows<T>{x, pixels}, bias, z, pixels);
+              for (int64_t c = 0; c < p.c_out; ++c)
+                multiply_by_derivative(p.activation, T(p.negative_slope), z + c * pixels,
+                                       dz + c * pixels, used);
+            }
+            if (want_dw)
+              accumulate_inner_products(p.c_out, p.c_in, used, StridedRows<T>{dz, pixels},
+                                        StridedRows<T>{x, pixels}, dw_sum, p.c_in);
+            if (want_db) accumulate_row_sums(p.c_out, used, StridedRows<T>{dz, pixels}, db_sum);
+            if (want_dx) {
+              const StridedRows<T> b{dz, pixels};
+              const int64_t whole = direct ? t.columns / Simd<T>::width * Simd<T>::width : 0;
+              S* dx_row = at<S>(params.dx, t.n, 0, t.h, t.w);
+              tiled_product<T>(p.c_in, p.c_out, 0, whole, weight_transposed, b, zero,
+                               [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                                 store_vector_of(dx_row + (m + i) * params.dx.stride_c + column + j,
+                                                 v);
+                               });
+              if (whole == t.columns) continue;
+              tiled_product<T>(p.c_in, p.c_out, whole, used, weight_transposed, b, zero,
+                               [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                                 store<T>(dx + (m + i) * pixels + column + j, v);
+                               });
+              Tile rest = t;
+              rest.w += whole, rest.columns -= whole;
+              store_shifted<S>(runs, dx + whole, pixels, stride, params.dx, rest, p.height,
+                               p.width);
+            }
+          }
         }
-        if (want_dw)
-          accumulate_inner_products(p.c_out, p.c_in, used, StridedRows<T>{dz, pixels},
-                                    StridedRows<T>{x, pixels}, dw_sum, p.c_in);
-        if (want_db) accumulate_row_sums(p.c_out, used, StridedRows<T>{dz, pixels}, db_sum);
-        if (want_dx) {
-          const StridedRows<T> b{dz, pixels};
-          const int64_t whole = direct ? t.columns / Simd<T>::width * Simd<T>::width : 0;
-          S* dx_row = at<S>(params.dx, t.n, 0, t.h, t.w);
-          tiled_product<T>(p.c_in, p.c_out, 0, whole, weight_transposed, b, zero,
-                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                             store_vector_of(dx_row + (m + i) * params.dx.stride_c + column + j, v);
-                           });
-          if (whole == t.columns) continue;
-          tiled_product<T>(p.c_in, p.c_out, whole, used, weight_transposed, b, zero,
-                           [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                             store<T>(dx + (m + i) * pixels + column + j, v);
-                           });
-          Tile rest = t;
-          rest.w += whole, rest.columns -= whole;
-          store_shifted<S>(runs, dx + whole, pixels, stride, params.dx, rest, p.height, p.width);
-        }
-      }
-    }
-  });
+      });
   if (want_dw)
     reduce_chunks(partial, chunks.count, chunk_size, p.c_out * p.c_in,
                   static_cast<S*>(params.dweight));
@@ -493,7 +546,7 @@ template <typename T>
 bool fits_pixels(const ShiftConvBlockParams& p) {
   const auto pixels = [](const FeatureMap& map) { return map.stride_c == 1 && map.stride_w != 1; };
   constexpr int W = Simd<T>::width;
-  if (!pixels(p.x) || !pixels(p.y) || !fits_in_epilogue(p.activation) || p.c_out < W) return false;
+  if (!pixels(p.x) || !pixels(p.y) || p.c_out < W) return false;
   if (kVectorBytes < 32 || kPanelVectors * kVectorBytes * p.c_hidden > int64_t{16} << 10)
     return false;
   int64_t computed = Panels<T>(p.c_out).computed() * p.c_hidden;
@@ -616,6 +669,8 @@ void block_forward_pixels(const ShiftConvBlockParams& p, ParallelFor parallel) {
             if (column0 < 0) clear(0, 1);
             if (column0 + columns > p.width) clear(columns - 1, columns);
           }
+          if (!fits_in_epilogue(activation))
+            activate_row(activation, slope, hidden, padded<T>(columns * p.c_hidden));
           const T* x = at<T>(p.x, t.n, 0, h, t.w + w);
           T* y = at<T>(p.y, t.n, 0, h, t.w + w);
           pixel_product<T>(
@@ -627,6 +682,58 @@ void block_forward_pixels(const ShiftConvBlockParams& p, ParallelFor parallel) {
               });
         }
       }
+    }
+  });
+}
+
+// The same where nothing moves, as in a transformer's MLP: pixels in any order, read where they
+// lie.
+template <typename T>
+void block_forward_in_place(ShiftConvBlockParams p, ParallelFor parallel) {
+  const PixelRows rows(p.height, p.width, {&p.x, &p.y});
+  constexpr int64_t kStrip = 32;  // pixels whose hidden values stay in L1
+  const Tiling tiling(p.batch, rows.height, rows.width, 4, 8 * kStrip, kStrip);
+  const int64_t w0_size = Panels<T>(p.c_hidden).computed() * p.c_in;
+  const int64_t w1_size = Panels<T>(p.c_out).computed() * p.c_hidden;
+  Scratch shared(Scratch::bytes_for<T>(w0_size) + Scratch::bytes_for<T>(w1_size) +
+                 Scratch::bytes_for<T>(p.c_hidden) + Scratch::bytes_for<T>(p.c_out));
+  const T* w0 = pack_panels(static_cast<const T*>(p.w0), 1, p.c_in, p.c_in, p.c_hidden,
+                            shared.take<T>(w0_size));
+  const T* w1 = pack_panels(static_cast<const T*>(p.w1), 1, p.c_hidden, p.c_hidden, p.c_out,
+                            shared.take<T>(w1_size));
+  const T* b0 = load_bias<T>(p.b0, p.c_hidden, shared.take<T>(p.c_hidden));
+  const T* b1 = load_bias<T>(p.b1, p.c_out, shared.take<T>(p.c_out));
+  const Activation activation = p.activation;
+  const T slope = T(p.negative_slope);
+  const bool residual = p.residual;
+
+  parallel_for(parallel, tiling.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::bytes_for<T>(p.c_hidden * kStrip));
+    T* hidden = scratch.take<T>(p.c_hidden * kStrip);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t = tiling[index];
+      for (int64_t h = t.h; h < t.h + t.rows; ++h)
+        for (int64_t w = t.w; w < t.w + t.columns; w += kStrip) {
+          const int64_t columns = min64(kStrip, t.w + t.columns - w);
+          const T* x = at<T>(p.x, t.n, 0, h, w);
+          T* y = at<T>(p.y, t.n, 0, h, w);
+          pixel_product<T>(
+              columns, p.c_in, p.c_hidden, x, p.x.stride_w, w0,
+              [&](int64_t column) { return load(b0 + column); },
+              [&](int64_t m, int64_t column, Vec<T> v) {
+                store<T>(hidden + m * p.c_hidden + column,
+                         activate_in_epilogue(activation, slope, v));
+              });
+          if (!fits_in_epilogue(activation))
+            activate_row(activation, slope, hidden, padded<T>(columns * p.c_hidden));
+          pixel_product<T>(
+              columns, p.c_hidden, p.c_out, hidden, p.c_hidden, w1,
+              [&](int64_t column) { return load(b1 + column); },
+              [&](int64_t m, int64_t column, Vec<T> v) {
+                store<T>(y + m * p.y.stride_w + column,
+                         residual ? v + load(x + m * p.x.stride_w + column) : v);
+              });
+        }
     }
   });
 }
@@ -698,95 +805,99 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
         fill_uncovered<S>(runs_in, params.dx, p.residual ? params.grad : FeatureMap{}, n, p.height,
                           p.width);
     });
-  parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes_for<T>(p.c_in * pixels) +
-                    Scratch::bytes_for<T>(max64(p.c_in, p.c_hidden) * pixels) +
-                    Scratch::bytes_for<T>(p.c_hidden * pixels) +
-                    Scratch::bytes_for<T>(p.c_out * halo_pixels) +
-                    Scratch::bytes_for<const T*>(p.c_in));
-    T* x = scratch.take<T>(p.c_in * pixels);
-    T* z = scratch.take<T>(max64(p.c_in, p.c_hidden) * pixels);  // then h, then dx
-    T* dz = scratch.take<T>(p.c_hidden * pixels);
-    T* grad = scratch.take<T>(p.c_out * halo_pixels);
-    const T** direct = scratch.take<const T*>(p.c_in);
-    // The residual's gradient at the target pixel: p + offset, in the haloed tile.
-    if (p.residual)
-      for (const ShiftedRun& run : runs_in)
-        for (int64_t c = run.begin; c < run.end; ++c)
-          direct[c] = grad + c * halo_pixels + (1 + run.offset.dy) * stride + 1 + run.offset.dx;
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* dw0_sum = partial + chunk * chunk_size;
-      T* dw1_sum = dw0_sum + dw0_size;  // transposed: (c_hidden, c_out)
-      T* db0_sum = dw1_sum + dw1_size;
-      T* db1_sum = db0_sum + p.c_hidden;
-      for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
-        const Tile t = tiling[index];
-        const int64_t used = padded<T>(t.rows * stride);
-        load_tile<S>(params.grad, t.n, 0, p.c_out, t.h - 1, t.rows + 2, t.w - 1, t.columns + 2,
-                     p.height, p.width, grad, halo_pixels, stride);
-        load_shifted<S>(runs_in, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x,
-                        pixels, stride);
-        tiled_product<T>(
-            p.c_hidden, p.c_in, 0, used, w0, StridedRows<T>{x, pixels},
-            [&](int64_t m, int64_t, int i, int) { return broadcast(b0[m + i]); },
-            [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-              store<T>(z + (m + i) * pixels + column + j, v);
-            });
-        // grad[o, p - offset] for hidden pixel p, as a flat offset into the haloed tile
-        const auto grad_at = [&](const ShiftedRun& run) {
-          return StridedRows<T>{grad + (1 - run.offset.dy) * stride + (1 - run.offset.dx),
-                                halo_pixels};
-        };
-        for (int i = 0; want_dz && i < runs_hidden.count; ++i) {
-          const ShiftedRun& run = runs_hidden.run[i];
-          T* rows = dz + run.begin * pixels;
-          tiled_product<T>(run.end - run.begin, p.c_out, 0, used, w1_transposed[i], grad_at(run),
-                           zero, [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                             store<T>(rows + (m + i) * pixels + column + j, v);
-                           });
-        }
-        // Padding must not add to the sums.
-        const auto clear_padding = [&](T* row) {
-          for (int64_t r = 0; r < t.rows; ++r)
-            for (int64_t i = t.columns; i < stride; ++i) row[r * stride + i] = T(0);
-          for (int64_t i = t.rows * stride; i < used; ++i) row[i] = T(0);
-        };
-        for (int64_t c = 0; c < p.c_hidden; ++c) {
-          T *z_row = z + c * pixels, *dz_row = dz + c * pixels;
-          if (want_dz) {
-            multiply_by_derivative(p.activation, T(p.negative_slope), z_row, dz_row, used);
-            clear_padding(dz_row);
+  const int64_t bytes = Scratch::bytes_for<T>(p.c_in * pixels) +
+                        Scratch::bytes_for<T>(max64(p.c_in, p.c_hidden) * pixels) +
+                        Scratch::bytes_for<T>(p.c_hidden * pixels) +
+                        Scratch::bytes_for<T>(p.c_out * halo_pixels) +
+                        Scratch::bytes_for<const T*>(p.c_in);
+  parallel_for_scratch(
+      parallel, chunks.count, bytes, [&](Scratch& scratch, int64_t begin, int64_t end) {
+        T* x = scratch.take<T>(p.c_in * pixels);
+        T* z = scratch.take<T>(max64(p.c_in, p.c_hidden) * pixels);  // then h, then dx
+        T* dz = scratch.take<T>(p.c_hidden * pixels);
+        T* grad = scratch.take<T>(p.c_out * halo_pixels);
+        const T** direct = scratch.take<const T*>(p.c_in);
+        // The residual's gradient at the target pixel: p + offset, in the haloed tile.
+        if (p.residual)
+          for (const ShiftedRun& run : runs_in)
+            for (int64_t c = run.begin; c < run.end; ++c)
+              direct[c] = grad + c * halo_pixels + (1 + run.offset.dy) * stride + 1 + run.offset.dx;
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          T* dw0_sum = partial + chunk * chunk_size;
+          T* dw1_sum = dw0_sum + dw0_size;  // transposed: (c_hidden, c_out)
+          T* db0_sum = dw1_sum + dw1_size;
+          T* db1_sum = db0_sum + p.c_hidden;
+          for (int64_t index = chunks.begin(chunk); index < chunks.end(chunk); ++index) {
+            const Tile t = tiling[index];
+            const int64_t used = padded<T>(t.rows * stride);
+            load_tile<S>(params.grad, t.n, 0, p.c_out, t.h - 1, t.rows + 2, t.w - 1, t.columns + 2,
+                         p.height, p.width, grad, halo_pixels, stride);
+            load_shifted<S>(runs_in, p.x, t.n, t.h, t.rows, t.w, t.columns, p.height, p.width, x,
+                            pixels, stride);
+            tiled_product<T>(
+                p.c_hidden, p.c_in, 0, used, w0, StridedRows<T>{x, pixels},
+                [&](int64_t m, int64_t, int i, int) { return broadcast(b0[m + i]); },
+                [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                  store<T>(z + (m + i) * pixels + column + j, v);
+                });
+            // grad[o, p - offset] for hidden pixel p, as a flat offset into the haloed tile
+            const auto grad_at = [&](const ShiftedRun& run) {
+              return StridedRows<T>{grad + (1 - run.offset.dy) * stride + (1 - run.offset.dx),
+                                    halo_pixels};
+            };
+            for (int i = 0; want_dz && i < runs_hidden.count; ++i) {
+              const ShiftedRun& run = runs_hidden.run[i];
+              T* rows = dz + run.begin * pixels;
+              tiled_product<T>(run.end - run.begin, p.c_out, 0, used, w1_transposed[i],
+                               grad_at(run), zero,
+                               [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                                 store<T>(rows + (m + i) * pixels + column + j, v);
+                               });
+            }
+            // Padding must not add to the sums.
+            const auto clear_padding = [&](T* row) {
+              for (int64_t r = 0; r < t.rows; ++r)
+                for (int64_t i = t.columns; i < stride; ++i) row[r * stride + i] = T(0);
+              for (int64_t i = t.rows * stride; i < used; ++i) row[i] = T(0);
+            };
+            for (int64_t c = 0; c < p.c_hidden; ++c) {
+              T *z_row = z + c * pixels, *dz_row = dz + c * pixels;
+              if (want_dz) {
+                multiply_by_derivative(p.activation, T(p.negative_slope), z_row, dz_row, used);
+                clear_padding(dz_row);
+              }
+              if (want_dw1) {
+                activate_row(p.activation, T(p.negative_slope), z_row, used);
+                clear_padding(z_row);
+              }
+            }
+            if (want_dw1)
+              for (const ShiftedRun& run : runs_hidden)
+                accumulate_inner_products(run.end - run.begin, p.c_out, used,
+                                          StridedRows<T>{z + run.begin * pixels, pixels},
+                                          grad_at(run), dw1_sum + run.begin * p.c_out, p.c_out);
+            if (want_db1)
+              for (int64_t o = 0; o < p.c_out; ++o)
+                for (int64_t r = 0; r < t.rows; ++r)
+                  db1_sum[o] += sum_of(grad + o * halo_pixels + (r + 1) * stride + 1, t.columns);
+            if (want_dw0)
+              accumulate_inner_products(p.c_hidden, p.c_in, used, StridedRows<T>{dz, pixels},
+                                        StridedRows<T>{x, pixels}, dw0_sum, p.c_in);
+            if (want_db0)
+              accumulate_row_sums(p.c_hidden, used, StridedRows<T>{dz, pixels}, db0_sum);
+            if (want_dx) {
+              T* dx = z;
+              tiled_product<T>(p.c_in, p.c_hidden, 0, used, w0_transposed,
+                               StridedRows<T>{dz, pixels}, zero,
+                               [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
+                                 store<T>(dx + (m + i) * pixels + column + j,
+                                          p.residual ? v + load(direct[m + i] + column + j) : v);
+                               });
+              store_shifted<S>(runs_in, dx, pixels, stride, params.dx, t, p.height, p.width);
+            }
           }
-          if (want_dw1) {
-            activate_row(p.activation, T(p.negative_slope), z_row, used);
-            clear_padding(z_row);
-          }
         }
-        if (want_dw1)
-          for (const ShiftedRun& run : runs_hidden)
-            accumulate_inner_products(run.end - run.begin, p.c_out, used,
-                                      StridedRows<T>{z + run.begin * pixels, pixels}, grad_at(run),
-                                      dw1_sum + run.begin * p.c_out, p.c_out);
-        if (want_db1)
-          for (int64_t o = 0; o < p.c_out; ++o)
-            for (int64_t r = 0; r < t.rows; ++r)
-              db1_sum[o] += sum_of(grad + o * halo_pixels + (r + 1) * stride + 1, t.columns);
-        if (want_dw0)
-          accumulate_inner_products(p.c_hidden, p.c_in, used, StridedRows<T>{dz, pixels},
-                                    StridedRows<T>{x, pixels}, dw0_sum, p.c_in);
-        if (want_db0) accumulate_row_sums(p.c_hidden, used, StridedRows<T>{dz, pixels}, db0_sum);
-        if (want_dx) {
-          T* dx = z;
-          tiled_product<T>(p.c_in, p.c_hidden, 0, used, w0_transposed, StridedRows<T>{dz, pixels},
-                           zero, [&](int64_t m, int64_t column, int i, int j, Vec<T> v) {
-                             store<T>(dx + (m + i) * pixels + column + j,
-                                      p.residual ? v + load(direct[m + i] + column + j) : v);
-                           });
-          store_shifted<S>(runs_in, dx, pixels, stride, params.dx, t, p.height, p.width);
-        }
-      }
-    }
-  });
+      });
   if (want_dw0)
     reduce_chunks(partial, chunks.count, chunk_size, dw0_size, static_cast<S*>(params.dw0));
   if (want_dw1) {
@@ -809,7 +920,13 @@ void block_backward(const ShiftConvBlockBackwardParams& params, ParallelFor para
 }  // namespace
 
 void shift_conv2d(const ShiftConvParams& params, ParallelFor parallel) {
-  dispatch_scalar(params.kind, [&](auto element) { forward<decltype(element)>(params, parallel); });
+  dispatch_scalar(params.kind, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
+      if (fits_in_place<S>(params)) return forward_in_place<S>(params, parallel);
+    }
+    forward<S>(params, parallel);
+  });
 }
 void shift_conv2d_backward(const ShiftConvBackwardParams& params, ParallelFor parallel) {
   dispatch_scalar(params.forward.kind,
@@ -819,7 +936,9 @@ void shift_conv_block(const ShiftConvBlockParams& params, ParallelFor parallel) 
   dispatch_scalar(params.kind, [&](auto element) {
     using S = decltype(element);
     if constexpr (std::is_same_v<S, typename Compute<S>::type>) {
-      if (fits_pixels<S>(params)) return block_forward_pixels<S>(params, parallel);
+      if (fits_pixels<S>(params))
+        return params.pattern == ShiftPattern::kNone ? block_forward_in_place<S>(params, parallel)
+                                                     : block_forward_pixels<S>(params, parallel);
     }
     block_forward<S>(params, parallel);
   });

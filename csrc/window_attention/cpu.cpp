@@ -97,42 +97,64 @@ struct Shared {
 
 // ------------------------------------------------------------------ forward
 
+int64_t windows_of(const WindowAttentionParams& p) {
+  return p.batch * p.geometry.windows_h() * p.geometry.windows_w();
+}
+
 // The keys are the queries, and nothing is added to q q^T.
 bool scores_are_symmetric(const WindowAttentionParams& p) {
   return p.k.data == nullptr && p.scale == 1.0 && p.bias == nullptr && !p.mask;
 }
 
-// Scores that are symmetric.
+// Scores that are symmetric: windows [begin, end) of all heads, head by head.
 template <typename S>
-void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
+void forward_symmetric(const WindowAttentionParams& p, int64_t begin, int64_t end) {
   using T = typename Compute<S>::type;
   const WindowGeometry& geometry = p.geometry;
-  const int64_t tokens = geometry.tokens();
-  const int64_t windows = p.batch * geometry.windows_h() * geometry.windows_w();
+  const int64_t tokens = geometry.tokens(), windows = windows_of(p);
   const int64_t stride = ceil_div(tokens, kSquare<T>) * kSquare<T>;
   const int64_t ld = spread_stride<T>(stride);
-  parallel_for(parallel, p.num_heads * windows, [&](int64_t begin, int64_t end) {
-    const int64_t elements = SymmetricSoftmax<T>::elements(stride);
-    const int64_t most = WindowRun::most<S>(geometry), q_size = p.d_qk * ld, v_size = p.d_v * ld;
-    Scratch scratch(Scratch::bytes_for<T>(most * q_size) +
-                    2 * Scratch::bytes_for<T>(most * v_size) +
-                    Scratch::bytes_for<T>(most * stride) + Scratch::bytes_for<T>(elements));
-    T* q = scratch.take<T>(most * q_size);
-    T* v = scratch.take<T>(most * v_size);
-    T* out = scratch.take<T>(most * v_size);
-    T* lse = p.lse.data != nullptr ? scratch.take<T>(most * stride) : nullptr;
-    const SymmetricSoftmax<T> softmax(scratch.take<T>(elements), stride);
-    for (int64_t index = begin, count; index < end; index += count) {
-      const int64_t head = index / windows, first = index % windows;
-      const WindowRun run(geometry, first, min64(windows, first + end - index), most);
-      count = run.count;
-      gather<S>(p.q, head * p.d_qk, p.d_qk, geometry, run, q, ld, q_size);
-      gather<S>(p.v, head * p.d_v, p.d_v, geometry, run, v, ld, v_size);
-      for (int64_t i = 0; i < count; ++i)
-        attend(softmax, q + i * q_size, p.d_qk, v + i * v_size, p.d_v, tokens, ld, out + i * v_size,
-               lse == nullptr ? nullptr : lse + i * stride);
-      scatter<S>(out, ld, v_size, p.out, head * p.d_v, p.d_v, geometry, run);
-      if (lse != nullptr) scatter<T>(lse, ld, stride, p.lse, head, 1, geometry, run);
+  const int64_t elements = SymmetricSoftmax<T>::elements(stride);
+  const int64_t most = WindowRun::most<S>(geometry), q_size = p.d_qk * ld, v_size = p.d_v * ld;
+  Scratch scratch(Scratch::bytes_for<T>(most * q_size) + 2 * Scratch::bytes_for<T>(most * v_size) +
+                  Scratch::bytes_for<T>(most * stride) + Scratch::bytes_for<T>(elements));
+  T* q = scratch.take<T>(most * q_size);
+  T* v = scratch.take<T>(most * v_size);
+  T* out = scratch.take<T>(most * v_size);
+  T* lse = p.lse.data != nullptr ? scratch.take<T>(most * stride) : nullptr;
+  const SymmetricSoftmax<T> softmax(scratch.take<T>(elements), stride);
+  for (int64_t index = begin, count; index < end; index += count) {
+    const int64_t head = index / windows, first = index % windows;
+    const WindowRun run(geometry, first, min64(windows, first + end - index), most);
+    count = run.count;
+    gather<S>(p.q, head * p.d_qk, p.d_qk, geometry, run, q, ld, q_size);
+    gather<S>(p.v, head * p.d_v, p.d_v, geometry, run, v, ld, v_size);
+    for (int64_t i = 0; i < count; ++i)
+      attend(softmax, q + i * q_size, p.d_qk, v + i * v_size, p.d_v, tokens, ld, out + i * v_size,
+             lse == nullptr ? nullptr : lse + i * stride);
+    scatter<S>(out, ld, v_size, p.out, head * p.d_v, p.d_v, geometry, run);
+    if (lse != nullptr) scatter<T>(lse, ld, stride, p.lse, head, 1, geometry, run);
+  }
+}
+
+// Groups of one channels_last image, whose channels share cache lines: band by band of the image,
+// so that a line comes from memory once for all of them. A band is a row of the largest windows.
+void forward_by_bands(const WindowAttentionParams* groups, int64_t group_count,
+                      ParallelFor parallel) {
+  const WindowAttentionParams* largest = groups;
+  for (int64_t i = 1; i < group_count; ++i)
+    if (windows_of(groups[i]) < windows_of(*largest)) largest = groups + i;
+  const int64_t parts = windows_of(*largest), band = largest->geometry.windows_w();
+  parallel_for(parallel, parts, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part += band) {
+      const int64_t next = min64(part + band, end);
+      for (int64_t i = 0; i < group_count; ++i) {
+        const int64_t windows = windows_of(groups[i]);
+        dispatch_scalar(groups[i].kind, [&](auto element) {
+          forward_symmetric<decltype(element)>(groups[i], windows * part / parts,
+                                               windows * next / parts);
+        });
+      }
     }
   });
 }
@@ -140,7 +162,9 @@ void forward_symmetric(const WindowAttentionParams& p, ParallelFor parallel) {
 template <typename S>
 void forward(const WindowAttentionParams& p, ParallelFor parallel) {
   using T = typename Compute<S>::type;
-  if (scores_are_symmetric(p)) return forward_symmetric<S>(p, parallel);
+  if (scores_are_symmetric(p))
+    return parallel_for(parallel, p.num_heads * windows_of(p),
+                        [&](int64_t begin, int64_t end) { forward_symmetric<S>(p, begin, end); });
   const Shared<S> shared(p);
   const int64_t tokens = shared.tokens, stride = shared.stride;
   parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
@@ -246,6 +270,16 @@ SR_INLINE void multiply(T* values, int64_t count, T factor) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
+// A gradient of the scores that two uses of them share: with both uses' values and gradients side
+// by side as channels, v = [v, v'] and dO = [dO, dO'], dP = dO v^T is already their sum, and so are
+// dS, dq and dk. Of dv only the first use's is wanted.
+bool has_reuse(const WindowAttentionBackwardParams& params) {
+  return params.reuse_grad.data != nullptr;
+}
+int64_t joint_value_channels(const WindowAttentionBackwardParams& params) {
+  return (has_reuse(params) ? 2 : 1) * params.forward.d_v;
+}
+
 template <typename S>
 class BackwardWorker {
   using T = typename Compute<S>::type;
@@ -255,13 +289,15 @@ class BackwardWorker {
       : g(params),
         p(params.forward),
         shared(shared_),
+        d_v(joint_value_channels(params)),
+        v_stride(padded<T>(d_v)),
         want_q(params.dq.data != nullptr),
         want_k(shared_.shared_keys ? want_q : params.dk.data != nullptr),
         want_v(params.dv.data != nullptr),
         want_bias(params.dbias != nullptr),
-        scratch(bytes(params.forward, shared_)) {
+        scratch(bytes()) {
     const int64_t qk = p.d_qk * shared.stride, qk_rows = shared.tokens * shared.qk_stride;
-    const int64_t v_size = p.d_v * shared.stride, v_rows = shared.tokens * shared.v_stride;
+    const int64_t v_size = d_v * shared.stride, v_rows = shared.tokens * v_stride;
     q = scratch.template take<T>(qk);
     k = scratch.template take<T>(qk);
     dq = scratch.template take<T>(qk);
@@ -299,13 +335,21 @@ class BackwardWorker {
   }
 
  private:
-  static int64_t bytes(const WindowAttentionParams& p, const Shared<S>& shared) {
+  int64_t bytes() const {
     return 4 * Scratch::bytes_for<T>(p.d_qk * shared.stride) +
            3 * Scratch::bytes_for<T>(shared.tokens * shared.qk_stride) +
-           3 * Scratch::bytes_for<T>(p.d_v * shared.stride) +
-           2 * Scratch::bytes_for<T>(shared.tokens * shared.v_stride) +
+           3 * Scratch::bytes_for<T>(d_v * shared.stride) +
+           2 * Scratch::bytes_for<T>(shared.tokens * v_stride) +
            2 * Scratch::bytes_for<T>(shared.tokens * shared.block) +
            3 * Scratch::bytes_for<T>(shared.stride) + Scratch::bytes_for<T>(shared.bands.size());
+  }
+  // v or grad of a window, and below it that of the reuse.
+  void gather_values(const FeatureMap& map, const FeatureMap& reuse, int64_t head,
+                     const WindowPosition& window, T* destination) const {
+    gather<S>(map, head * p.d_v, p.d_v, p.geometry, window, destination, shared.stride, 1);
+    if (has_reuse(g))
+      gather<S>(reuse, head * p.d_v, p.d_v, p.geometry, window, destination + p.d_v * shared.stride,
+                shared.stride, 1);
   }
 
   // next: the window after this one, of the same head.
@@ -315,15 +359,15 @@ class BackwardWorker {
     gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, stride, 1);
     if (!shared.shared_keys)
       gather<S>(p.k, head * p.d_qk, p.d_qk, p.geometry, window, k, stride, 1);
-    gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, window, grad, stride, 1);
-    if (want_scores) gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, window, v, stride, 1);
+    gather_values(g.grad, g.reuse_grad, head, window, grad);
+    if (want_scores) gather_values(p.v, g.reuse_v, head, window, v);
     if (want_k || shared.shared_keys)
       transpose(q, stride, p.d_qk, tokens, q_rows, shared.qk_stride);
     if (want_q && !shared.shared_keys)
       transpose(k, stride, p.d_qk, tokens, k_rows, shared.qk_stride);
-    if (want_v) transpose(grad, stride, p.d_v, tokens, grad_rows, shared.v_stride);
+    if (want_v) transpose(grad, stride, d_v, tokens, grad_rows, v_stride);
     if (want_k) std::memset(dk_rows, 0, sizeof(T) * static_cast<size_t>(tokens * shared.qk_stride));
-    if (want_v) std::memset(dv_rows, 0, sizeof(T) * static_cast<size_t>(tokens * shared.v_stride));
+    if (want_v) std::memset(dv_rows, 0, sizeof(T) * static_cast<size_t>(tokens * v_stride));
 
     const ScoreTerms<T> terms = shared.terms(window, head, region);
     for (int64_t i0 = 0; i0 < stride; i0 += block) {
@@ -338,16 +382,15 @@ class BackwardWorker {
       score_block(terms, q, k, p.d_qk, tokens, stride, i0, columns, probability, block,
                   highest + i0, sum + i0);
       if (want_scores)
-        product<T>(Start::kZero, tokens, p.d_v, columns, rows_of_k(v, stride),
+        product<T>(Start::kZero, tokens, d_v, columns, rows_of_k(v, stride),
                    StridedRows<T>{grad + i0, stride}, nullptr, dscore, block);
       int64_t i = 0;
       for (; i + 4 * Simd<T>::width <= columns; i += 4 * Simd<T>::width)
         normalise_columns<4>(i, i0, want_scores);
       for (; i < columns; i += Simd<T>::width) normalise_columns<1>(i, i0, want_scores);
       if (want_v)
-        accumulate_product(tokens, real, shared.v_stride, probability, block,
-                           grad_rows + i0 * shared.v_stride, shared.v_stride, dv_rows,
-                           shared.v_stride);
+        accumulate_product(tokens, real, v_stride, probability, block, grad_rows + i0 * v_stride,
+                           v_stride, dv_rows, v_stride);
       if (want_q)
         product_in_runs(p.d_qk, tokens, columns, k_rows, shared.qk_stride, dscore, block, dq + i0,
                         stride, dk);  // dk is free until the rows of dk are turned into it
@@ -376,7 +419,7 @@ class BackwardWorker {
       scatter<S>(dk, stride, g.dk, head * p.d_qk, p.d_qk, p.geometry, window);
     }
     if (want_v) {
-      transpose(dv_rows, shared.v_stride, tokens, p.d_v, dv, stride);
+      transpose(dv_rows, v_stride, tokens, p.d_v, dv, stride);
       scatter<S>(dv, stride, g.dv, head * p.d_v, p.d_v, p.geometry, window);
     }
   }
@@ -415,6 +458,7 @@ class BackwardWorker {
   const WindowAttentionBackwardParams& g;
   const WindowAttentionParams& p;
   const Shared<S>& shared;
+  const int64_t d_v, v_stride;  // channels of v and grad, with those of a reuse; a token's row
   const bool want_q, want_k, want_v, want_bias;
   Scratch scratch;
   T *q, *k, *dq, *dk, *q_rows, *k_rows, *dk_rows;
@@ -427,6 +471,10 @@ class BackwardWorker {
 // which is r_i sum_j P_ij dP_ij, both sides of a pair add up to
 //   t_ij = dS_ij + dS_ji = e_ij (g_i . v_j - c_i) + e_ji (g_j . v_i - c_j),
 // which is symmetric: dq = t q, dv_j = sum_i e_ij g_i, and of s and t one triangle is computed.
+// With shifts of pairs in the place of those of rows (PairShift) e is symmetric too: with values
+// u_j = w_j v_j, and -c and w as one more channel of g and u, t_ij = e_ij (g_i . u_j + g_j . u_i)
+// is one product, and dv_j = w_j sum_i e_ij g_i. Only where |q_i|^2 spread too far, rows have
+// shifts.
 template <typename S>
 class SymmetricBackwardWorker {
   using T = typename Compute<S>::type;
@@ -442,11 +490,12 @@ class SymmetricBackwardWorker {
         want_q(params.dq.data != nullptr),
         want_v(params.dv.data != nullptr),
         most(WindowRun::most<S>(p.geometry)),
+        d_v(joint_value_channels(params)),
         q_size(p.d_qk * ld),
-        v_size(p.d_v * ld),
+        v_size((d_v + 1) * ld),
         scratch(2 * Scratch::bytes_for<T>(most * q_size) +
-                3 * Scratch::bytes_for<T>(most * v_size) + 3 * Scratch::bytes_for<T>(stride) +
-                Scratch::bytes_for<RowShift<T>>(stride) +
+                3 * Scratch::bytes_for<T>(most * v_size) + 4 * Scratch::bytes_for<T>(stride) +
+                Scratch::bytes_for<RowShift<T>>(stride) + Scratch::bytes_for<PairShift<T>>(stride) +
                 Scratch::bytes_for<T>((blocks * blocks + 2) * kBlockSize)) {
     q = scratch.template take<T>(most * q_size);
     dq = scratch.template take<T>(most * q_size);
@@ -456,7 +505,9 @@ class SymmetricBackwardWorker {
     sum = scratch.template take<T>(stride);
     factor = scratch.template take<T>(stride);
     shares = scratch.template take<T>(stride);
+    weight = scratch.template take<T>(stride);
     shift = scratch.template take<RowShift<T>>(stride);
+    pair_shift = scratch.template take<PairShift<T>>(stride);
     numerator = scratch.template take<T>((blocks * blocks + 2) * kBlockSize);
     gradient = numerator + blocks * blocks * kBlockSize;
   }
@@ -466,10 +517,10 @@ class SymmetricBackwardWorker {
       const WindowRun run(p.geometry, index, end, most);
       count = run.count;
       gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, run, q, ld, q_size);
-      gather<S>(g.grad, head * p.d_v, p.d_v, p.geometry, run, grad, ld, v_size);
+      gather_values(g.grad, g.reuse_grad, head, run, grad);
       if (want_q) {
-        gather<S>(p.v, head * p.d_v, p.d_v, p.geometry, run, v, ld, v_size);
-        gather<S>(p.out, head * p.d_v, p.d_v, p.geometry, run, out, ld, v_size);
+        gather_values(p.v, g.reuse_v, head, run, v);
+        gather_values(p.out, g.reuse_out, head, run, out);
       }
       const WindowPosition next(p.geometry, min64(index + count, end - 1));
       uint64_t too_large = 0;  // which windows' logits are
@@ -488,6 +539,14 @@ class SymmetricBackwardWorker {
 
  private:
   static constexpr int64_t kBlockSize = kBlock * kBlock;
+
+  // v, out or grad of a run of windows, and below it that of the reuse.
+  void gather_values(const FeatureMap& map, const FeatureMap& reuse, int64_t head,
+                     const WindowRun& run, T* destination) const {
+    gather<S>(map, head * p.d_v, p.d_v, p.geometry, run, destination, ld, v_size);
+    if (has_reuse(g))
+      gather<S>(reuse, head * p.d_v, p.d_v, p.geometry, run, destination + p.d_v * ld, ld, v_size);
+  }
 
   // Calls visit(j0, i0, rows, columns) for the blocks of tokens on and above the diagonal.
   template <typename Visit>
@@ -510,29 +569,39 @@ class SymmetricBackwardWorker {
 
   // dq and dv, which takes the place of out, from the gathered rest; whether its logits are small
   // enough for that. next: the window gathered next.
-  bool one_window(int64_t head, const WindowPosition& next, const T* q, const T* v, T* grad, T* out,
+  bool one_window(int64_t head, const WindowPosition& next, const T* q, T* v, T* grad, T* out,
                   T* dq) {
     const int64_t n = shared.tokens;
     squared_norms(q, ld, p.d_qk, n, factor);
-    if (!row_shifts(factor, n, shift)) return false;
+    PairShift<T> b;
+    const bool pairs = pair_shifts(factor, n, stride, pair_shift, weight, &b);
+    if (!pairs && !row_shifts(factor, n, shift)) return false;
     for (int64_t i = 0; i < stride; ++i) sum[i] = T(0);
     for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
       T *e = numerators_at(j0, i0), *mirror = numerators_at(i0, j0);
       for_each_square(rows, columns, i0 == j0, [&](int64_t j, int64_t i, bool diagonal) {
-        shifted_square<true, T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, e + j * kBlock + i,
-                                diagonal ? nullptr : mirror + i * kBlock + j, sum);
+        T *at = e + j * kBlock + i, *other = diagonal ? nullptr : mirror + i * kBlock + j;
+        if (pairs)
+          pair_square<T>(q, ld, p.d_qk, n, j0 + j, i0 + i, pair_shift, weight, at, other, sum);
+        else
+          shifted_square<true, T>(q, ld, p.d_qk, n, j0 + j, i0 + i, shift, at, other, sum);
       });
     });
     for (int64_t i = 0; i < stride; ++i) factor[i] = i < n ? 1 / sum[i] : T(0);
     for (int64_t i = 0; i < stride; i += Simd<T>::width) {
       const Vec<T> r = load(factor + i);
       Vec<T> share{};
-      for (int64_t c = 0; c < p.d_v; ++c) {
+      for (int64_t c = 0; c < d_v; ++c) {
         const Vec<T> scaled = load(grad + c * ld + i) * r;
         store<T>(grad + c * ld + i, scaled);
         if (want_q) share += scaled * load(out + c * ld + i);
       }
       store<T>(shares + i, share);
+      if (!want_q || !pairs) continue;
+      const Vec<T> w = load(weight + i);
+      for (int64_t c = 0; c < d_v; ++c) store<T>(v + c * ld + i, load(v + c * ld + i) * w);
+      store<T>(v + d_v * ld + i, w);
+      store<T>(grad + d_v * ld + i, -share);
     }
     T* dv = out;  // which is not needed any more
     for_each_block([&](int64_t j0, int64_t i0, int64_t rows, int64_t columns) {
@@ -542,14 +611,23 @@ class SymmetricBackwardWorker {
       if (want_q) {
         T *t = gradient, *mirror = diagonal ? t : t + kBlockSize;
         for_each_square(rows, columns, diagonal, [&](int64_t j, int64_t i, bool on_diagonal) {
-          gradient_square<T>(v, grad, shares, ld, p.d_v, j0 + j, i0 + i, e + j * kBlock + i,
-                             e_mirror + i * kBlock + j, t + j * kBlock + i,
-                             on_diagonal ? nullptr : mirror + i * kBlock + j);
+          const int64_t at = j * kBlock + i;
+          T* other = on_diagonal ? nullptr : mirror + i * kBlock + j;
+          if (pairs)
+            symmetric_gradient_square<T>(v, grad, ld, d_v + 1, j0 + j, i0 + i, e + at, t + at,
+                                         other);
+          else
+            gradient_square<T>(v, grad, shares, ld, d_v, j0 + j, i0 + i, e + at,
+                               e_mirror + i * kBlock + j, t + at, other);
         });
         multiply_blocks(p.d_qk, q, t, mirror, j0, i0, rows, columns, dq);
       }
       if (want_v) multiply_blocks(p.d_v, grad, e, e_mirror, j0, i0, rows, columns, dv);
     });
+    for (int64_t i = 0; want_v && pairs && i < stride; i += Simd<T>::width) {
+      const Vec<T> w = load(weight + i);
+      for (int64_t c = 0; c < p.d_v; ++c) store<T>(dv + c * ld + i, load(dv + c * ld + i) * w);
+    }
     return true;
   }
 
@@ -570,9 +648,17 @@ class SymmetricBackwardWorker {
     const int r0 = static_cast<int>(p.geometry.window_h * j0 / stride);
     const int r1 = static_cast<int>(p.geometry.window_h * (j0 + rows) / stride);
     prefetch_rows<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, next, r0, r1);
-    prefetch_rows<S>(p.v, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
-    prefetch_rows<S>(p.out, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
-    prefetch_rows<S>(g.grad, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+    const auto ask_for = [&](const FeatureMap& map) {
+      prefetch_rows<S>(map, head * p.d_v, p.d_v, p.geometry, next, r0, r1);
+    };
+    ask_for(g.grad);
+    if (!want_q) return;
+    ask_for(p.v);
+    ask_for(p.out);
+    if (!has_reuse(g)) return;
+    ask_for(g.reuse_grad);
+    ask_for(g.reuse_v);
+    ask_for(g.reuse_out);
   }
 
   const WindowAttentionBackwardParams& g;
@@ -580,11 +666,14 @@ class SymmetricBackwardWorker {
   const Shared<S>& shared;
   const int64_t stride, ld, blocks;
   const bool want_q, want_v;
-  const int64_t most, q_size, v_size;  // windows taken together, and the room of one
+  const int64_t most;            // windows taken together
+  const int64_t d_v;             // channels of v and grad, with those of a reuse
+  const int64_t q_size, v_size;  // the room of a window
   Scratch scratch;
   T *q, *dq, *v, *grad, *out;  // of all of them
-  T *sum, *factor, *shares;
+  T *sum, *factor, *shares, *weight;
   RowShift<T>* shift;
+  PairShift<T>* pair_shift;
   T* numerator;  // of the whole window, block by block
   T* gradient;   // a block of t, and its mirror image
   std::unique_ptr<BackwardWorker<S>>
@@ -600,27 +689,31 @@ void backward(const WindowAttentionBackwardParams& params, ParallelFor parallel)
   if constexpr (std::is_same_v<S, T>) {
     const bool fits = shared.tokens >= kMinSymmetricTokens && shared.tokens <= kMaxSymmetricTokens;
     if (p.out.data != nullptr && scores_are_symmetric(p) && fits)
-      return parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
-        SymmetricBackwardWorker<S> worker(params, shared);
-        while (begin < end) {
-          const int64_t head = begin / shared.windows, first = begin % shared.windows;
-          const int64_t count = min64(end - begin, shared.windows - first);
-          worker.run(head, first, first + count);
-          begin += count;
-        }
-      });
+      return parallel_for_workers(
+          parallel, p.num_heads * shared.windows,
+          [&] { return std::make_unique<SymmetricBackwardWorker<S>>(params, shared); },
+          [&](SymmetricBackwardWorker<S>& worker, int64_t begin, int64_t end) {
+            while (begin < end) {
+              const int64_t head = begin / shared.windows, first = begin % shared.windows;
+              const int64_t count = min64(end - begin, shared.windows - first);
+              worker.run(head, first, first + count);
+              begin += count;
+            }
+          });
   }
   // Each head's windows are dealt to chunks; a work item is one chunk of one head.
   const Chunks chunks(shared.windows);
   const int64_t rows = params.dbias == nullptr ? 0 : p.geometry.bias_rows();
   Scratch sums(Scratch::bytes_for<T>(p.num_heads * chunks.count * rows));
   T* partial = sums.take<T>(p.num_heads * chunks.count * rows);
-  parallel_for(parallel, p.num_heads * chunks.count, [&](int64_t begin, int64_t end) {
-    BackwardWorker<S> worker(params, shared);
-    for (int64_t item = begin; item < end; ++item)
-      worker.run(item / chunks.count, chunks.begin(item % chunks.count),
-                 chunks.end(item % chunks.count), partial + item * rows);
-  });
+  parallel_for_workers(
+      parallel, p.num_heads * chunks.count,
+      [&] { return std::make_unique<BackwardWorker<S>>(params, shared); },
+      [&](BackwardWorker<S>& worker, int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item)
+          worker.run(item / chunks.count, chunks.begin(item % chunks.count),
+                     chunks.end(item % chunks.count), partial + item * rows);
+      });
   S* dbias = static_cast<S*>(params.dbias);
   for (int64_t m = 0; rows > 0 && m < p.num_heads; ++m)
     for (int64_t row = 0; row < rows; ++row)
@@ -630,9 +723,15 @@ void backward(const WindowAttentionBackwardParams& params, ParallelFor parallel)
 
 }  // namespace
 
-// Groups differ in the cost of a window: one after the other, each shared out evenly.
+// Groups differ in the cost of a window: one after the other, each shared out evenly, but for those
+// of a channels_last image.
 void window_attention(const WindowAttentionParams* groups, int64_t group_count,
                       ParallelFor parallel) {
+  bool together = group_count > 1;
+  for (int64_t i = 0; i < group_count; ++i)
+    together = together && groups[i].num_heads == 1 && scores_are_symmetric(groups[i]) &&
+               is_channels_last(groups[i].q) && is_channels_last(groups[i].v);
+  if (together) return forward_by_bands(groups, group_count, parallel);
   for (int64_t i = 0; i < group_count; ++i)
     dispatch_scalar(groups[i].kind,
                     [&](auto element) { forward<decltype(element)>(groups[i], parallel); });

@@ -117,29 +117,50 @@ struct WindowAttentionOperators {
     return out;
   }
 
+  // Another use of the scores: its values, what it computed, the gradient of that.
+  struct Reuse {
+    const Tensor &v, &out, &grad;
+  };
+
   // dqv and dv nullptr: not wanted. Values (and their gradients) are inside qv (dqv) if v is
-  // nullptr.
+  // nullptr. reuse: nullptr, or a use whose gradient of the scores joins this one's.
   static void run_grouped_backward(const char* op, const Tensor& grad, const Tensor& qv,
                                    const Tensor& lse, const Tensor* v, const Tensor& out,
                                    const std::vector<int64_t>& windows, bool shifted,
-                                   const Tensor* dqv, const Tensor* dv) {
+                                   const Tensor* dqv, const Tensor* dv,
+                                   const Reuse* reuse = nullptr) {
     const std::vector<WindowAttentionParams> groups = group_params(op, qv, v, windows, shifted);
     const int64_t count = static_cast<int64_t>(groups.size());
     check_lse(lse, qv, count);
     const int64_t channels = v == nullptr ? qv.size(1) / 2 : v->size(1);
     const std::vector<int64_t> shape{qv.size(0), channels, qv.size(2), qv.size(3)};
-    require_shape(grad, shape, "grad");
-    require_like(grad, qv, "grad", "qv");
-    require_shape(out, shape, "out");
-    require_like(out, qv, "out", "qv");
+    const auto check = [&](const Tensor& tensor, const char* name) {
+      require_shape(tensor, shape, name);
+      require_like(tensor, qv, name, "qv");
+    };
+    check(grad, "grad");
+    check(out, "out");
+    if (reuse != nullptr) {
+      check(reuse->grad, "reuse_grad");
+      check(reuse->v, "reuse_v");
+      check(reuse->out, "reuse_out");
+    }
     std::vector<WindowAttentionBackwardParams> backward;
     for (int64_t g = 0; g < count; ++g) {
       WindowAttentionBackwardParams p{};
       p.forward = groups[static_cast<size_t>(g)];
       p.forward.lse = from_channel(feature_map(lse), lse, g);
       const int64_t d = p.forward.d_qk, d_v = p.forward.d_v;
-      p.forward.out = from_channel(feature_map(out), out, g * d_v);
-      p.grad = from_channel(feature_map(grad), grad, g * d_v);
+      const auto of_group = [&](const Tensor& tensor) {
+        return from_channel(feature_map(tensor), tensor, g * d_v);
+      };
+      p.forward.out = of_group(out);
+      p.grad = of_group(grad);
+      if (reuse != nullptr) {
+        p.reuse_grad = of_group(reuse->grad);
+        p.reuse_v = of_group(reuse->v);
+        p.reuse_out = of_group(reuse->out);
+      }
       if (dqv != nullptr) p.dq = from_channel(feature_map(*dqv), *dqv, 2 * g * d);
       if (v == nullptr)
         p.dv = from_channel(feature_map(*dqv), *dqv, (2 * g + 1) * d);
@@ -158,6 +179,19 @@ struct WindowAttentionOperators {
     Tensor dqv = new_feature_map(qv, qv.size(1));
     run_grouped_backward("grouped_window_attention_backward", grad, qv, lse, nullptr, out, windows,
                          shifted, &dqv, nullptr);
+    return dqv;
+  }
+
+  static Tensor grouped_window_attention_joint_backward(
+      const Tensor& grad, const Tensor& qv, const Tensor& out, const Tensor& lse,
+      const Tensor& reuse_grad, const Tensor& reuse_v, const Tensor& reuse_out,
+      std::vector<int64_t> windows, bool shifted) {
+    [[maybe_unused]] const typename Backend::Guard guard(qv);
+    require_feature_map(qv, "qv");
+    Tensor dqv = new_feature_map(qv, qv.size(1));
+    const Reuse reuse{reuse_v, reuse_out, reuse_grad};
+    run_grouped_backward("grouped_window_attention_joint_backward", grad, qv, lse, nullptr, out,
+                         windows, shifted, &dqv, nullptr, &reuse);
     return dqv;
   }
 
@@ -189,6 +223,13 @@ struct WindowAttentionOperators {
            TORCH_BOX(&WindowAttentionOperators::apply_grouped_window_scores));
     m.impl("apply_grouped_window_scores_backward",
            TORCH_BOX(&WindowAttentionOperators::apply_grouped_window_scores_backward));
+  }
+
+  // Parts of training on the CPU.
+  template <typename Library>
+  static void implement_for_cpu(Library& m) {
+    m.impl("grouped_window_attention_joint_backward",
+           TORCH_BOX(&WindowAttentionOperators::grouped_window_attention_joint_backward));
   }
 };
 

@@ -30,4 +30,5 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(sr_kernels, CPU, m) {
   sr_kernels::WindowAttentionOperators<sr_kernels::Cpu>::implement(m);
+  sr_kernels::WindowAttentionOperators<sr_kernels::Cpu>::implement_for_cpu(m);
 }

@@ -31,6 +31,10 @@ struct WindowAttentionBackwardParams {
   // data nullptr: not wanted. Where the keys are the queries dq holds both paths and dk is absent.
   FeatureMap dq, dk, dv;
   void* dbias;  // as bias, in the dtype of q
+  // Another use of the same scores, or no data: its values, what it computed from them and the
+  // gradient of that. What flows through its scores joins dq and dk. Shaped as v, out and grad; CPU
+  // kernels alone read them.
+  FeatureMap reuse_v, reuse_out, reuse_grad;
 };
 
 // A call takes a list: one element for window_attention, one per channel group (with maps that

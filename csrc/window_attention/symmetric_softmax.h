@@ -4,8 +4,9 @@
 // |q_i|^2 of the window, its numerators are too: squares of tokens on one side of the diagonal are
 // computed and transposed in registers for the other side. Products with v go block by block of 64
 // tokens, so that no more than two blocks of numerators exist. A window whose |q_i|^2 spread too
-// far for one shift takes one for each row, which costs a few integer instructions more; only where
-// logits are so large that no shift can be foreseen, the rows' maxima are searched.
+// far for one shift takes one for each token of a pair, and beyond that one for each row, which
+// costs a few integer instructions more; only where logits are so large that no shift can be
+// foreseen, the rows' maxima are searched.
 //
 // Include only from a kernel's cpu.cpp; internal linkage, as simd.h.
 #pragma once
@@ -226,7 +227,129 @@ SR_INLINE void shifted_square(const T* q, int64_t ld, int64_t d, int64_t n, int6
   }
 }
 
-// The same square of the gradient of q q^T, both of its sides at once:
+// A shift a for each token, taken from both sides of its pairs: e_ij = exp(q_i . q_j - a_i - a_j),
+// with a_i about |q_i|^2 / 2, is symmetric and hardly above 1. Row i of the softmax is
+// proportional to e_ij w_j with w_j = exp(a_j - b) for any b: the weights go to v and to the sums.
+// What is lost to the least numerator is below exp(kMaxPairSpread / 2 - 81) of a row's sum.
+constexpr int kMaxPairSpread = 120;
+template <typename T>
+struct PairShift;
+template <>
+struct PairShift<float> {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  uint32_t bits;  // a whole number of them, as in RowShift
+  static PairShift of(float norm) { return {static_cast<uint32_t>(norm * 0.72134752044448170f)}; }
+  // exp(a - b)
+  float weight(PairShift b) const {
+    const uint32_t power = (bits - b.bits + 127u) << 23;
+    float value;
+    std::memcpy(&value, &power, sizeof(value));
+    return value;
+  }
+  static PairShift between(PairShift a, PairShift b) { return {(a.bits + b.bits) / 2}; }
+  // a + b
+  double subtracted(PairShift b) const { return 0.69314718055994530942 * (bits + b.bits); }
+  // The numerators of queries `lanes` and key j, the shift of which is `row`.
+  static SR_INLINE Vec<float> numerators(Vec<float> x, const PairShift* lanes, PairShift row) {
+    const Vec<float> magic = broadcast(12582912.0f);  // as Numerators
+    const Vec<float> shifted = x * 1.44269504088896341f + magic;
+    Vec<float> p = exp2_of_fraction(x * 1.44269504088896341f - (shifted - magic));
+    Bits exponent, mantissa, shifts;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    std::memcpy(&mantissa, &p, sizeof(mantissa));
+    std::memcpy(&shifts, lanes, sizeof(shifts));
+    exponent -= shifts + (0x4b400000u + row.bits);
+    const IntVec power = reinterpret_cast<IntVec>(exponent);
+    mantissa += reinterpret_cast<Bits>(power > -125 ? power : -125 - IntVec{}) << 23;
+    std::memcpy(&p, &mantissa, sizeof(p));
+    return p;
+  }
+};
+template <>
+struct PairShift<double> {
+  double shift;  // a whole number, so that the sum of two is exact
+  static PairShift of(double norm) { return {std::floor(norm / 2)}; }
+  double weight(PairShift b) const { return std::exp(shift - b.shift); }
+  static PairShift between(PairShift a, PairShift b) {
+    return {std::floor((a.shift + b.shift) / 2)};
+  }
+  double subtracted(PairShift b) const { return shift + b.shift; }
+  static SR_INLINE Vec<double> numerators(Vec<double> x, const PairShift* lanes, PairShift row) {
+    return exp(x - (load(&lanes->shift) + row.shift));
+  }
+};
+
+// Shifts and weights of a window's tokens, `stride` of them with the padding, and b, if they serve
+// it. norm: |q_i|^2.
+template <typename T>
+bool pair_shifts(const T* norm, int64_t n, int64_t stride, PairShift<T>* shift, T* weight,
+                 PairShift<T>* b) {
+  T lowest = norm[0], highest = norm[0];
+  bool ordered = true;
+  for (int64_t i = 0; i < n; ++i) {
+    lowest = norm[i] < lowest ? norm[i] : lowest;
+    highest = norm[i] > highest ? norm[i] : highest;
+    ordered &= norm[i] == norm[i];
+  }
+  if (!ordered || highest > T(kMaxLogit) || highest - lowest > T(kMaxPairSpread)) return false;
+  *b = PairShift<T>::between(PairShift<T>::of(lowest), PairShift<T>::of(highest));
+  for (int64_t i = 0; i < stride; ++i) {
+    shift[i] = PairShift<T>::of(i < n ? norm[i] : lowest);
+    weight[i] = i < n ? shift[i].weight(*b) : T(0);
+  }
+  return true;
+}
+
+// sum[lanes] += sum_r weight[r] rows[r]
+template <typename T, int kCount>
+SR_INLINE void add_weighted(const Vec<T>* rows, const T* weight, T* sum) {
+  Vec<T> even = rows[0] * weight[0], odd = rows[1] * weight[1];
+#pragma GCC unroll 16
+  for (int r = 2; r < kCount; r += 2) {
+    even += rows[r] * weight[r];
+    odd += rows[r + 1] * weight[r + 1];
+  }
+  store<T>(sum, load(sum) + (even + odd));
+}
+
+// As score_square(), with a shift for each token: sums are weighted ones.
+template <typename T>
+SR_INLINE void pair_square(const T* q, int64_t ld, int64_t d, int64_t n, int64_t j0, int64_t i0,
+                           const PairShift<T>* shift, const T* weight, T* e, T* mirror, T* sum) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> right = load(q + k * ld + i);
+      const T* left = q + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(left[r]) * right;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) keep_in_register(acc[r]);  // else g++ keeps the sums in memory
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      acc[r] = PairShift<T>::numerators(acc[r], shift + i, shift[j0 + r]);
+    if (j0 + kRows > n || i + W > n) {
+      for (int r = 0; r < kRows; ++r)
+        for (int l = 0; l < W; ++l)
+          if (j0 + r >= n || i + l >= n) acc[r][l] = T(0);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store<T>(e + r * kBlock + strip * W, acc[r]);
+    add_weighted<T, kRows>(acc, weight + j0, sum + i);
+    if (mirror != nullptr)
+      store_mirror<T>(acc, strip, mirror, [&](int part, const Vec<T>* square) {
+        add_weighted<T, W>(square, weight + i, sum + j0 + part * W);
+      });
+  }
+}
+
+// A square of the gradient of q q^T, both of its sides at once:
 //   t[j][i] = e[j][i] (g_j . v_i - c_j) + e_mirror[i][j] (g_i . v_j - c_i)
 // and, unless mirror is nullptr, mirror[i][j] = t[j][i]. v and g are d x ld; rows of e, e_mirror, t
 // and mirror are kBlock apart.
@@ -277,23 +400,56 @@ SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, i
   }
 }
 
+// As gradient_square() where e is symmetric, e_mirror[i][j] = e[j][i], and the last of the d rows
+// of g is -c: t[j][i] = e[j][i] (g_j . v_i + g_i . v_j), one product of g and v with v and g.
+template <typename T>
+SR_INLINE void symmetric_gradient_square(const T* v, const T* g, int64_t ld, int64_t d, int64_t j0,
+                                         int64_t i0, const T* e, T* t, T* mirror) {
+  constexpr int W = Simd<T>::width, kRows = kSquare<T>;
+#pragma GCC unroll 8
+  for (int strip = 0; strip < kStrips<T>; ++strip) {
+    const int64_t i = i0 + strip * W;
+    Vec<T> acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec<T>{};
+    for (int64_t k = 0; k < d; ++k) {
+      const Vec<T> v_i = load(v + k * ld + i), g_i = load(g + k * ld + i);
+      const T *v_j = v + k * ld + j0, *g_j = g + k * ld + j0;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(g_j[r]) * v_i;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += broadcast(v_j[r]) * g_i;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc[r] *= load(e + r * kBlock + strip * W);
+      store<T>(t + r * kBlock + strip * W, acc[r]);
+    }
+    if (mirror != nullptr) store_mirror<T>(acc, strip, mirror, [](int, const Vec<T>*) {});
+  }
+}
+
 // Scratch of attend(); stride: tokens of a window, padded to kSquare.
 template <typename T>
 struct SymmetricSoftmax {
   static constexpr int64_t kStrip = 4 * Simd<T>::width;  // queries at a time with a shift each
-  T *e, *mirror, *sum, *norm, *column;
+  T *e, *mirror, *sum, *norm, *weight, *column;
   RowShift<T>* shift;
+  PairShift<T>* pair_shift;
   static int64_t elements(int64_t stride) {
-    return 2 * kBlock * kBlock + 3 * stride + stride * kStrip;
+    return 2 * kBlock * kBlock + 5 * stride + stride * kStrip;
   }
   SymmetricSoftmax(T* memory, int64_t stride)
       : e(memory),
         mirror(e + kBlock * kBlock),
         sum(mirror + kBlock * kBlock),
         norm(sum + stride),
-        column(norm + stride),
-        shift(reinterpret_cast<RowShift<T>*>(column + stride * kStrip)) {
-    static_assert(sizeof(RowShift<T>) == sizeof(T), "shifts are counted as elements");
+        weight(norm + stride),
+        column(weight + stride),
+        shift(reinterpret_cast<RowShift<T>*>(column + stride * kStrip)),
+        pair_shift(reinterpret_cast<PairShift<T>*>(column + stride * kStrip + stride)) {
+    static_assert(sizeof(RowShift<T>) == sizeof(T) && sizeof(PairShift<T>) == sizeof(T),
+                  "shifts are counted as elements");
   }
 };
 
@@ -343,10 +499,11 @@ bool one_shift(const T* q, int64_t ld, int64_t d, int64_t n, T* norm, T* largest
 }
 
 // out = softmax(q q^T) v for one window of n tokens; q is d_qk x ld, v and out are d_v x ld, padded
-// to kSquare tokens. lse: the log-sum-exp of each row of scores, or nullptr.
+// to kSquare tokens; v is used up. lse: the log-sum-exp of each row of scores, or nullptr. Not
+// inlined, which costs 2 %.
 template <typename T>
-void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, int64_t d_v,
-            int64_t n, int64_t ld, T* out, T* lse) {
+__attribute__((noinline)) void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, T* v,
+                                      int64_t d_v, int64_t n, int64_t ld, T* out, T* lse) {
   constexpr int W = Simd<T>::width, kSide = kSquare<T>;
   const int64_t stride = ceil_div(n, kSide) * kSide;
   // square(j0, i0, e, mirror) computes numerators of a square.
@@ -371,6 +528,7 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
     }
   };
   T largest;
+  PairShift<T> b;
   if (one_shift(q, ld, d_qk, n, s.norm, &largest)) {
     const Numerators<T> numerators(largest);
     by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
@@ -378,6 +536,15 @@ void attend(const SymmetricSoftmax<T>& s, const T* q, int64_t d_qk, const T* v, 
     });
     if (lse != nullptr)
       for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(numerators.subtracted());
+  } else if (pair_shifts(s.norm, n, stride, s.pair_shift, s.weight, &b)) {
+    for (int64_t c = 0; c < d_v; ++c)
+      for (int64_t i = 0; i < stride; i += W)
+        store<T>(v + c * ld + i, load(v + c * ld + i) * load(s.weight + i));
+    by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
+      pair_square<T>(q, ld, d_qk, n, j, i, s.pair_shift, s.weight, e, mirror, s.sum);
+    });
+    if (lse != nullptr)
+      for (int64_t i = 0; i < n; ++i) s.norm[i] = static_cast<T>(s.pair_shift[i].subtracted(b));
   } else if (row_shifts(s.norm, n, s.shift)) {
     by_squares([&](int64_t j, int64_t i, T* e, T* mirror) {
       shifted_square<false, T>(q, ld, d_qk, n, j, i, s.shift, e, mirror, s.sum);

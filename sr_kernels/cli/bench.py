@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick",
         action="store_true",
         help="few cases, short samples, and what compiles for minutes (torch.compile of whole "
-        "networks, FlexAttention on groups on a CPU) only with --op",
+        "networks, FlexAttention on groups on a CPU) only with --op or --provider",
     )
     what.add_argument("--list", action="store_true", help="list the cases, and measure nothing")
     how = parser.add_argument_group("how")
@@ -226,7 +226,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
     import torch
     from PIL import Image
 
-    from sr_kernels.benchmarks import measure, providers, table
+    from sr_kernels.benchmarks import measure, table
     from sr_kernels.benchmarks import run as runs
 
     if arguments.device == "cuda" and arguments.heap != "kept":
@@ -263,9 +263,7 @@ def _measure(arguments: argparse.Namespace, chosen: list[Any]) -> None:
         weights=_weights(arguments.weights, image),
         image=image,
         least=QUICK_ROUNDS if arguments.quick else measure.MIN_ROUNDS,
-        compile_networks=not arguments.quick
-        or bool(arguments.op)
-        or bool({providers.COMPILE, providers.MAX_AUTOTUNE} & set(arguments.provider)),
+        slow=not arguments.quick or bool(arguments.op),
         heap=arguments.heap,
     )
     offered = sorted(_offered(chosen)) if arguments.provider else []

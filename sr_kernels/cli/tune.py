@@ -11,6 +11,7 @@ import torch
 
 from sr_kernels.cli import console
 from sr_kernels.cli.errors import Failure
+from sr_kernels.cli.network import DTYPES
 
 NAME = "tune"
 SUMMARY = "find the fastest tiles of the Triton kernels on this GPU"
@@ -27,12 +28,11 @@ examples:
   sr-kernels tune --dtype float16 float32
   sr-kernels tune --output configs/            then set SR_KERNELS_TRITON_CONFIGS=configs/
 """
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", nargs="+", choices=tuple(_DTYPES), default=["float16"], help="default: float16"
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["float16"], help="default: float16"
     )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="GPU N (default: 0)")
     parser.add_argument(
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             before = _configs.TunedFile.read(path).entries
         except ValueError as error:
             raise Failure(f"{error}. Move it away, or name another folder: --output") from error
-    dtypes = [_DTYPES[name] for name in arguments.dtype]
+    dtypes = [DTYPES[name] for name in arguments.dtype]
     written = False
 
     def save(tuned: _configs.TunedFile) -> None:

@@ -10,6 +10,7 @@ from sr_kernels.ops import (
     attention_gates,
     channel_moments,
     conv3x3,
+    linear_attention,
     shift_conv,
     window_attention,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "attention_gates",
     "channel_moments",
     "conv3x3",
+    "linear_attention",
     "shift_conv",
     "window_attention",
 ]

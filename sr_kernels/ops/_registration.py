@@ -49,7 +49,7 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     """
     sizes, strides = x.shape, x.stride()
     least: int | torch.SymInt = 0
-    if strides[1] == 0:
+    if x.dim() != 4 or strides[1] == 0:
         return torch.contiguous_format
     for d in (1, 3, 2, 0):
         if sizes[d] == 0 or strides[d] < least:
@@ -58,6 +58,11 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = strides[d] * sizes[d] if sizes[d] > 1 else strides[d]
     return torch.channels_last
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether x is dense in that format, and not contiguous as well, as with a single channel."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def empty_feature_map(like: torch.Tensor, channels: int | torch.SymInt) -> torch.Tensor:

@@ -33,6 +33,18 @@ def _(mean_grad: Tensor, covariance_grad: Tensor, x: Tensor, mean: Tensor) -> Te
     return empty_feature_map(x, x.shape[1])
 
 
+@declare_fake("channel_moments_joint_backward", not_in_triton=True)
+def _(
+    mean_grad: Tensor,
+    covariance_grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    other_grad: Tensor,
+    another_grad: Tensor | None,
+) -> Tensor:
+    return empty_feature_map(x, x.shape[1])
+
+
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     (x,) = inputs
     mean, _ = output
@@ -50,4 +62,5 @@ def _backward(ctx: Any, mean_grad: Tensor | None, covariance_grad: Tensor | None
 
 
 declare_autograd("channel_moments", _context, _backward)
-declare_no_double_backward("channel_moments_backward")
+for _name in ("channel_moments_backward", "channel_moments_joint_backward"):
+    declare_no_double_backward(_name)

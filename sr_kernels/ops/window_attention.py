@@ -157,6 +157,21 @@ def _(
     return empty_feature_map(qv, qv.shape[1])
 
 
+@declare_fake("grouped_window_attention_joint_backward", not_in_triton=True)
+def _(
+    grad: Tensor,
+    qv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    reuse_grad: Tensor,
+    reuse_v: Tensor,
+    reuse_out: Tensor,
+    windows: Sequence[int],
+    shifted: bool,
+) -> Tensor:
+    return empty_feature_map(qv, qv.shape[1])
+
+
 @declare_fake("apply_grouped_window_scores_backward")
 def _(
     grad: Tensor,
@@ -224,6 +239,7 @@ declare_autocast("apply_grouped_window_scores", keep=(1,))
 for _name in (
     "window_attention_backward",
     "grouped_window_attention_backward",
+    "grouped_window_attention_joint_backward",
     "apply_grouped_window_scores_backward",
 ):
     declare_no_double_backward(_name)

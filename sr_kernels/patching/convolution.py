@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import functional as F
+from sr_kernels.ops._registration import is_channels_last
 
 from . import recogniser as recogniser_module
 from .recogniser import (
@@ -25,17 +26,29 @@ from .recogniser import (
 # Where torch's own convolution is faster (one AVX2 core, 12 to 512 channels, maps of 20x20 to
 # 96x96): with few products this package's calls cost more than they save, narrow maps fill half of
 # the tiles, and few output channels fill a vector badly. With 3 input channels also on large maps.
+# Of at most 16 channels in and out, the transformations cost as much as the products save: networks
+# of such layers took up to 1.1 times as long (64x64 to 128x128, contiguous and channels_last).
 LEAST_CHANNELS = 12
+NARROW = 16
 LEAST_PIXELS = 400
 LEAST_PRODUCTS = 1_000_000
 LEAST_SIDE = 8
 FEW_OUTPUTS, LEAST_CHANNELS_OF_FEW_OUTPUTS = 8, 48
 
 
+def narrow(convolution: Any) -> str:
+    """Why torch is faster on maps of any size; "" if it is not."""
+    if convolution.in_channels < LEAST_CHANNELS:
+        return f"stock is faster for less than {LEAST_CHANNELS} channels"
+    if max(convolution.in_channels, convolution.out_channels) <= NARROW:
+        return f"stock is faster for at most {NARROW} channels in and out"
+    return ""
+
+
 def worth(convolution: Any, x: Tensor) -> bool:
     """Whether ``conv3x3`` is faster than torch on a map (N, C, H, W) of this size."""
     n, channels, height, width = x.shape
-    if channels < LEAST_CHANNELS:
+    if narrow(convolution):
         return False
     if not recogniser_module.sizes_matter():
         return True
@@ -79,7 +92,7 @@ def convolve(
             negative_slope=0.0 if slope is None else slope,
         )
     weight = convolution.weight
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if is_channels_last(x):
         # Without this torch convolves in the other format.
         weight = weight.contiguous(memory_format=torch.channels_last)
     y = nn.functional.conv2d(x, weight, convolution.bias, padding=convolution.padding)
@@ -100,8 +113,8 @@ class Convolution(Recogniser):
         if not is_conv(module, 3):
             return []
         part: Any = module
-        if part.in_channels < LEAST_CHANNELS:
-            raise NotRecognised(f"stock is faster for less than {LEAST_CHANNELS} channels")
+        if why := narrow(part):
+            raise NotRecognised(why)
         if part.weight.dtype not in (torch.float32, torch.float64):
             raise NotRecognised(f"conv3x3 is used in float32 only, not in {part.weight.dtype}")
         return [()]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sr_kernels import _batch_norm
 from sr_kernels import functional as F
 from sr_kernels._checks import writes_in_place
 from sr_kernels.nn import shift_weight
@@ -376,15 +377,7 @@ def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor
     """Weight and bias of a convolution with the BatchNorm behind it, in eval mode."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    factor = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight
-    bias = -norm.running_mean * factor
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    if convolution.bias is not None:
-        bias = bias + convolution.bias * factor
-    return convolution.weight * factor[:, None, None, None], bias
+    return _batch_norm.folded(convolution, norm, norm.running_mean, norm.running_var)
 
 
 def fixed_norm(norm: nn.BatchNorm2d) -> bool:

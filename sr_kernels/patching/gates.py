@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_kernels import functional as F
+from sr_kernels.ops._registration import is_channels_last
 
 from .convolution import convolve
 from .elan import fixed_norm, folded
@@ -101,7 +102,7 @@ class ChannelAttention(Recogniser):
         for other in others:
             if not (_pooling(other) or calls(other, nn.ReLU) or calls(other, nn.Sigmoid)):
                 raise NotRecognised(
-                    f"{type(other).__name__} in it is none of average pooling, ReLU, Sigmoid"
+                    f"{type(other).__name__} in it is none of global average pooling, ReLU, Sigmoid"
                 )
         statistics: tuple[F.Statistic, ...] = ("mean", "contrast")
         return [_Channel(down_path, up_path, statistic) for statistic in statistics]
@@ -288,8 +289,7 @@ def _pa_conv(part: Any, x: Tensor, slope: float | None = None) -> Tensor:
 def _as(like: Tensor, y: Tensor) -> Tensor:
     """y, contiguous unless ``like`` is channels_last: code behind a module may call view on what it
     returns."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return y if last else y.contiguous()
+    return y if is_channels_last(like) else y.contiguous()
 
 
 class SelfCalibratedPixelAttention(Recogniser):

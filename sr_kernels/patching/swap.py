@@ -328,16 +328,23 @@ def _fixed_mark(tensor: Any) -> Any:
 
 
 def fingerprint(module: nn.Module, constants: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The classes, the configuration and the fixed tensors of a module and all inside it, and
-    ``constants``."""
+    """The classes, the configuration, the names of the parameters and buffers and the fixed tensors
+    of a module and all inside it, and ``constants``."""
     seen = []
     for part in parts(module):
         marks = tuple(
             (name, _mark(value, part)) for name, value in vars(part).items() if name not in _STATE
         )
         fixed = tuple((name, _fixed_mark(tensor)) for name, tensor in _fixed(part))
-        seen.append((original_class(part), marks, fixed))
+        seen.append((original_class(part), marks, _held(part), fixed))
     return (tuple(seen), tuple(_digest(tensor) for tensor in constants))
+
+
+def _held(part: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and buffers of the module itself that are not None: a convolution may
+    gain or lose its bias."""
+    groups = (part._parameters, part._buffers)
+    return tuple(name for group in groups for name, tensor in group.items() if tensor is not None)
 
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -348,14 +355,18 @@ def parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from parts(child)
 
 
-def _matches(module: nn.Module, replacement: Replacement) -> bool:
-    """Whether ``module`` has the fingerprint of ``replacement``, but for tensors that are new and
+def _matches(module: nn.Module, replacement: Replacement, *, values: bool = True) -> bool:
+    """Whether ``module`` has the fingerprint of ``replacement``, but for weights that are new and
     attributes that are new and hide none of the class, and whether nothing intercepts a part or
-    its tensors: quickly, since every call of a patched module asks."""
+    its tensors: quickly, since every call of a patched module asks.
+
+    values: whether the values of tensors are looked at, too. An export has fake ones.
+    """
+    kinds = PLAIN_TENSORS if values else (*PLAIN_TENSORS, torch._subclasses.FakeTensor)
     wanted, digests = replacement.fingerprint
     expected = iter(wanted)
     for part in parts(module):
-        cls, marks, fixed = next(expected, (None, (), ()))
+        cls, marks, held, fixed = next(expected, (None, (), (), ()))
         if type(part) is not cls and original_class(part) is not cls:
             return False
         own = vars(part)
@@ -363,21 +374,37 @@ def _matches(module: nn.Module, replacement: Replacement) -> bool:
             return False
         for name, mark in marks:
             value = own.get(name, parts)  # a value that nothing has
-            if value is not mark and _mark(value, part) != mark:
+            if value is mark or (not values and isinstance(value, Tensor)):
+                continue
+            if _mark(value, part) != mark:
                 return False
         if len(own) != len(marks) + len(_STATE_OF_ALL) and _hides(own, marks, cls):
             return False
+        number = _replicated(own, held) if "_is_replica" in own else 0
         for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if type(tensor) not in kinds or name not in held:
                     return False
-        for name, mark in fixed:
+                number += 1
+        if number != len(held):
+            return False
+        for name, mark in fixed if values else ():
             if _fixed_mark(part._buffers.get(name, part._parameters.get(name))) != mark:
                 return False
     if next(expected, None) is not None:
         return False
+    if not values:
+        return True
     constants = replacement.recogniser.constants(module, replacement.options)
     return all(_digest(t) == digest for t, digest in zip(constants, digests, strict=True))
+
+
+def _replicated(own: dict[str, Any], held: tuple[str, ...]) -> int:
+    """Number of the parameters of a replica of DataParallel, which are plain attributes."""
+    names = {*held, *own.get("_former_parameters", ())}
+    return sum(own.get(name) is not None for name in names)
 
 
 def _hides(own: dict[str, Any], marks: Any, cls: Any) -> bool:
@@ -407,13 +434,20 @@ def unchanged(module: nn.Module, replacement: Replacement) -> bool:
     """Whether ``module`` is what it was when it was recognised, and no hook waits inside it; nor a
     transform of torch.func around it, whose tensors have no memory to look at.
 
-    While a graph is captured only these two are looked for.
+    While a graph is captured hooks are looked for by the code that is traced, so that the graph
+    depends on them; the rest is asked once.
     """
     if _has_any_global_hook() or _transforming():
         return False
     if torch.compiler.is_compiling():
-        return not any(_intercepted(part) for part in parts(module) if part is not module)
+        hooks = any(_intercepted(part) for part in parts(module) if part is not module)
+        return not hooks and _matches_when_captured(module, replacement)
     return _matches(module, replacement)
+
+
+@backends.constant_in_graphs
+def _matches_when_captured(module: nn.Module, replacement: Replacement) -> bool:
+    return _matches(module, replacement, values=not torch.compiler.is_exporting())
 
 
 @backends.constant_in_graphs  # Dynamo, which enters transforms, has a guard of its own

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sr_kernels import functional as F
+from sr_kernels._batch_norm import affine
 from sr_kernels.reference.window_attention import relative_position_index, shift_mask
 
 from .elan import Act, activations, fixed_norm
@@ -237,6 +238,13 @@ def _known(tensor: Tensor, key: tuple[Any, ...], judge: Any) -> bool:
     return bool(known[1])
 
 
+def _is_known_index(index: Any, window: tuple[int, int]) -> bool:
+    """Whether the relative_position_index that a call brings is Swin's."""
+    if not isinstance(index, Tensor):
+        return False
+    return _known(index, ("index", window), lambda: _is_index(index, window))
+
+
 def _is_mask(mask: Any, height: int, width: int, window: int, shift: int) -> bool:
     """Whether ``mask`` is Swin's, 0 or at most -100, for windows of an image of this size."""
     count = (height // window) * (width // window)
@@ -252,6 +260,12 @@ def _is_mask(mask: Any, height: int, width: int, window: int, shift: int) -> boo
         )
 
     return _known(mask, ("mask", height, width, window, shift), judge)
+
+
+def _own_size(block: nn.Module) -> tuple[int, int] | None:
+    """The size of the images for which a block has a mask: HNCT calls it resolution."""
+    sizes = (_pair(getattr(block, name, None)) for name in ("input_resolution", "resolution"))
+    return next((size for size in sizes if size is not None), None)
 
 
 def _swin_mask(height: int, width: int, window: int, shift: int) -> Tensor:
@@ -289,9 +303,7 @@ class WindowAttention(Recogniser):
         extra = list(args[1:])
         if not options.indexed and extra:
             index = extra.pop(0)
-            if not isinstance(index, Tensor) or not _known(
-                index, ("index", options.window), lambda: _is_index(index, options.window)
-            ):
+            if not _is_known_index(index, options.window):
                 return NotImplemented
         elif not options.indexed:
             return NotImplemented
@@ -357,9 +369,9 @@ class SwinBlock(Recogniser):
         _no_dropout(module)
         if not 0 <= shift < window:
             raise NotRecognised(f"its windows of {window} are shifted by {shift}")
-        mask, own = module._buffers.get("attn_mask"), _pair(getattr(part, "input_resolution", None))
+        mask, own = module._buffers.get("attn_mask"), _own_size(module)
         if mask is not None and (own is None or not _is_mask(mask, *own, window, shift)):
-            raise NotRecognised("its attn_mask is not Swin's for its input_resolution")
+            raise NotRecognised("its attn_mask is not Swin's for the image size that it names")
         hybrid = "conv_block" in names
         if hybrid and not isinstance(getattr(part, "conv_scale", None), (int, float)):
             raise NotRecognised("its convolution branch has no constant conv_scale")
@@ -380,7 +392,7 @@ class SwinBlock(Recogniser):
                 )
             found.append((x, size, *extra))
         mask = module._buffers.get("attn_mask")
-        own = _pair(getattr(part, "input_resolution", None))
+        own = _own_size(module)
         if mask is not None and own is not None and own[0] * own[1] <= 32 * 32:
             # The size at which it takes its own mask; at larger ones the mask alone is looked at.
             found.insert(0, (torch.randn(1, own[0] * own[1], channels, dtype=torch.float64), own))
@@ -406,10 +418,7 @@ class SwinBlock(Recogniser):
         if height % window or width % window or x.shape[1] != height * width or x.shape[1] == 0:
             return NotImplemented
         if not attention.indexed:
-            index: Any = args[2]
-            if not isinstance(index, Tensor) or not _known(
-                index, ("index", attention.window), lambda: _is_index(index, attention.window)
-            ):
+            if not _is_known_index(args[2], attention.window):
                 return NotImplemented
             if shift > 0 and not _is_mask(args[3], height, width, window, shift):
                 return NotImplemented
@@ -447,10 +456,11 @@ _LOCAL = [
 
 class LinearWindowBlock(Recogniser):
     """DCTLSA's block: a local branch, window attention without a softmax over pairs
-    (``q (softmax_tokens(k)^T v)``), and an MLP. Training is left to the module itself."""
+    (``q (softmax_tokens(k)^T v)``), and an MLP. Training is left to the module itself. With
+    gradients and on a GPU the parts of linear_attention_block run one by one."""
 
     name = "linear_window_block"
-    replacement = "shift_conv2d + shift_conv_block"
+    replacement = "linear_attention_block + shift_conv_block"
     operators = ("shift_conv2d", "shift_conv_block")
 
     def options(self, module: nn.Module) -> Iterable[_Linear]:
@@ -525,20 +535,18 @@ class LinearWindowBlock(Recogniser):
         if x.shape[1] != height * width or x.shape[1] == 0:
             return NotImplemented
         shift = options.shift
+        first = _norm_first(local.pointwise_prenorm_0, local.pointwise_conv_0)
+        last = _norm_first(local.pointwise_prenorm_1, local.pointwise_conv_1)
+        if runs(("linear_attention_block",), x) and not needs_gradient(module, x):
+            image = _image(x.contiguous(), height, width)
+            y = _linear_attention_block(image, first, last, attention, options)
+            return _tokens(_mlp_run(part.mlp, options.mlp, y, residual=True))
         grid = x.unflatten(1, (height, width))
         if shift:
             grid = torch.roll(grid, (-shift, -shift), (1, 2))
         image = grid.permute(0, 3, 1, 2)
-        y = F.shift_conv2d(
-            image, *_norm_first(local.pointwise_prenorm_0, local.pointwise_conv_0), pattern="none"
-        )
-        y = local.depthwise_conv(y)
-        y = F.shift_conv2d(
-            y,
-            *_norm_first(local.pointwise_prenorm_1, local.pointwise_conv_1),
-            pattern="none",
-            residual=image,
-        )
+        y = local.depthwise_conv(F.shift_conv2d(image, *first, pattern="none"))
+        y = F.shift_conv2d(y, *last, pattern="none", residual=image)
         y = _linear_attention(y.permute(0, 2, 3, 1), attention, options)
         if shift:
             y = torch.roll(y, (shift, shift), (1, 2))
@@ -547,17 +555,41 @@ class LinearWindowBlock(Recogniser):
 
 def _norm_first(norm: Any, convolution: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a 1x1 convolution with the BatchNorm in front of it, in eval mode."""
-    factor = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight
-    offset = -norm.running_mean * factor
-    if norm.bias is not None:
-        offset = offset + norm.bias
+    factor, offset = affine(norm, norm.running_mean, norm.running_var)
     matrix = convolution.weight[:, :, 0, 0]
     bias = matrix @ offset
     if convolution.bias is not None:
         bias = bias + convolution.bias
     return convolution.weight * factor[None, :, None, None], bias
+
+
+def _linear_attention_block(
+    image: Tensor,
+    first: tuple[Tensor, Tensor],
+    last: tuple[Tensor, Tensor],
+    attention: Any,
+    options: _Linear,
+) -> Tensor:
+    """All but the MLP. first, last: the 1x1 convolutions of the local branch, from _norm_first."""
+    depthwise = attention.local.depthwise_conv
+    weight, bias = last
+    if depthwise.bias is not None:
+        bias = bias + weight[:, :, 0, 0] @ depthwise.bias
+    return F.linear_attention_block(
+        image,
+        *first,
+        depthwise.weight,
+        weight,
+        bias,
+        _kernel(attention.qkv),
+        attention.qkv.bias,
+        _kernel(attention.proj),
+        attention.proj.bias,
+        window=options.window,
+        shift=options.shift,
+        num_heads=options.heads,
+        scale=options.scale,
+    )
 
 
 def _linear_attention(image: Tensor, attention: Any, options: _Linear) -> Tensor:

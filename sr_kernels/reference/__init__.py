@@ -15,6 +15,7 @@ from .attention_gates import (
     spatial_attention,
 )
 from .conv3x3 import conv3x3
+from .linear_attention import linear_attention_block
 from .shift_conv import shift, shift_conv2d, shift_conv_block
 from .window_attention import (
     apply_window_scores,
@@ -31,6 +32,7 @@ __all__ = [
     "gated_conv1x1",
     "grouped_attention_block",
     "grouped_window_attention",
+    "linear_attention_block",
     "pixel_attention",
     "pixel_spatial_attention",
     "shift",

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 from sr_kernels.benchmarks.run import Settings
 from sr_kernels.benchmarks.table import Row
+from threads import threads
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
 
 
 @pytest.fixture

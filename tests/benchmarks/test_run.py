@@ -65,7 +65,7 @@ def _measure(case, settings, limits, folder):
 )
 def test_every_operator_at_toy_size(op, mode, toy_settings, limits, tmp_path):
     names = ["eager", "cpu", *OTHERS.get(op, ())]
-    if mode == "forward":  # compiling takes seconds
+    if mode == "forward" and op not in BLOCKS:  # compiling takes seconds
         names += ["compile", *COMPILED.get(op, ())]
     settings = replace(toy_settings, providers=tuple(names))
     rows = _measure(Case(op, 1, 24, 16, 32, mode), settings, limits, tmp_path)
@@ -87,9 +87,12 @@ OTHERS = {
     "shift_conv2d": ("conv2d", "conv2d_depthwise"),
     "shift_conv_block": ("conv2d", "conv2d_depthwise"),
     "grouped_window_attention": ("sdpa",),
+    "grouped_attention_block": ("sdpa",),
     "window_attention": ("sdpa",),
 }
 COMPILED = {"window_attention": ("flex",)}
+# Of what is compiled without them, and projections.
+BLOCKS = ("grouped_attention_block", "apply_grouped_attention_block")
 
 
 @pytest.mark.slow
@@ -522,33 +525,54 @@ def test_a_provider_that_dies_while_it_is_sampled_ends_alone(tmp_path, limits):
     assert second["eager"].samples == 2 * first["eager"].samples
 
 
+def _named(name, **options):
+    return providers.Provider(name, lambda: None, **options)
+
+
 def test_compile_brings_the_formats_it_chooses_from(toy_settings):
-    settings = replace(toy_settings, providers=("compile",))
-    wanted = [n for n in ("eager", "eager_channels_last", "compile", "cpu") if settings.wants(n)]
-    assert wanted == ["eager", "eager_channels_last", "compile"]
-    settings = replace(toy_settings, providers=("compile_max_autotune",))
-    names = ("eager", "compile", "compile_max_autotune", "cpu")
-    assert [n for n in names if settings.wants(n)] == ["eager", "compile_max_autotune"]
+    def wanted(asked, *names):
+        settings = replace(toy_settings, providers=(asked,))
+        return [name for name in names if settings.wants(_named(name))]
+
+    formats = ["eager", "eager_channels_last"]
+    assert wanted("compile", *formats, "compile", "cpu") == [*formats, "compile"]
+    found = wanted("compile_max_autotune", "eager", "compile", "compile_max_autotune", "cpu")
+    assert found == ["eager", "compile_max_autotune"]
 
 
-def test_the_quick_set_does_not_compile_networks(toy_settings, tmp_path):
-    quick = replace(toy_settings, compile_networks=False)
-    assert quick.wants("compile")
-    assert quick.wants("eager", network=True)
-    assert not quick.wants("compile", network=True)
-    assert not quick.wants("compile_max_autotune", network=True)
-    for op, slow in (("grouped_window_attention", True), ("window_attention", False)):
-        this = providers.subject(
-            Case(op, 1, 24, 16, 16), weights=None, image=run.PHOTOGRAPH, folder=tmp_path
-        )
-        assert {p.name: p.slow for p in this.providers}["flex"] is slow
-    assert quick.wants("flex")
-    assert not quick.wants("flex", slow=True)
-    assert replace(quick, providers=("flex",)).wants("flex", slow=True)
-    assert toy_settings.wants("flex", slow=True)
-    said = []
-    _run([Case("mafdn_x4", 1, 0, 8, 8)], replace(quick, providers=("cpu",)), tmp_path, said.append)
-    assert "torch.compile of whole networks takes minutes, and is left out" in "\n".join(said)
+def test_what_is_slow_to_compile(tmp_path):
+    def slow(case):
+        this = providers.subject(case, weights=None, image=run.PHOTOGRAPH, folder=tmp_path)
+        return [provider.name for provider in this.providers if provider.slow]
+
+    assert slow(Case("grouped_window_attention", 1, 24, 16, 16)) == ["flex"]
+    assert slow(Case("window_attention", 1, 24, 16, 16)) == []
+    assert slow(Case("mafdn_x4", 1, 0, 8, 8)) == ["compile"]
+    on_a_gpu = providers._compile_providers(Case("mafdn_x4", 1, 0, 8, 8, device="cuda"), print)
+    assert all(provider.slow for provider in on_a_gpu)
+
+
+def test_the_quick_set_goes_without_what_is_slow_and_not_named(toy_settings, tmp_path, monkeypatch):
+    quick = replace(toy_settings, slow=False)
+    slow, other = _named("flex", slow=True), _named("sdpa")
+    assert (quick.wants(other), quick.wants(slow)) == (True, False)
+    assert replace(quick, providers=("flex",)).wants(slow)
+    assert not replace(quick, providers=("sdpa",)).wants(slow)
+    assert toy_settings.wants(slow)
+
+    def refuse(self):
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(run.Measurement, "prepare", refuse)
+    for settings, expected in (
+        (quick, True),
+        (toy_settings, False),
+        (replace(quick, providers=("compile",)), False),
+    ):
+        said = []
+        _run([Case("mafdn_x4", 1, 0, 8, 8)], settings, tmp_path, said.append)
+        message = "torch.compile of whole networks takes minutes, and is left out"
+        assert (message in "\n".join(said)) is expected
 
 
 def _run(chosen, settings, folder, say=lambda text: None):

@@ -263,3 +263,8 @@ def test_the_readme_shows_the_current_table():
     begin, end = (text.index(marker) for marker in plot.MARKERS)
     shown = text[begin + len(plot.MARKERS[0]) + 1 : end]
     assert shown == plot.readme_section(folder, ROOT)
+
+
+def test_times_are_written_with_four_digits_and_no_exponent():
+    times = (0.012345, 12.345, 9999.4, 9999.6, 33328.0, None)
+    assert [table.digits(t) for t in times] == ["0.01235", "12.35", "9999", "10000", "33328", ""]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from from_file import load
 from PIL import Image
+from threads import threads
 
 from sr_kernels import cli
 from sr_kernels.cli import network
@@ -23,20 +23,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The network is next to nothing: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")
 def nearest_class() -> Any:
-    spec = importlib.util.spec_from_file_location("nearest", HERE / "nearest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Nearest
+    return load(HERE / "nearest.py").Nearest
 
 
 @dataclass

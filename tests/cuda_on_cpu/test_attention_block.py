@@ -1,11 +1,9 @@
 """The attention block's CUDA launches, run on the CPU, against the definition in float64."""
 
 import pytest
-import torch
-from attention_block_cases import LAYOUTS, block_inputs, check_block
+from attention_block_cases import block_inputs, check_block
+from choices import DTYPES, LAYOUTS
 from emulated import emulated, run_sanitized
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from attention_gate_cases import CASES, LAYOUTS, SIZES, check, functions, make_inputs
+from attention_gate_cases import CASES, SIZES, check, functions, make_inputs
+from choices import DTYPES, LAYOUTS
 from emulated import emulated, run_sanitized
 
 from sr_kernels.testing import bitwise_equal
@@ -14,7 +15,6 @@ OPERATORS = [
     for name in dict.fromkeys(name for name, _ in CASES.values())
     for suffix in ("", "_backward")
 ]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL = pytest.mark.parametrize("case", CASES)
 
 

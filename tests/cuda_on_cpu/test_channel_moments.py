@@ -4,18 +4,16 @@ import pytest
 import torch
 from channel_moments_cases import (
     FORWARD,
-    LAYOUTS,
     SHAPES,
     check,
     check_gradient,
     check_large_means,
     definition,
 )
+from choices import DTYPES, LAYOUTS
 from emulated import emulated, run_sanitized
 
 from sr_kernels.testing import bitwise_equal, make_tensor
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

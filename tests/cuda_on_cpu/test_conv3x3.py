@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conv3x3_cases import ACTIVATIONS, LAYOUTS, check_conv, conv_inputs
+from choices import ACTIVATIONS, DTYPES, LAYOUTS
+from conv3x3_cases import check_conv, conv_inputs
 from emulated import emulated, run_sanitized
 
 import sr_kernels
 from sr_kernels.testing import bitwise_equal, make_tensor
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from choices import ACTIVATIONS, DTYPES, LAYOUTS
 from emulated import emulated, run_sanitized
 from shift_conv_cases import (
-    ACTIVATIONS,
     BLOCK_SIZES,
-    LAYOUTS,
     SIZES,
     block_inputs,
     check_block,
@@ -26,7 +25,6 @@ OPERATORS = [
     "shift_conv_block",
     "shift_conv_block_backward",
 ]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

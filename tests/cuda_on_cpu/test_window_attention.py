@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from choices import DTYPES, LAYOUTS
 from emulated import emulated, run_sanitized
 from window_attention_cases import (
-    LAYOUTS,
     SIZES,
     attention_inputs,
     attention_with_reuse,
@@ -26,7 +26,6 @@ OPERATORS = [
     "apply_grouped_window_scores",
     "apply_grouped_window_scores_backward",
 ]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Heads of more than 64 channels, windows of more tokens than a block has rows, and one whose bias
 # gradient does not fit in shared memory.
 LARGE = [

@@ -3,11 +3,12 @@
 import channel_moments_cases as cases
 import pytest
 import torch
+from choices import DTYPES, LAYOUTS
+from streams import on_a_side_stream, replay_equals_run
 
 from sr_kernels.testing import bitwise_equal, make_tensor
 
 pytestmark = pytest.mark.gpu
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [*cases.SHAPES, (4, 60, 64, 64), (1, 180, 43, 61)]
 
 
@@ -21,7 +22,7 @@ def test_tiny(device, dtype):
     assert all(tensor.isfinite().all() for tensor in (mean, covariance, dx))
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward(device, shape, dtype, layout):
@@ -30,7 +31,7 @@ def test_forward_and_backward(device, shape, dtype, layout):
     cases.check_gradient(x)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_costs_no_digits(device, layout):
     cases.check_large_means(layout, device)
 
@@ -62,32 +63,22 @@ def test_a_hundred_repeats_are_bit_equal(device, dtype):
 @pytest.mark.unpoisoned  # poisoning fills memory in the middle of a capture
 def test_graph_capture_and_replay(device):
     x = make_tensor((2, 20, 43, 61), device=device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        results(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = results(x)
-    for scale in (1.0, -0.5):
-        x.mul_(scale)
-        graph.replay()
-        assert all(map(bitwise_equal, captured, results(x)))
+    replay_equals_run(lambda: results(x), x)
 
 
 @pytest.mark.unpoisoned
 def test_kernels_run_in_the_current_stream(device):
     x = make_tensor((2, 20, 43, 61), device=device)
-    expected, late = results(x), torch.zeros_like(x)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)
-        late.copy_(x)
-        found = results(late)
-    side.synchronize()
-    assert all(map(bitwise_equal, expected, found))
+    found = on_a_side_stream(lambda tensors: results(tensors["x"]), {"x": x})
+    assert all(map(bitwise_equal, results(x), found))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_is_the_tensors_own():
+    with torch.cuda.device("cuda:0"):
+        found = [results(make_tensor((2, 20, 43, 61), device=f"cuda:{i}")) for i in range(2)]
+    assert {tensor.device for tensor in found[1]} == {torch.device("cuda:1")}
+    assert all(map(bitwise_equal, *found))
 
 
 @pytest.mark.large
@@ -95,8 +86,10 @@ def test_kernels_run_in_the_current_stream(device):
 def test_more_than_two_to_the_31_elements(device):
     """Of a map that repeats itself."""
     shape = (1, 32, 8400, 8200)
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 4 * 2 * 32 * 8400 * 8200:
-        pytest.skip("needs 17 GiB of free GPU memory")
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 4 * 2 * 32 * 8400 * 8200:
+            pytest.skip("needs 17 GiB of free GPU memory")
     rows = make_tensor((1, 32, 84, 8200), torch.float16, layout="channels_last", device=device)
     x = rows.new_empty((1, 8400, 8200, 32)).permute(0, 3, 1, 2).copy_(rows.repeat(1, 1, 100, 1))
     assert x.shape == shape

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from sr_kernels.models import elan_light, mafdn, plan
+from streams import on_a_side_stream, replay_equals_run
 
 import sr_kernels
 from sr_kernels.nn import GMSA
@@ -71,18 +72,7 @@ def test_a_hundred_repeats_are_bit_equal(build, device, backend):
 def test_the_plan_in_a_graph(build, device, backend):
     planned = plan(network(build, device, torch.float16))
     x = picture(planned, device, torch.float16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        with_backend(backend, planned, x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = with_backend(backend, planned, x)
-    for factor in (1.0, 0.5):
-        x.mul_(factor)
-        graph.replay()
-        assert bitwise_equal(out, with_backend(backend, planned, x))
+    replay_equals_run(lambda: [with_backend(backend, planned, x)], x)
 
 
 @pytest.mark.unpoisoned
@@ -91,14 +81,8 @@ def test_the_plan_on_a_side_stream(build, device, backend):
     planned = plan(network(build, device, torch.float16))
     x = picture(planned, device, torch.float16)
     expected = with_backend(backend, planned, x)
-    torch.cuda.synchronize()
-    late, side = torch.zeros_like(x), torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)
-        late.copy_(x)
-        out = with_backend(backend, planned, late)
-    side.synchronize()
-    assert bitwise_equal(out, expected)
+    found = on_a_side_stream(lambda late: with_backend(backend, planned, late["x"]), {"x": x})
+    assert bitwise_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)

@@ -6,6 +6,8 @@ import dataclasses
 import operator_cases
 import pytest
 import torch
+from choices import DTYPES, LAYOUTS
+from streams import on_a_side_stream, replay_equals_run
 
 import sr_kernels
 from sr_kernels import reference
@@ -15,8 +17,6 @@ pytestmark = pytest.mark.gpu
 ALL = pytest.mark.parametrize("name", operator_cases.CASES)
 ANY_SIZE = [name for name, case in operator_cases.CASES.items() if not case.windows]
 TRAINED = [name for name, case in operator_cases.CASES.items() if not case.inference]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
 
 
 @pytest.fixture
@@ -208,38 +208,18 @@ def test_graph_capture_and_replay(cases, name):
     replay_equals_run(lambda: [cases[name].run(inputs)], next(iter(inputs.values())))
 
 
-def replay_equals_run(run, x):
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for scale in (1.0, -0.5):
-        with torch.no_grad():
-            x.mul_(scale)
-        graph.replay()
-        assert all(map(bitwise_equal, captured, run()))
-
-
 @pytest.mark.unpoisoned
 @ALL
 def test_kernels_run_in_the_current_stream(cases, name):
-    """On a side stream, behind work that takes a while: a launch elsewhere would read too early."""
-    inputs = cases[name].inputs(*larger(cases[name]))
-    expected = cases[name].run(inputs)
-    torch.cuda.synchronize()
-    late = {key: torch.zeros_like(tensor) for key, tensor in inputs.items()}
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)
-        for key, tensor in inputs.items():
-            late[key].copy_(tensor)
-        out = cases[name].run(late)
-    side.synchronize()
-    assert bitwise_equal(out, expected)
+    case = cases[name]
+    inputs = case.inputs(*larger(case))
+    expected = case.results(inputs)
+
+    def run(tensors):
+        return case.results({key: tensors[key] for key in inputs}, tensors["of the output"])
+
+    found = on_a_side_stream(run, {**inputs, "of the output": case.gradient_of(expected[0])})
+    assert all(map(bitwise_equal, expected, found))
 
 
 @pytest.mark.unpoisoned
@@ -263,9 +243,9 @@ def test_the_device_is_the_tensors_own(cases, name):
     for device in ("cuda:0", "cuda:1"):
         case = cases[name].on(device, cases[name].backend)
         with torch.cuda.device("cuda:0"):
-            results.append(case.run(case.inputs(*larger(case))))
-    assert results[1].device == torch.device("cuda:1")
-    assert bitwise_equal(*results)
+            results.append(case.results(case.inputs(*larger(case))))
+    assert {tensor.device for tensor in results[1]} == {torch.device("cuda:1")}
+    assert all(map(bitwise_equal, *results))
 
 
 # ------------------------------------------------------------------------------ sizes
@@ -276,11 +256,33 @@ HEIGHT, WIDTH, CHANNELS = 8400, 8200, 32  # more than 2^31 elements
 LOCAL = [n for n in operator_cases.CASES if not n.startswith(("gate_", "channel_"))]
 
 
-def need_memory(device, maps):
+def need_memory(device, channels):
     """Skips where there is none for so many channels of HEIGHT x WIDTH in 16 bits."""
-    needed = 2 * maps * HEIGHT * WIDTH
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < needed:
+    needed = 2 * channels * HEIGHT * WIDTH
+    if device != "cuda":
+        return
+    torch.cuda.empty_cache()  # what earlier tests have freed
+    if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+
+
+def large_inputs(case, device, copies):
+    """Inputs of HEIGHT x WIDTH in float16, the same of their last 40 rows, and the names of those
+    that are maps. copies: of the maps, which there must be memory for, besides outputs."""
+    inputs = case.inputs(1, 20, 20, torch.float16, "channels_last", CHANNELS)
+    maps = [key for key, t in inputs.items() if t.dim() == 4 and t.shape[2:] == (20, 20)]
+    need_memory(device, copies * sum(inputs[key].shape[1] for key in maps) + 6 * CHANNELS)
+    for key in maps:
+        count = inputs[key].shape[1]
+        inputs[key] = inputs[key].new_empty((1, HEIGHT, WIDTH, count)).normal_().permute(0, 3, 1, 2)
+    return inputs, {**inputs, **{key: inputs[key][:, :, -40:] for key in maps}}, maps
+
+
+def unshifted(case):
+    """A roll would bring the first rows to the last."""
+    still = {"shift": (0, 0), "shifted": False}
+    changed = {key: value for key, value in still.items() if key in case.options}
+    return dataclasses.replace(case, options={**case.options, **changed})
 
 
 @pytest.mark.large
@@ -288,27 +290,41 @@ def need_memory(device, maps):
 @pytest.mark.parametrize("name", LOCAL)
 def test_more_than_two_to_the_31_elements(cases, device, name):
     """The last rows of an image, against the same rows of its last part alone."""
-    case = cases[name]
-    if case.windows:  # a roll would bring the first rows to the last
-        unshifted = {"shift": (0, 0)} if name == "attention" else {"shifted": False}
-        case = dataclasses.replace(case, options={**case.options, **unshifted})
-    inputs = case.inputs(1, 20, 20, torch.float16, "channels_last", CHANNELS)
-    maps = [key for key, t in inputs.items() if t.dim() == 4 and t.shape[2:] == (20, 20)]
-    need_memory(device, sum(inputs[key].shape[1] for key in maps) + 6 * CHANNELS)
-    for key in maps:
-        count = inputs[key].shape[1]
-        inputs[key] = inputs[key].new_empty((1, HEIGHT, WIDTH, count)).normal_().permute(0, 3, 1, 2)
+    case = unshifted(cases[name])
+    inputs, last, _ = large_inputs(case, device, copies=1)
     out = case.run(inputs)[:, :, -20:].clone()
-    for key in maps:
-        inputs[key] = inputs[key][:, :, -40:]
-    assert bitwise_equal(out, case.run(inputs)[:, :, -20:])
+    assert bitwise_equal(out, case.run(last)[:, :, -20:])
+
+
+@pytest.mark.large
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", [name for name in LOCAL if name in TRAINED])
+def test_gradients_of_more_than_two_to_the_31_elements(cases, device, name):
+    """The output's is zero but for its last rows: so are the maps' then, and they are the same as
+    those of the last part alone; those of the weights are, up to the order of their sums."""
+    case = unshifted(cases[name])
+    # A map has a gradient; one whose scores are used twice, two.
+    inputs, last, maps = large_inputs(case, device, copies=3)
+    rows = case.gradient_of(case.run(last)[:, :, -20:])
+    grad = rows.new_zeros((1, HEIGHT, WIDTH, rows.shape[1])).permute(0, 3, 1, 2)
+    grad[:, :, -20:] = rows
+    gradients = case.results(inputs, grad)[1:]
+    expected = case.results(last, grad[:, :, -40:])[1:]
+    for key, far, near in zip(inputs, gradients, expected, strict=True):
+        assert near.any(), key
+        if key in maps:
+            assert bitwise_equal(far[:, :, -20:], near[:, :, -20:]), key
+            assert not far[:, :, :-40].any(), key
+        else:
+            atol = 2e-3 * float(near.abs().max())
+            torch.testing.assert_close(far, near, rtol=2e-3, atol=atol, msg=key)
 
 
 @pytest.mark.large
 @pytest.mark.unpoisoned
 def test_statistics_of_more_than_two_to_the_31_elements(cases, device):
-    """A constant map's mean is the constant, whatever the size."""
-    need_memory(device, 3 * CHANNELS)
+    """A constant map's mean is the constant, whatever the size; and its gradient the same."""
+    need_memory(device, 5 * CHANNELS)
     inputs = cases["gate_mean"].inputs(1, 4, 4, torch.float16, "channels_last", CHANNELS)
     gate = cases["gate_mean"].run({**inputs, "x": torch.full_like(inputs["x"], 0.5)})
     x = inputs["x"][:, :, :1, :1].expand(1, CHANNELS, HEIGHT, WIDTH)
@@ -316,6 +332,16 @@ def test_statistics_of_more_than_two_to_the_31_elements(cases, device):
     torch.testing.assert_close(cases["gate_mean"].run({**inputs, "x": big}), gate)
     scaled = cases["channel_mean"].run({**inputs, "x": big})
     torch.testing.assert_close(scaled[:, :, -1:, -1:], gate * 0.5)
+    del scaled
+
+    def gradient(x):
+        leaf = x.detach().requires_grad_()
+        out = cases["channel_mean"].run({**inputs, "x": leaf})
+        (dx,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+        return dx[:, :, -1:, -1:]
+
+    expected = gradient(torch.full_like(inputs["x"], 0.5))
+    torch.testing.assert_close(gradient(big), expected, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.unpoisoned

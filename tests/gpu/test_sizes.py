@@ -7,11 +7,12 @@ import pytest
 import shift_conv_cases
 import torch
 import window_attention_cases
+from choices import ACTIVATIONS, DTYPES
 
 from sr_kernels.testing import make_tensor
 
 pytestmark = pytest.mark.gpu
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def luck(dtype):
@@ -21,10 +22,10 @@ def luck(dtype):
     return {"atol": 4 * eps if exact else 0.0, "gradient_atol": 80 * eps if exact else eps}
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("size", shift_conv_cases.SIZES, ids=str)
 def test_shift_conv2d(size, dtype, device, backend):
-    for activation in shift_conv_cases.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         inputs = shift_conv_cases.conv_inputs(*size, dtype=dtype, device=device)
         shift_conv_cases.check_conv(
             inputs,
@@ -35,7 +36,7 @@ def test_shift_conv2d(size, dtype, device, backend):
         )
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("pattern", ["plus", "cross", "none"])
 @pytest.mark.parametrize("size", [*shift_conv_cases.BLOCK_SIZES, (1, 180, 360, 40, 50)], ids=str)
 def test_shift_conv_block(size, pattern, dtype, device, backend):
@@ -44,7 +45,7 @@ def test_shift_conv_block(size, pattern, dtype, device, backend):
     shift_conv_cases.check_block(inputs, pattern=pattern, backend=backend, **options)
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("size", window_attention_cases.SIZES, ids=str)
 def test_window_attention(size, mask, dtype, device, backend):
@@ -57,7 +58,7 @@ def test_window_attention(size, mask, dtype, device, backend):
     )
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("channels", [48, 60, 180])
 def test_grouped_window_attention_as_in_elan(channels, shifted, dtype, device, backend):
@@ -68,14 +69,14 @@ def test_grouped_window_attention_as_in_elan(channels, shifted, dtype, device, b
         )
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("shifted", [False, True])
 def test_attention_block_as_in_elan(shifted, dtype, device, backend):
     inputs = attention_block_cases.block_inputs((2, 60, 32, 48), dtype, device=device)
     attention_block_cases.check_block(inputs, windows=(4, 8, 16), shifted=shifted, backend=backend)
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("case", attention_gate_cases.CASES)
 @pytest.mark.parametrize("size", attention_gate_cases.SIZES, ids=str)
 def test_gates(size, case, dtype, device, backend):
@@ -99,7 +100,7 @@ def test_channel_attention_on_chip_and_beyond(size, case, layout, dtype, device,
     attention_gate_cases.check(case, inputs, backend=backend, gradients=None)
 
 
-@DTYPES
+@ALL_DTYPES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 48, 52, 60, 64, 180])
 def test_conv3x3_as_in_the_networks(channels, layout, dtype, device, backend):

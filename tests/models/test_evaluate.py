@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import struct
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from from_file import load
 from PIL import Image
 from sr_kernels.models import imresize
 from sr_kernels.models.evaluate import (
@@ -98,15 +97,7 @@ def test_ssim_by_its_formula() -> None:
 @pytest.fixture
 def authors_code() -> object:
     """IMDN and PAN as their authors wrote them down: tests/patch/third_party.py."""
-    spec = importlib.util.spec_from_file_location(
-        "third_party_networks", HERE.parent / "patch" / "third_party.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE.parent / "patch" / "third_party.py", "third_party_networks")
 
 
 @pytest.mark.parametrize(

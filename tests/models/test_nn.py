@@ -109,7 +109,7 @@ def test_folding_batch_norm_changes_rounding_alone() -> None:
     nn.init.uniform_(norm.running_var, 0.1, 3)
     x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(module._project(x), module.project_inp(x))
+        torch.testing.assert_close(module._project(x)[0], module.project_inp(x))
 
 
 def _as_stock(module: nn.Module) -> K.GMSA:
@@ -141,10 +141,13 @@ def test_batch_norm_in_training_is_stocks(
         for layer in (module, stock):
             x = make_tensor((2, 12, 8, 16), dtype, seed=seed, layout="channels_last") + 3
             x.requires_grad_()
-            y = layer._project(x)
+            y, same = layer._project(x)
+            assert torch.equal(same, x)
             parameters = dict(layer.project_inp.named_parameters())
             gradients = torch.autograd.grad(
-                y, [x, *parameters.values()], make_tensor(y.shape, dtype, seed=9)
+                (y, same),
+                [x, *parameters.values()],
+                (make_tensor(y.shape, dtype, seed=9), make_tensor(x.shape, dtype, seed=8)),
             )
             found.append([y, *gradients, *layer.project_inp.buffers()])
         for actual, expected in zip(*found, strict=True):
@@ -187,9 +190,9 @@ def test_other_layers_in_the_projection_are_run(training: bool) -> None:
 
     module = K.GMSA(12, 0, (4,)).train(training)
     x = torch.randn(1, 12, 8, 8)
-    stock = module._project(x)
+    stock, _ = module._project(x)
     module.project_inp[1].__class__ = Doubled
-    torch.testing.assert_close(module._project(x), 2 * stock)
+    torch.testing.assert_close(module._project(x)[0], 2 * stock)
 
 
 @pytest.mark.parametrize("residual", [True, False])

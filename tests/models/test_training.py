@@ -46,6 +46,7 @@ from sr_kernels.models.training import (
 from sr_kernels.models.training.data import Crops, load_pairs, load_validation, to_device
 from sr_kernels.models.training.loop import learning_rate, reconstruction_loss
 from sr_kernels.models.training.start import fresh_network, take_weights
+from threads import threads
 from trainer_checks import (
     TINY_ELAN,
     TINY_MAFDN,
@@ -69,10 +70,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The networks are next to nothing: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture

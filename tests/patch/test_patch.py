@@ -708,6 +708,55 @@ def test_children_that_are_exchanged_are_used(net: nn.Module, x: Tensor) -> None
     torch.testing.assert_close(net.gate(z), z * gate)
 
 
+def with_bias(module: nn.Module) -> nn.Module:
+    module.conv3 = nn.Conv2d(module.conv3.in_channels, module.conv3.out_channels, 1)
+    return module
+
+
+def without_bias(module: nn.Module) -> nn.Module:
+    module.cca.conv_du[0].bias = None
+    return module
+
+
+def with_another_activation(module: nn.Module) -> nn.Module:
+    module.act = nn.PReLU()
+    return module
+
+
+@pytest.mark.usefixtures("of_any_size")
+@pytest.mark.parametrize(
+    ("module", "change"),
+    [
+        (tp.SCPA(24), with_bias),
+        (tp.IMDModule(32), without_bias),
+        (tp.IMDModule(32), with_another_activation),
+    ],
+)
+@pytest.mark.parametrize("way", ["call", "compile", "export"])
+def test_layers_that_change_are_noticed(
+    module: nn.Module, change: Callable[[nn.Module], nn.Module], way: str
+) -> None:
+    """Before a graph is captured, too; a folded BatchNorm gives a convolution a bias."""
+    torch._dynamo.reset()
+    own, z = copy.deepcopy(module).eval(), torch.rand(1, 24 if change is with_bias else 32, 9, 8)
+    ours = copy.deepcopy(own)
+    assert patch(ours).replaced
+    torch.manual_seed(0)
+    change(own)
+    torch.manual_seed(0)
+    change(ours)
+    expected = output(own, z)
+    with torch.no_grad():
+        if way == "compile":
+            found = torch.compile(ours, fullgraph=True, backend="eager")(z)
+        elif way == "export":
+            found = torch.export.export(ours, (z,), strict=False).module()(z)
+        else:
+            found = ours(z)
+    close(found, expected)
+    torch._dynamo.reset()
+
+
 def test_instance_forwards_inside_are_called(net: nn.Module) -> None:
     patch(net)
     own = net.gate.conv_du[2].forward
@@ -1260,7 +1309,7 @@ def test_transforms_in_a_graph(transform: str) -> None:
     [
         lambda: tp.ELAB(15, 2, 0, (2, 4, 8)),
         lambda: nn.Sequential(*(tp.ELAB(15, 2, i % 2, (2, 4, 8)) for i in range(2))),
-        lambda: nn.Conv2d(15, 15, 3, padding=1),
+        lambda: nn.Conv2d(15, 17, 3, padding=1),
     ],
 )
 def test_replicas_with_gradients(build: Callable[[], nn.Module]) -> None:
@@ -1438,7 +1487,7 @@ def test_onnx_exports_the_own_forward(
 def test_onnx_file_and_exported_program_of_a_whole_network(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    network, z = tp.IMDN(16, 1, 2).eval(), torch.rand(1, 3, 21, 23)
+    network, z = tp.IMDN(32, 1, 2).eval(), torch.rand(1, 3, 21, 23)
     y = output(network, z)
     assert patch(network).replaced
     with torch.no_grad():
@@ -1452,7 +1501,7 @@ def test_onnx_file_and_exported_program_of_a_whole_network(tmp_path: Path) -> No
 
 
 def weighted(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    return nn.Sequential(norm(nn.Conv2d(16, 16, 3, padding=1)), nn.Conv2d(16, 16, 3, padding=1))
+    return nn.Sequential(norm(nn.Conv2d(20, 20, 3, padding=1)), nn.Conv2d(20, 20, 3, padding=1))
 
 
 def doubling(inside: bool) -> nn.Module:
@@ -1474,11 +1523,11 @@ def doubling(inside: bool) -> nn.Module:
         (lambda: doubling(True), ["0", "1"]),
         (lambda: doubling(False), ["0", "1"]),
         (lambda: nn.DataParallel(weighted(lambda layer: layer)), ["module.0", "module.1"]),
-        (lambda: nn.Sequential(*[nn.Conv2d(16, 16, 3, padding="same")] * 2), ["0"]),
+        (lambda: nn.Sequential(*[nn.Conv2d(20, 20, 3, padding="same")] * 2), ["0"]),
     ],
 )
 def test_convolutions_of_others(build: Callable[[], nn.Module], replaced: list[str]) -> None:
-    network, z = build().eval(), torch.rand(2, 16, 47, 49)
+    network, z = build().eval(), torch.rand(2, 20, 47, 49)
     y = output(network, z)
     report = patch(network, strict=True)
     assert [e.path for e in report.replaced] == replaced

@@ -46,6 +46,20 @@ def settled(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def other_biases(block: tp.LinearBlock) -> tp.LinearBlock:
+    """DCTLSA's block has one in each of its projections and in none of its local convolutions."""
+    channels = block.attn.dim
+    block.attn.qkv = nn.Linear(channels, 3 * channels, bias=False)
+    block.attn.proj = nn.Linear(channels, channels, bias=False)
+    for name, layer in list(block.attn.local.named_children()):
+        if isinstance(layer, nn.Conv2d):
+            layer = nn.Conv2d(
+                channels, channels, layer.kernel_size, padding=layer.padding, groups=layer.groups
+            )
+            setattr(block.attn.local, name, layer)
+    return block
+
+
 # name: (module, arguments, replacement of the module itself)
 KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] = {
     "shift dense": (lambda: tp.ShiftConv2d0(10, 7), lambda: a_map(10), "shift_conv2d"),
@@ -123,6 +137,11 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] =
         lambda: tokens(24, 12, 8),
         "window_attention + shift_conv2d + shift_conv_block",
     ),
+    "HNCT's block shifted": (
+        lambda: tp.HNCTBlock(24, (8, 12), 3, 4, 2),
+        lambda: tokens(24, 8, 12),
+        "window_attention + shift_conv2d + shift_conv_block",
+    ),
     "HAB": (
         lambda: tp.HAB(24, 3, 4, 0),
         lambda: hat_arguments(0),
@@ -146,7 +165,12 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] =
     "DCTLSA block": (
         lambda: tp.LinearBlock(20, 5, 4, 2),
         lambda: tokens(20, 8, 12),
-        "shift_conv2d + shift_conv_block",
+        "linear_attention_block + shift_conv_block",
+    ),
+    "DCTLSA block, not shifted, other biases": (
+        lambda: other_biases(tp.LinearBlock(20, 5, 4, 0)),
+        lambda: tokens(20, 8, 12),
+        "linear_attention_block + shift_conv_block",
     ),
     "CALayer": (lambda: tp.CALayer(32, 4), lambda: a_map(32), "channel_attention"),
     "HAT's ChannelAttention": (
@@ -168,14 +192,14 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Arguments], str]] =
     ),
     "PA": (lambda: tp.PA(24), lambda: a_map(24), "pixel_attention"),
     "PAConv": (lambda: tp.PAConv(20), lambda: a_map(20), "shift_conv2d + conv3x3"),
-    "SCPA": (lambda: tp.SCPA(24), lambda: a_map(24), "shift_conv2d + conv3x3"),
+    "SCPA": (lambda: tp.SCPA(40), lambda: a_map(40), "shift_conv2d + conv3x3"),
     "PAN": (
         lambda: tp.PAN(nb=2),
         lambda: (torch.rand(1, 3, 11, 13),),
         "shift_conv2d + pixel_attention + conv3x3, channels_last",
     ),
     "convolution": (
-        lambda: nn.Conv2d(13, 7, 3, padding=1, bias=False),
+        lambda: nn.Conv2d(13, 17, 3, padding=1, bias=False),
         lambda: a_map(13),
         "conv3x3 (inference only)",
     ),
@@ -743,3 +767,19 @@ def test_half_precision_modules() -> None:
         ours, theirs = module(x), own(x)
     assert ours.dtype == torch.bfloat16
     assert F.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), 0) > 0.999
+
+
+def test_the_linear_attention_block_is_for_inference() -> None:
+    """Where gradients are wanted its parts run."""
+    module, (x, size) = settled(tp.LinearBlock(20, 5, 4, 2)), tokens(20, 8, 12)
+    assert sr_kernels.patch(module).replaced
+    with Called() as called:
+        module(x, size).sum().backward()
+    assert called.names == {"shift_conv2d", "shift_conv2d_backward", "shift_conv_block"} | {
+        "shift_conv_block_backward"
+    }
+    assert all(p.grad is not None for p in module.parameters())
+    module.requires_grad_(False)
+    with Called() as called:
+        module(x, size)
+    assert called.names == {"linear_attention_block", "shift_conv_block"}

@@ -34,14 +34,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 def test_short_calls_of_a_convolution_are_not_held_up(asked: list[nn.Module]) -> None:
-    convolution = nn.Conv2d(16, 16, 3, padding=1).eval()
+    convolution = nn.Conv2d(20, 20, 3, padding=1).eval()
     assert patch(convolution).replaced
     for size, times in (((8, 8), 0), ((64, 64), 1), ((4, 1500), 1)):  # small, right, narrow
-        output(convolution, torch.rand(1, 16, *size))
+        output(convolution, torch.rand(1, 20, *size))
         assert len(asked) == times
-    convolution(torch.rand(1, 16, 64, 64))  # with gradients
+    convolution(torch.rand(1, 20, 64, 64))  # with gradients
     assert len(asked) == 1
-    convolution.requires_grad_(False)(torch.rand(1, 16, 64, 64))
+    convolution.requires_grad_(False)(torch.rand(1, 20, 64, 64))
     assert len(asked) == 2
 
 
@@ -57,7 +57,7 @@ def test_a_backend_by_name_runs_short_calls(asked: list[nn.Module]) -> None:
 
 
 def test_few_output_channels_want_a_contiguous_map(asked: list[nn.Module]) -> None:
-    convolution, z = nn.Conv2d(16, 3, 3, padding=1).eval(), torch.rand(1, 16, 150, 150)
+    convolution, z = nn.Conv2d(20, 3, 3, padding=1).eval(), torch.rand(1, 20, 150, 150)
     assert patch(convolution).replaced
     output(convolution, z.contiguous(memory_format=torch.channels_last))
     assert not asked
@@ -111,8 +111,8 @@ def test_a_swin_block_of_one_window_is_left_to_itself(asked: list[nn.Module]) ->
 
 
 def test_convolutions_are_exported_for_all_sizes() -> None:
-    network = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), tp.CALayer(16, 4)).eval()
-    z, small = torch.rand(1, 16, 40, 44), torch.rand(1, 16, 5, 7)
+    network = nn.Sequential(nn.Conv2d(20, 20, 3, padding=1), nn.ReLU(), tp.CALayer(20, 4)).eval()
+    z, small = torch.rand(1, 20, 40, 44), torch.rand(1, 20, 5, 7)
     y = output(network, small)
     patch(network)
     sizes = [{2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}]

@@ -626,7 +626,9 @@ class DropPath(nn.Module):
 
 
 class SwinTransformerBlock(nn.Module):
-    """residual, post_norm: for look-alikes."""
+    """residual, post_norm, back: for look-alikes. NAME: of the attribute for its image size."""
+
+    NAME = "input_resolution"
 
     def __init__(
         self,
@@ -643,7 +645,8 @@ class SwinTransformerBlock(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        self.input_resolution, self.window_size = input_resolution, window_size
+        setattr(self, self.NAME, input_resolution)
+        self.window_size = window_size
         self.shift_size, self.residual, self.post_norm = shift_size, residual, post_norm
         self.back = back
         self.norm1 = nn.LayerNorm(dim)
@@ -664,7 +667,7 @@ class SwinTransformerBlock(nn.Module):
             y = torch.roll(y, (-shift, -shift), (1, 2))
         y = window_partition(y, side).view(-1, side * side, c)
         mask = self.attn_mask
-        if shift and self.input_resolution != x_size:
+        if shift and getattr(self, self.NAME) != x_size:
             mask = swin_mask(h, w, side, shift).to(x.device)
         y = window_reverse(self.attn(y, mask=mask).view(-1, side, side, c), side, h, w)
         if shift:
@@ -674,6 +677,10 @@ class SwinTransformerBlock(nn.Module):
             y = self.norm1(y)
         x = x + self.drop_path(y) if self.residual else self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class HNCTBlock(SwinTransformerBlock):
+    NAME = "resolution"
 
 
 class CAB(nn.Module):

@@ -9,9 +9,6 @@ import sr_kernels
 from sr_kernels import reference, testing
 from sr_kernels.testing import check_operator
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-
 
 def block_inputs(
     shape, dtype=torch.float32, layout="contiguous", logits=1.0, bias=True, device="cpu"
@@ -38,9 +35,9 @@ def block_with_reuse(module):
     """A block and one that reuses its scores."""
 
     def run(x, w_in, b_in, w_out, b_out, w_v, b_v, **options):
-        backend = {"backend": options.pop("backend")} if "backend" in options else {}
+        backend = {"backend": options["backend"]} if "backend" in options else {}
         y, scores = module.grouped_attention_block(
-            x, w_in, b_in, w_out, b_out, return_scores=True, **options, **backend
+            x, w_in, b_in, w_out, b_out, return_scores=True, **options
         )
         return y, module.apply_grouped_attention_block(scores, y, w_v, b_v, w_out, b_out, **backend)
 

@@ -8,8 +8,6 @@ import sr_kernels
 from sr_kernels import reference, testing
 from sr_kernels.testing import check_operator
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
 # (N, C, H, W): the networks' channel counts, odd sizes, single rows and columns, batch 0.
 SIZES = [
     (1, 52, 12, 40),

@@ -5,7 +5,6 @@ import torch
 from sr_kernels.testing import make_tensor
 
 FORWARD = torch.ops.sr_kernels.channel_moments
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
 # One pixel, one row, one column, less than a vector, more than a tile or several tiles, and more
 # channels than one.
 SHAPES = [

@@ -10,10 +10,6 @@ import sr_kernels
 from sr_kernels import reference
 from sr_kernels.testing import Comparison, check_operator, make_tensor
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
-
 Inputs = dict[str, "torch.Tensor | None"]
 
 

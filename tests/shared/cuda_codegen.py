@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from from_file import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "tests" / "cuda_codegen.json"
@@ -37,13 +38,7 @@ class Kernel:
 
 
 def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sr_kernels_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "setup.py", "sr_kernels_setup")
 
 
 def find_cuobjdump(nvcc: str, setup: ModuleType) -> Path | None:

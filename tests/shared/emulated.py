@@ -10,7 +10,6 @@ fixtures `build` and `kernels` are for the conftest.py of a folder that needs th
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from from_file import load
 
 TESTS = Path(__file__).resolve().parent.parent
 # As ScalarKind in csrc/common/platform.h.
@@ -53,13 +53,7 @@ FAMILIES = {
 
 
 def load_build() -> ModuleType:
-    source = TESTS / "cuda_on_cpu" / "build.py"
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu_build", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(TESTS / "cuda_on_cpu" / "build.py", "cuda_on_cpu_build")
 
 
 @cache

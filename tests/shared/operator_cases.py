@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from attention_block_cases import block_with_reuse
+from window_attention_cases import attention_with_reuse, grouped_with_reuse
 
 import sr_kernels
 from sr_kernels import reference
@@ -51,43 +53,10 @@ def plain(name: str, module: ModuleType) -> Callable[..., Any]:
     return function
 
 
-def attention(module: ModuleType) -> Callable[..., Any]:
-    """window_attention and one layer that reuses its scores."""
-
-    def run(q, k, v, bias, values, *, backend=None, **options):  # type: ignore[no-untyped-def]
-        chosen = {} if backend is None else {"backend": backend}
-        out, scores = module.window_attention(
-            q, k, v, bias=bias, return_scores=True, **options, **chosen
-        )
-        return module.apply_window_scores(scores, out * values, **chosen)
-
-    return run
-
-
-def grouped(module: ModuleType) -> Callable[..., Any]:
-    """grouped_window_attention and `depth` layers that reuse its scores."""
-
-    def run(qv, values, *, depth=1, backend=None, **options):  # type: ignore[no-untyped-def]
-        chosen = {} if backend is None else {"backend": backend}
-        out, scores = module.grouped_window_attention(qv, return_scores=True, **options, **chosen)
-        for _ in range(depth):
-            out = module.apply_window_scores(scores, out * values, **chosen)
-        return out
-
-    return run
-
-
 def attention_block(module: ModuleType) -> Callable[..., Any]:
-    """grouped_attention_block and one that reuses its scores."""
-
-    def run(x, w_in, b_in, w_out, b_out, w_v, b_v, *, backend=None, **options):  # type: ignore[no-untyped-def]
-        chosen = {} if backend is None else {"backend": backend}
-        y, scores = module.grouped_attention_block(
-            x, w_in, b_in, w_out, b_out, return_scores=True, **options, **chosen
-        )
-        return module.apply_grouped_attention_block(scores, y, w_v, b_v, w_out, b_out, **chosen)
-
-    return run
+    """grouped_attention_block and one that reuses its scores: the second's result."""
+    both = block_with_reuse(module)
+    return lambda **inputs: both(**inputs)[1]
 
 
 def conv_inputs(make: Maker, c: int) -> Inputs:
@@ -187,14 +156,19 @@ class Case:
         result: torch.Tensor = self.function(sr_kernels)(**inputs, **options)
         return result
 
-    def results(self, inputs: Any) -> list[torch.Tensor]:
-        """The output and, where there are any, the gradients of all inputs, from the gradient of
-        the output that `check` takes."""
+    def gradient_of(self, out: torch.Tensor) -> torch.Tensor:
+        """The gradient of the output that `check` takes."""
+        grad = make_tensor(out.shape, torch.bfloat16, seed=1, device=self.device)
+        return grad.to(out.dtype)
+
+    def results(self, inputs: Any, grad: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """The output and, where there are any, the gradients of all inputs. grad: of the output;
+        None: `gradient_of` it."""
         leaves = {k: t.detach().requires_grad_(not self.inference) for k, t in inputs.items()}
         out = self.run(leaves)
         if self.inference:
             return [out]
-        grad = make_tensor(out.shape, torch.bfloat16, seed=1, device=self.device).to(out.dtype)
+        grad = self.gradient_of(out) if grad is None else grad
         return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)]
 
     def check(
@@ -238,7 +212,7 @@ CASES = {
     "conv": _case("shift_conv2d", conv_inputs, activation="gelu"),
     "block": _case("shift_conv_block", block_inputs),
     "attention": Case(
-        attention,
+        attention_with_reuse,
         attention_inputs,
         {"window": (2, 5), "shift": (1, -2), "num_heads": 2, "mask": True},
         size=(1, 4, 10),
@@ -246,7 +220,7 @@ CASES = {
         windows=True,
     ),
     "grouped": Case(
-        grouped,
+        grouped_with_reuse,
         grouped_inputs,
         {"windows": (2, 4), "shifted": True},
         size=(1, 4, 8),

@@ -10,9 +10,6 @@ import sr_kernels
 from sr_kernels import reference
 from sr_kernels.testing import check_operator, make_tensor
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
 # (N, C_in, C_out, H, W): the networks' channel counts, odd sizes, single rows and columns, batch 0.
 SIZES = [
     (1, 60, 60, 12, 40),

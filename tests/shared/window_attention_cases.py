@@ -8,8 +8,6 @@ import sr_kernels
 from sr_kernels import reference
 from sr_kernels.testing import check_operator, make_tensor
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "misaligned")
 # (N, heads, d, d_v, H, W, window, shift): the networks' head dimensions, rectangular windows that
 # are no multiple of a vector, windows of one pixel, one row, one column and the whole image,
 # shifts of either sign and beyond the image, batch 0.
@@ -94,24 +92,26 @@ def check_grouped(qv, *, windows=(2, 4, 6), shifted=False, **options):
 def attention_with_reuse(module):
     """window_attention and `depth` layers that reuse its scores, each with values of its own."""
 
-    def run(q, k, v, bias, values, *, depth, **options):
-        backend = {"backend": options.pop("backend")} if "backend" in options else {}
-        out, scores = module.window_attention(
-            q, k, v, bias=bias, return_scores=True, **options, **backend
-        )
-        for _ in range(depth):
-            out = module.apply_window_scores(scores, out * values, **backend)
-        return out
+    def run(q, k, v, bias, values, *, depth=1, **options):
+        backend = {"backend": options["backend"]} if "backend" in options else {}
+        out, scores = module.window_attention(q, k, v, bias=bias, return_scores=True, **options)
+        return _reused(module, out, scores, values, depth, backend)
 
     return run
 
 
 def grouped_with_reuse(module):
-    def run(qv, values, *, depth, **options):
-        backend = {"backend": options.pop("backend")} if "backend" in options else {}
-        out, scores = module.grouped_window_attention(qv, return_scores=True, **options, **backend)
-        for _ in range(depth):
-            out = module.apply_window_scores(scores, out * values, **backend)
-        return out
+    """grouped_window_attention, likewise."""
+
+    def run(qv, values, *, depth=1, **options):
+        backend = {"backend": options["backend"]} if "backend" in options else {}
+        out, scores = module.grouped_window_attention(qv, return_scores=True, **options)
+        return _reused(module, out, scores, values, depth, backend)
 
     return run
+
+
+def _reused(module, out, scores, values, depth, backend):
+    for _ in range(depth):
+        out = module.apply_window_scores(scores, out * values, **backend)
+    return out

@@ -8,9 +8,10 @@ from functools import partial
 import operator_cases
 import pytest
 import torch
+from choices import DTYPES
 from emulated import all_emulated
-from operator_cases import grouped
 from torch.utils._python_dispatch import TorchDispatchMode
+from window_attention_cases import grouped_with_reuse
 
 import sr_kernels
 from sr_kernels import reference, testing
@@ -21,7 +22,6 @@ DEVICE = "cpu" if sr_kernels.backends._library.triton().interpreted else "cuda"
 DECLARED = [n for n, d in sr_kernels.ops._registration.DECLARED.items() if not d.not_in_triton]
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares with what runs on the CPU")
 make_tensor = partial(testing.make_tensor, device=DEVICE)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def weight(dtype, c_out, c_in, seed, k=1):
@@ -263,8 +263,8 @@ def test_extreme_scores(norm, dtype):
     qv[:, :6] *= (norm / qv[:, :6].square().sum(1, keepdim=True).mean()).sqrt()
     inputs = {"qv": qv.to(dtype), "values": make_tensor((1, 6, 4, 4), dtype, seed=1)}
     check_operator(
-        "extreme", grouped(sr_kernels), grouped(reference), inputs, kwargs={"windows": (4,)},
-        backend="triton", gradients=None,
+        "extreme", grouped_with_reuse(sr_kernels), grouped_with_reuse(reference), inputs,
+        kwargs={"windows": (4,)}, backend="triton", gradients=None,
     )  # fmt: skip
 
 
