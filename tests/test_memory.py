@@ -1,6 +1,7 @@
 """Peak memory of a whole network's forward pass, against its twin on stock operators."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,9 +26,17 @@ with torch.inference_mode():
 
 
 def growth_in_megabytes(*arguments):
-    """Growth of the resident set over the loaded model, in 10^6 bytes; a process of its own."""
+    """Growth of the resident set over the loaded model, in 10^6 bytes; a process of its own.
+
+    Every map is returned when it is freed. Left alone, glibc keeps some or not by how the heap
+    happens to lie, and the same program grows by 180 to 270 MB.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(result.stdout)["growth"] / 1e6
 
@@ -40,8 +49,8 @@ def test_elan_light_forward_takes_little_memory(capsys):
             f"\nELAN-light x4, 320x180, peak growth: plan {plan:.0f} MB, cpu {ours:.0f} MB, "
             f"reference {stock:.0f} MB"
         )
-    assert ours < 250
-    assert plan < 100
+    assert ours < 180
+    assert plan < 70
     assert plan < stock / 4
 
 

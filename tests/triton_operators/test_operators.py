@@ -284,14 +284,16 @@ def test_reuse_recovers_the_digits_that_the_log_sum_exp_has_lost():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in WINDOWED])
-def test_nan_and_inf_pass_as_in_the_reference(name, value):
+def test_nan_and_inf_pass_as_in_the_definition(name, value):
     case = CASES[name]
     inputs = case.inputs(2, 5, 7, torch.float32, "contiguous")
     inputs["x"][0, 3, 2, 4] = value
     ours = case.function(sr_kernels)(**inputs, **case.options, backend="triton")
-    stock = case.function(reference)(**inputs, **case.options)
-    assert torch.equal(ours.isnan(), stock.isnan())
-    assert torch.equal(ours.isinf(), stock.isinf())
+    # In float64: with AVX-512, stock's GELU of infinity is a NaN in float32.
+    double = {k: v if v is None else v.double() for k, v in inputs.items()}
+    definition = case.function(reference)(**double, **case.options)
+    assert torch.equal(ours.isnan(), definition.isnan())
+    assert torch.equal(ours.isinf(), definition.isinf())
 
 
 def test_a_nan_stays_in_its_window():
