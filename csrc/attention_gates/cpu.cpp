@@ -171,8 +171,8 @@ void channel_statistics_by_pixel(const T* x, int64_t pixel_stride, int64_t chann
       largest[k] = top;
       sums[k] = sum;
     }
-    transpose<T>(largest);
-    transpose<T>(sums);
+    transpose(largest);
+    transpose(sums);
     for (int step = W / 2; step > 0; step /= 2)
       for (int k = 0; k < step; ++k) {
         largest[k] = larger(largest[k], largest[k + step]);

@@ -279,29 +279,28 @@ SR_INLINE S* at(const FeatureMap& map, int64_t n, int64_t c, int64_t h, int64_t 
 
 // Exchanges the off-diagonal blocks of rows a and b, kStep apart in a matrix of whole vectors:
 // where an index has kStep's bit, a takes from b and b from a.
-template <typename T, int kStep, int... J>
-SR_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, J...>) {
-  constexpr int W = Simd<T>::width;
-  const Vec<T> a_old = a, b_old = b;
+template <int kStep, typename V, int... J>
+SR_INLINE void exchange(V& a, V& b, std::integer_sequence<int, J...>) {
+  constexpr int W = sizeof...(J);
+  const V a_old = a, b_old = b;
 #if defined(__clang__)
   a = __builtin_shufflevector(a_old, b_old, ((J & kStep) != 0 ? W + J - kStep : J)...);
   b = __builtin_shufflevector(a_old, b_old, ((J & kStep) != 0 ? W + J : J + kStep)...);
 #else
-  using Indices = decltype(Vec<T>{} < Vec<T>{});
+  using Indices = decltype(V{} < V{});
   a = __builtin_shuffle(a_old, b_old, Indices{((J & kStep) != 0 ? W + J - kStep : J)...});
   b = __builtin_shuffle(a_old, b_old, Indices{((J & kStep) != 0 ? W + J : J + kStep)...});
 #endif
 }
-// Transposes a square of whole vectors.
-template <typename T, int kStep = 1>
-SR_INLINE void transpose(Vec<T> (&rows)[Simd<T>::width]) {
-  constexpr int W = Simd<T>::width;
+// Transposes a square of vectors.
+template <int kStep = 1, typename V, int W>
+SR_INLINE void transpose(V (&rows)[W]) {
   if constexpr (kStep < W) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i)
       if ((i & kStep) == 0)
-        exchange<T, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, W>{});
-    transpose<T, 2 * kStep>(rows);
+        exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, W>{});
+    transpose<2 * kStep>(rows);
   }
 }
 // Lane j of the result is the sum of the lanes of rows[j]: half the work of as many single sums.
@@ -315,30 +314,46 @@ SR_INLINE Vec<T> sums_of_lanes(const Vec<T>* rows) {
 #pragma GCC unroll 16
     for (int i = 0; i < W / (2 * kStep); ++i) {
       Vec<T> a = rows[2 * i], b = rows[2 * i + 1];
-      exchange<T, kStep>(a, b, std::make_integer_sequence<int, W>{});
+      exchange<kStep>(a, b, std::make_integer_sequence<int, W>{});
       halves[i] = a + b;
     }
     return sums_of_lanes<T, 2 * kStep>(halves);
   }
 }
-// destination[j * destination_stride + i] = source[i * source_stride + j] for i < rows and
-// j < columns, in squares of vectors; the last squares overlap those before them. Rows are the
-// outer loop, or else columns: the side whose other end is memory, so that memory is walked in
-// order.
-//
-// One of From and To is an element in memory, the other its compute type.
-template <typename From, typename To>
-void transpose_block(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
-                     To* destination, int64_t destination_stride, bool rows_outer) {
-  using T = typename Compute<From>::type;
-  constexpr int W = Simd<T>::width;
-  if (rows < W || columns < W) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        from_compute(to_compute(source[i * source_stride + j]),
-                     destination + j * destination_stride + i);
-    return;
+// W elements, W at most a whole vector.
+template <typename T, int W>
+struct Lanes {
+  typedef T vector __attribute__((vector_size(W * sizeof(T))));
+};
+template <int W, typename S>
+SR_INLINE auto load_lanes(const S* p) {
+  using T = typename Compute<S>::type;
+  if constexpr (W == Simd<T>::width) {
+    return load_vector_of(p);
+  } else {
+    typename Lanes<T, W>::vector v;
+    if constexpr (std::is_same_v<S, T>)
+      std::memcpy(&v, p, sizeof(v));
+    else
+      for (int i = 0; i < W; ++i) v[i] = to_compute(p[i]);
+    return v;
   }
+}
+template <int W, typename S, typename V>
+SR_INLINE void store_lanes(S* p, V v) {
+  using T = typename Compute<S>::type;
+  if constexpr (W == Simd<T>::width)
+    store_vector_of(p, v);
+  else if constexpr (std::is_same_v<S, T>)
+    std::memcpy(p, &v, sizeof(v));
+  else
+    for (int i = 0; i < W; ++i) from_compute(v[i], p + i);
+}
+
+// transpose_block() in squares of W elements, of which rows and columns must have as many.
+template <int W, typename From, typename To>
+void transpose_squares(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
+                       To* destination, int64_t destination_stride, bool rows_outer) {
   const int64_t outer_count = rows_outer ? rows : columns;
   const int64_t inner_count = rows_outer ? columns : rows;
   for (int64_t outer0 = 0; outer0 < outer_count; outer0 += W) {
@@ -346,15 +361,40 @@ void transpose_block(const From* source, int64_t source_stride, int64_t rows, in
     for (int64_t inner0 = 0; inner0 < inner_count; inner0 += W) {
       const int64_t inner = min64(inner0, inner_count - W);
       const int64_t i = rows_outer ? outer : inner, j = rows_outer ? inner : outer;
-      Vec<T> square[W];
+      decltype(load_lanes<W>(source)) square[W];
 #pragma GCC unroll 16
-      for (int k = 0; k < W; ++k) square[k] = load_vector_of(source + (i + k) * source_stride + j);
-      transpose<T>(square);
+      for (int k = 0; k < W; ++k) square[k] = load_lanes<W>(source + (i + k) * source_stride + j);
+      transpose(square);
 #pragma GCC unroll 16
       for (int k = 0; k < W; ++k)
-        store_vector_of(destination + (j + k) * destination_stride + i, square[k]);
+        store_lanes<W>(destination + (j + k) * destination_stride + i, square[k]);
     }
   }
+}
+// destination[j * destination_stride + i] = source[i * source_stride + j] for i < rows and
+// j < columns, in squares as large as vectors and the shorter side allow; the last squares overlap
+// those before them. Rows are the outer loop, or else columns: the side whose other end is memory,
+// so that memory is walked in order.
+//
+// One of From and To is an element in memory, the other its compute type.
+template <typename From, typename To>
+void transpose_block(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
+                     To* destination, int64_t destination_stride, bool rows_outer) {
+  constexpr int W = Simd<typename Compute<From>::type>::width;
+  const int64_t side = min64(rows, columns);
+  const auto squares = [&](auto width) {
+    transpose_squares<decltype(width)::value>(source, source_stride, rows, columns, destination,
+                                              destination_stride, rows_outer);
+  };
+  if (side >= W) return squares(std::integral_constant<int, W>{});
+  if constexpr (W > 8)
+    if (side >= 8) return squares(std::integral_constant<int, 8>{});
+  if constexpr (W > 4)
+    if (side >= 4) return squares(std::integral_constant<int, 4>{});
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      from_compute(to_compute(source[i * source_stride + j]),
+                   destination + j * destination_stride + i);
 }
 
 // A rectangle of a feature map as rows of compute elements:

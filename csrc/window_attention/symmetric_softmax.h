@@ -92,7 +92,7 @@ SR_INLINE void store_mirror(const Vec<T>* rows, int strip, T* mirror, const See&
     Vec<T> square[W];
 #pragma GCC unroll 16
     for (int l = 0; l < W; ++l) square[l] = rows[part * W + l];
-    transpose<T>(square);
+    transpose(square);
     see(part, square);
 #pragma GCC unroll 16
     for (int l = 0; l < W; ++l) store<T>(mirror + (strip * W + l) * kBlock + part * W, square[l]);
@@ -387,7 +387,7 @@ SR_INLINE void gradient_square(const T* v, const T* g, const T* c, int64_t ld, i
       Vec<T> square[W];
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) square[l] = load(e_mirror + (strip * W + l) * kBlock + part * W);
-      transpose<T>(square);
+      transpose(square);
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) {
         const int r = part * W + l;

@@ -129,7 +129,7 @@ void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeo
               Vec<T> square[W];
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k) square[k] = load_vector_of(pixels[k] + c);
-              transpose<T>(square);
+              transpose(square);
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k)
                 store<T>(destination + (c + k) * channel_stride + token, square[k]);
@@ -203,7 +203,7 @@ void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k)
                 square[k] = load(source + (c + k) * channel_stride + token);
-              transpose<T>(square);
+              transpose(square);
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k) store_vector_of(pixels[k] + c, square[k]);
             });
