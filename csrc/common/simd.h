@@ -350,6 +350,19 @@ SR_INLINE void store_lanes(S* p, V v) {
     for (int i = 0; i < W; ++i) from_compute(v[i], p + i);
 }
 
+// Calls squares(W as a constant) with the side of the largest squares that `side` elements fill, or
+// rest() where there is none.
+template <typename T, typename Squares, typename Rest>
+SR_INLINE void with_squares(int64_t side, const Squares& squares, const Rest& rest) {
+  constexpr int W = Simd<T>::width;
+  if (side >= W) return squares(std::integral_constant<int, W>{});
+  if constexpr (W > 8)
+    if (side >= 8) return squares(std::integral_constant<int, 8>{});
+  if constexpr (W > 4)
+    if (side >= 4) return squares(std::integral_constant<int, 4>{});
+  rest();
+}
+
 // transpose_block() in squares of W elements, of which rows and columns must have as many.
 template <int W, typename From, typename To>
 void transpose_squares(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
@@ -380,21 +393,16 @@ void transpose_squares(const From* source, int64_t source_stride, int64_t rows, 
 template <typename From, typename To>
 void transpose_block(const From* source, int64_t source_stride, int64_t rows, int64_t columns,
                      To* destination, int64_t destination_stride, bool rows_outer) {
-  constexpr int W = Simd<typename Compute<From>::type>::width;
-  const int64_t side = min64(rows, columns);
   const auto squares = [&](auto width) {
     transpose_squares<decltype(width)::value>(source, source_stride, rows, columns, destination,
                                               destination_stride, rows_outer);
   };
-  if (side >= W) return squares(std::integral_constant<int, W>{});
-  if constexpr (W > 8)
-    if (side >= 8) return squares(std::integral_constant<int, 8>{});
-  if constexpr (W > 4)
-    if (side >= 4) return squares(std::integral_constant<int, 4>{});
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j)
-      from_compute(to_compute(source[i * source_stride + j]),
-                   destination + j * destination_stride + i);
+  with_squares<typename Compute<From>::type>(min64(rows, columns), squares, [&] {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        from_compute(to_compute(source[i * source_stride + j]),
+                     destination + j * destination_stride + i);
+  });
 }
 
 // A rectangle of a feature map as rows of compute elements:

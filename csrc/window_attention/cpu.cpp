@@ -167,6 +167,8 @@ void forward(const WindowAttentionParams& p, ParallelFor parallel) {
                         [&](int64_t begin, int64_t end) { forward_symmetric<S>(p, begin, end); });
   const Shared<S> shared(p);
   const int64_t tokens = shared.tokens, stride = shared.stride;
+  // All heads of a window, one after the other, where they share the lines of its pixels.
+  const bool by_window = is_channels_last(p.q);
   parallel_for(parallel, p.num_heads * shared.windows, [&](int64_t begin, int64_t end) {
     Scratch scratch((shared.shared_keys ? 1 : 2) * Scratch::bytes_for<T>(p.d_qk * stride) +
                     Scratch::bytes_for<T>(tokens * shared.v_stride) +
@@ -183,8 +185,9 @@ void forward(const WindowAttentionParams& p, ParallelFor parallel) {
     T* sum = scratch.take<T>(stride);
     T* region = scratch.take<T>(stride);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t head = index / shared.windows;
-      const WindowPosition window(p.geometry, index % shared.windows);
+      const int64_t head = by_window ? index % p.num_heads : index / shared.windows;
+      const int64_t position = by_window ? index / p.num_heads : index % shared.windows;
+      const WindowPosition window(p.geometry, position);
       gather<S>(p.q, head * p.d_qk, p.d_qk, p.geometry, window, q, stride, 1);
       if (!shared.shared_keys)
         gather<S>(p.k, head * p.d_qk, p.d_qk, p.geometry, window, k, stride, 1);

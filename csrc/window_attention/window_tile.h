@@ -57,14 +57,13 @@ SR_INLINE void for_each_run(const WindowGeometry& geometry, const WindowPosition
   }
 }
 
-// The tokens of a window of a channels_last map, in order: calls square(pixels, token) for every
-// whole vector of them, with a pointer to each one's channels, and then pixel(pointer, token) for
-// each of the rest.
-template <typename S, typename Square, typename Pixel>
+// The tokens of a window of a channels_last map, in order: calls square(pixels, token) for every W
+// of them, with a pointer to each one's channels, and then pixel(pointer, token) for each of the
+// rest.
+template <int W, typename S, typename Square, typename Pixel>
 SR_INLINE void for_each_square_of_tokens(const WindowGeometry& geometry,
                                          const WindowPosition& window, const FeatureMap& map,
                                          S* plane, const Square& square, const Pixel& pixel) {
-  constexpr int W = Simd<typename Compute<S>::type>::width;
   S* pixels[W];
   int count = 0;
   int64_t first = 0;
@@ -79,13 +78,11 @@ SR_INLINE void for_each_square_of_tokens(const WindowGeometry& geometry,
   });
   for (int i = 0; i < count; ++i) pixel(pixels[i], first + i);
 }
-// Calls visit(c) for squares of channels that cover all of them; the last overlaps the one before.
-template <typename T, typename Visit>
+// Calls visit(c) for squares of W channels that cover all; the last overlaps the one before.
+template <int W, typename Visit>
 SR_INLINE void for_each_square_of_channels(int64_t channels, const Visit& visit) {
-  constexpr int W = Simd<T>::width;
   for (int64_t c = 0; c < channels; c += W) visit(min64(c, channels - W));
 }
-
 // Calls copy(count as a constant) for the usual widths of a window, copy(count) for others.
 template <int N>
 struct Constant {
@@ -111,7 +108,6 @@ template <typename S, typename T>
 void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeometry& geometry,
             const WindowPosition& window, T* destination, int64_t channel_stride,
             int64_t token_stride) {
-  constexpr int W = Simd<T>::width;
   S* plane = at<S>(map, window.n, c0, 0, 0);
   if (is_channels_last(map)) {
     const auto one = [&](const S* source, int64_t token) {
@@ -121,24 +117,30 @@ void gather(const FeatureMap& map, int64_t c0, int64_t channels, const WindowGeo
       else
         for (int64_t c = 0; c < channels; ++c) target[c * channel_stride] = to_compute(source[c]);
     };
-    if (token_stride == 1 && channels >= W)
-      return for_each_square_of_tokens(
+    const auto all = [&] {
+      for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) one(plane + pixel + i * map.stride_w, token + i);
+      });
+    };
+    if (token_stride != 1) return all();
+    const auto squares = [&](auto width) {
+      constexpr int W = decltype(width)::value;
+      for_each_square_of_tokens<W>(
           geometry, window, map, plane,
           [&](S* const* pixels, int64_t token) {
-            for_each_square_of_channels<T>(channels, [&](int64_t c) {
-              Vec<T> square[W];
+            for_each_square_of_channels<W>(channels, [&](int64_t c) {
+              decltype(load_lanes<W>(plane)) square[W];
 #pragma GCC unroll 16
-              for (int k = 0; k < W; ++k) square[k] = load_vector_of(pixels[k] + c);
+              for (int k = 0; k < W; ++k) square[k] = load_lanes<W>(pixels[k] + c);
               transpose(square);
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k)
-                store<T>(destination + (c + k) * channel_stride + token, square[k]);
+                store_lanes<W>(destination + (c + k) * channel_stride + token, square[k]);
             });
           },
           one);
-    return for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) one(plane + pixel + i * map.stride_w, token + i);
-    });
+    };
+    return with_squares<T>(channels, squares, all);
   }
   const bool dense_rows = map.stride_w == 1;
   for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
@@ -187,30 +189,33 @@ SR_INLINE void prefetch_rows(const FeatureMap& map, int64_t c0, int64_t channels
 template <typename S, typename T>
 void scatter(const T* source, int64_t channel_stride, const FeatureMap& map, int64_t c0,
              int64_t channels, const WindowGeometry& geometry, const WindowPosition& window) {
-  constexpr int W = Simd<T>::width;
   S* plane = at<S>(map, window.n, c0, 0, 0);
   if (is_channels_last(map)) {
     const auto one = [&](S* target, int64_t token) {
       for (int64_t c = 0; c < channels; ++c)
         from_compute(source[c * channel_stride + token], target + c);
     };
-    if (channels >= W)
-      return for_each_square_of_tokens(
+    const auto squares = [&](auto width) {
+      constexpr int W = decltype(width)::value;
+      for_each_square_of_tokens<W>(
           geometry, window, map, plane,
           [&](S* const* pixels, int64_t token) {
-            for_each_square_of_channels<T>(channels, [&](int64_t c) {
-              Vec<T> square[W];
+            for_each_square_of_channels<W>(channels, [&](int64_t c) {
+              decltype(load_lanes<W>(source)) square[W];
 #pragma GCC unroll 16
               for (int k = 0; k < W; ++k)
-                square[k] = load(source + (c + k) * channel_stride + token);
+                square[k] = load_lanes<W>(source + (c + k) * channel_stride + token);
               transpose(square);
 #pragma GCC unroll 16
-              for (int k = 0; k < W; ++k) store_vector_of(pixels[k] + c, square[k]);
+              for (int k = 0; k < W; ++k) store_lanes<W>(pixels[k] + c, square[k]);
             });
           },
           one);
-    return for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) one(plane + pixel + i * map.stride_w, token + i);
+    };
+    return with_squares<T>(channels, squares, [&] {
+      for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) one(plane + pixel + i * map.stride_w, token + i);
+      });
     });
   }
   for_each_run(geometry, window, map, [&](int64_t pixel, int64_t token, int64_t count) {
