@@ -87,6 +87,21 @@ def test_attention_layouts_keys_and_masks(layout, shared_keys, mask, shift):
     check_attention(inputs, window=(4, 6), shift=shift, heads=2, mask=mask, gradients=wanted)
 
 
+@pytest.mark.asan
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 3, 4, 6, 8, 10, 15, 16, 18])
+def test_head_widths_in_channels_last(width, dtype):
+    """Heads are gathered in squares that they fill: bit for bit the values of planes."""
+    inputs = attention_inputs(2, 3, width, width, 8, 12, (4, 6), dtype)
+    options = {"window": (4, 6), "shift": (2, 3), "num_heads": 3, "mask": True, "backend": "cpu"}
+    planes = sr_kernels.window_attention(**inputs, **options)
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].contiguous(memory_format=torch.channels_last)
+    pixels = sr_kernels.window_attention(**inputs, **options)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert bitwise_equal(pixels, planes)
+
+
 def test_mixed_layouts():
     q = make_tensor((1, 6, 4, 8), layout="channels_last", seed=0)
     k = make_tensor((1, 6, 4, 8), layout="sliced", seed=1)
