@@ -18,7 +18,9 @@
 // Floor, float32, per pixel: 4 (2 d_qk + 2 d_v) bytes a head, 2 tokens (d_qk + d_v) FLOP and tokens
 // exponentials a head; for ELAN-light's three groups, d = 20, together 27 kFLOP and 336
 // exponentials. Where the forward is symmetric, about half of the exponentials and of the scores'
-// products: 20 kFLOP and 168. Bound by arithmetic. Measured fraction: unmeasured.
+// products: 20 kFLOP and 168. Bound by arithmetic. Measured on two Zen 4 cores with AVX-512: those
+// groups 0.60 of the products' floor, their reuse 0.34; SwinIR-light's call (six heads of 10,
+// windows of 8, bias and mask) 0.60 to 0.88 of the exponentials', 0.62 on channels_last maps.
 //
 // Backward, with P the probabilities, recomputed block by block:
 //   dP = dO v^T,  dS = P (dP - rowsum(P dP)),
